@@ -1,0 +1,263 @@
+"""`Service`: the three tasks as methods. It tokenizes, checks what depends on the model, and turns events into text.
+
+HTTP routes and the Python handle are both thin layers over it. The engine is known only as the `EngineClient`
+protocol, so it may be in this process or behind Ray Serve.
+"""
+
+import asyncio
+import math
+import secrets
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from gptj_serve.api.schemas import ClassifyParameters, ClassifyRequest, GenerateRequest, QAInputs, QARequest
+from gptj_serve.config import ServiceConfig
+from gptj_serve.errors import InvalidRequestError, RequestFailedError
+from gptj_serve.extractive_qa import Answer, QAOptions, best_answers, make_windows
+from gptj_serve.model.config import GPTJConfig
+from gptj_serve.tokenizer import IncrementalDetokenizer, StopStringScanner, Tokenizer
+from gptj_serve.types import (
+    EngineRequest,
+    Event,
+    FailureEvent,
+    FinishReason,
+    HeadEvent,
+    SamplingParams,
+    Task,
+    TokenEvent,
+)
+
+Result = TypeVar("Result")
+
+
+class EngineClient(Protocol):
+    """Where requests go."""
+
+    def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        """The request's events, ending with its terminal one. Closing the iterator early aborts the request.
+
+        Raises `InvalidRequestError`, `OverloadedError` or `RequestFailedError`.
+        """
+
+    async def status(self) -> list[dict[str, Any]]:
+        """What each pipeline is doing."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """`SamplingParams`, and the stop strings, which are text and so never reach the engine."""
+
+    sampling: SamplingParams
+    stop_strings: Sequence[str] = ()
+    include_stop_string: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """One generated token and the text that can be released with it; the last has a finish reason."""
+
+    token_id: int
+    token_text: str  # this token's own text, as far as it is whole characters
+    logprob: float
+    text: str  # what may be shown now: withheld while it could still become a stop string
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScore:
+    label: str
+    score: float
+
+
+class Service:
+    """Serves one model. All methods raise `InvalidRequestError`, `OverloadedError` or `RequestFailedError`."""
+
+    def __init__(
+        self, config: ServiceConfig, model: GPTJConfig, heads: Sequence[str], tokenizer: Tokenizer, engine: EngineClient
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.heads = heads
+        self.tokenizer = tokenizer
+        self.engine = engine
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that the checkpoint has a head for."""
+        heads = {"lm_head": Task.GENERATE, "score": Task.CLASSIFY, "qa_outputs": Task.QA}
+        return [task.value for head, task in heads.items() if head in self.heads]
+
+    async def generate(self, token_ids: list[int], params: GenerationParams) -> AsyncGenerator[TextChunk]:
+        """Stream the completion of a prompt that `encode_prompt` has checked."""
+        detokenizer = IncrementalDetokenizer(self.tokenizer)
+        scanner = StopStringScanner(params.stop_strings, include_in_output=params.include_stop_string)
+        request = EngineRequest(
+            request_id=_new_request_id(), task=Task.GENERATE, prompt_token_ids=token_ids, sampling=params.sampling
+        )
+        async with aclosing(self._events(request)) as events:
+            async for event in events:
+                assert isinstance(event, TokenEvent)
+                finish_reason = event.finish_reason
+                token_text = detokenizer.push(event.token_id)
+                if finish_reason is not None:
+                    token_text += detokenizer.flush()
+                text = scanner.push(token_text)
+                if scanner.stopped_by is not None:
+                    finish_reason = FinishReason.STOP
+                elif finish_reason is not None:
+                    text += scanner.flush()
+                yield TextChunk(event.token_id, token_text, event.logprob, text, finish_reason)
+                if finish_reason is not None:
+                    return
+
+    async def classify(self, request: ClassifyRequest) -> list[list[LabelScore]]:
+        """Per input its labels, best first. The labels are those of the checkpoint's config.json."""
+        self._require_head("score", "classification")
+        inputs = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+        self._check_batch(inputs)
+        prompts = [self._encode(text, "inputs") for text in inputs]
+        logits = await self._gather(Task.CLASSIFY, [self._without_trailing_pads(ids) for ids in prompts])
+        return [self._label_scores(rows[0], request.parameters) for rows in logits]
+
+    async def answer(self, request: QARequest) -> list[list[Answer]]:
+        """Per question its answers, best first."""
+        self._require_head("qa_outputs", "question answering")
+        inputs = request.inputs if isinstance(request.inputs, list) else [request.inputs]
+        self._check_batch(inputs)
+        options = QAOptions(**request.parameters.model_dump())
+        return await run_all([self._answer_one(item, options) for item in inputs])
+
+    def encode_prompt(
+        self, prompt: str | Sequence[int], max_new_tokens: int, field: str, length_field: str = "max_new_tokens"
+    ) -> list[int]:
+        """Token ids of a prompt that, with its completion, fits the model; an error uses the fields' names."""
+        self._require_head("lm_head", "generation")
+        token_ids = self._encode(prompt, field) if isinstance(prompt, str) else self.check_token_ids(prompt, field)
+        room = self.model.n_positions - len(token_ids)
+        if room < 1:
+            raise InvalidRequestError(
+                field, prompt, f"has {len(token_ids)} tokens; the model's context of {self.model.n_positions} is full"
+            )
+        if max_new_tokens > room:
+            raise InvalidRequestError(
+                length_field,
+                max_new_tokens,
+                f"{len(token_ids)} prompt tokens + {max_new_tokens} new tokens exceed the model's context of "
+                f"{self.model.n_positions}",
+            )
+        return token_ids
+
+    def generation_params(self, request: GenerateRequest) -> GenerationParams:
+        """TGI's parameters as ours. Stop strings stay in the output, as they do there."""
+        parameters = request.parameters
+        sampling = SamplingParams(
+            max_new_tokens=parameters.max_new_tokens,
+            min_new_tokens=parameters.min_new_tokens,
+            temperature=parameters.effective_temperature,
+            top_k=parameters.top_k or 0,
+            top_p=parameters.top_p or 1.0,
+            seed=new_seed() if parameters.seed is None else parameters.seed,
+            stop_token_ids=self.check_token_ids(parameters.stop_token_ids, "stop_token_ids"),
+        )
+        return GenerationParams(sampling, parameters.stop, include_stop_string=True)
+
+    def check_token_ids(self, token_ids: Sequence[int], field: str) -> list[int]:
+        for token_id in token_ids:
+            if token_id >= self.model.vocab_size:
+                raise InvalidRequestError(field, token_id, f"token ids are below {self.model.vocab_size}")
+        return list(token_ids)
+
+    async def _answer_one(self, inputs: QAInputs, options: QAOptions) -> list[Answer]:
+        context = self.tokenizer.encode_with_offsets(inputs.context)
+        windows = make_windows(self.tokenizer, inputs.question, context, options, self.model.n_positions)
+        logits = await self._gather(Task.QA, [window.token_ids for window in windows])
+        return best_answers(inputs.context, context, windows, logits, options)
+
+    async def _gather(self, task: Task, prompts: Sequence[list[int]]) -> list[list[list[float]]]:
+        return await run_all([self._head_logits(task, token_ids) for token_ids in prompts])
+
+    async def _head_logits(self, task: Task, token_ids: list[int]) -> list[list[float]]:
+        request = EngineRequest(request_id=_new_request_id(), task=task, prompt_token_ids=token_ids)
+        async with aclosing(self._events(request)) as events:
+            async for event in events:
+                assert isinstance(event, HeadEvent)
+                return event.logits
+        raise AssertionError("a stream of events ends with a terminal one")
+
+    async def _events(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        async with aclosing(self.engine.submit(request)) as events:
+            async for event in events:
+                if isinstance(event, FailureEvent):
+                    raise RequestFailedError(event.message)
+                yield event
+
+    def _encode(self, text: str, field: str) -> list[int]:
+        token_ids = self.tokenizer.encode(text)
+        if not token_ids:
+            raise InvalidRequestError(field, text, "must not be empty")
+        if len(token_ids) > self.model.n_positions:
+            raise InvalidRequestError(
+                field, text, f"has {len(token_ids)} tokens; the model's context is {self.model.n_positions}"
+            )
+        return token_ids
+
+    def _without_trailing_pads(self, token_ids: list[int]) -> list[int]:
+        """Transformers pools at the rightmost token that is not the pad token; what follows can't influence it."""
+        length = len(token_ids)
+        while length > 1 and token_ids[length - 1] == self.model.pad_token_id:
+            length -= 1
+        return token_ids[:length]
+
+    def _label_scores(self, logits: Sequence[float], parameters: ClassifyParameters) -> list[LabelScore]:
+        scores = _apply_function(logits, parameters.function_to_apply or self._default_function())
+        labels = [LabelScore(self.model.id2label[index], score) for index, score in enumerate(scores)]
+        return sorted(labels, key=lambda label: -label.score)[: parameters.top_k]
+
+    def _default_function(self) -> str:
+        """As in transformers' pipeline: sigmoid for several independent labels or a single one, else softmax."""
+        multi_label = self.model.problem_type == "multi_label_classification"
+        return "sigmoid" if multi_label or self.model.num_labels == 1 else "softmax"
+
+    def _check_batch(self, inputs: Sequence[Any]) -> None:
+        limit = self.config.ingress.max_batch_inputs
+        if len(inputs) > limit:
+            raise InvalidRequestError("inputs", len(inputs), f"at most {limit} inputs in one request")
+
+    def _require_head(self, head: str, task: str) -> None:
+        if head not in self.heads:
+            raise InvalidRequestError(
+                "model", self.config.served_name, f"the checkpoint has no {task} head ({head}), only {list(self.heads)}"
+            )
+
+
+async def run_all(coroutines: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Run all at once. If one fails, the others are cancelled and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as group_error:
+        raise group_error.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def new_seed() -> int:
+    """The seed of a request that brings none; drawn once, so that a replay repeats it."""
+    return secrets.randbits(63)
+
+
+def _new_request_id() -> str:
+    return secrets.token_hex(8)
+
+
+def _apply_function(logits: Sequence[float], function: str) -> list[float]:
+    match function:
+        case "none":
+            return list(logits)
+        case "sigmoid":
+            return [0.5 * (1.0 + math.tanh(0.5 * x)) for x in logits]
+        case _:
+            highest = max(logits)
+            weights = [math.exp(x - highest) for x in logits]
+            return [weight / sum(weights) for weight in weights]

@@ -1,0 +1,94 @@
+"""`ServiceConfig`: everything a deployment file can set.
+
+Frozen pydantic models that refuse unknown keys. The fields' descriptions are their documentation: unit, default, why.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+DEMO_CHECKPOINT = "demo"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageConfig(_Part):
+    """Resources of one stage actor. All stages of a pipeline get the same."""
+
+    num_cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each stage actor.")
+    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for each stage; 0 runs it on CPU.")
+    num_threads: PositiveInt | None = Field(
+        None, description="Torch threads per CPU stage. Default: the node's cores shared evenly among the stages."
+    )
+
+
+class KVCacheConfig(_Part):
+    block_size: PositiveInt = Field(16, description="Tokens per KV block.")
+    num_tokens: PositiveInt | None = Field(
+        None,
+        description="Capacity of the pool in tokens, on every stage. Default: eight sequences of n_positions. Less "
+        "memory means more preemption, never another answer.",
+    )
+
+
+class SchedulerConfig(_Part):
+    max_num_sequences: PositiveInt = Field(256, description="Sequences that hold KV blocks at the same time.")
+    max_microbatch_tokens: PositiveInt = Field(
+        512, description="Tokens of one microbatch. Bounds how long a long prompt can delay the tokens of others."
+    )
+
+
+class PipelineConfig(_Part):
+    """One pipeline: an engine and its stages."""
+
+    num_stages: PositiveInt = Field(1, description="Stage actors that the layers are split over; at most n_layer.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights and KV cache. auto: float32 on CPU; on GPU the checkpoint's own half precision."
+    )
+    stage: StageConfig = StageConfig()
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="Ray's placement group strategy: one node when it fits (PACK), or one per node (SPREAD)."
+    )
+    engine_num_cpus: PositiveFloat = Field(0.1, description="CPUs that Ray reserves for the engine's process.")
+    startup_timeout_s: PositiveFloat = Field(600.0, description="Longest time for all stages to load their weights.")
+    step_timeout_s: PositiveFloat = Field(60.0, description="A step that takes longer counts as a lost stage.")
+
+
+class IngressConfig(_Part):
+    num_replicas: PositiveInt = Field(1, description="Processes that speak HTTP and tokenize.")
+    num_cpus: NonNegativeFloat = Field(0.1, description="CPUs that Ray reserves for each ingress process.")
+    max_ongoing_requests: PositiveInt = Field(1024, description="Requests in one ingress at a time; more get 503.")
+    max_body_bytes: PositiveInt = Field(1 << 20, description="Largest accepted HTTP body; a larger one gets 413.")
+    max_batch_inputs: PositiveInt = Field(64, description="Longest list of inputs in one classify or QA request.")
+
+
+class ServiceConfig(_Part):
+    """The argument of the application builder: `args` in a Serve config file."""
+
+    checkpoint: str = Field(
+        DEMO_CHECKPOINT, description="Directory with config.json, safetensors and tokenizer.json; or 'demo'."
+    )
+    model_name: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="The name in /v1/models. Default: the checkpoint directory's name."
+    )
+    pipeline: PipelineConfig = PipelineConfig()
+    num_pipelines: PositiveInt = Field(1, description="Replicas of the whole pipeline.")
+    ingress: IngressConfig = IngressConfig()
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        if self.checkpoint == DEMO_CHECKPOINT:
+            return Path(str(files("gptj_serve") / "demo"))
+        return Path(self.checkpoint).expanduser()
+
+    @property
+    def served_name(self) -> str:
+        if self.model_name is not None:
+            return self.model_name
+        return "gptj-demo" if self.checkpoint == DEMO_CHECKPOINT else self.checkpoint_dir.resolve().name

@@ -1,0 +1,144 @@
+"""The engine loop: schedule, run, update.
+
+It keeps up to `num_stages` microbatches in flight, so that every stage has one to work on. It holds no tensors and
+knows a pipeline only through the `Pipeline` protocol; requests come in through `add` and `abort`, and each step's
+events go out together through one callback.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.errors import PipelineError
+from gptj_serve.types import (
+    EngineRequest,
+    EngineStats,
+    Event,
+    FailureEvent,
+    MicroBatch,
+    StepOutput,
+    TokenEvent,
+    is_terminal,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_FUTILE_RECOVERIES = 3
+"""After so many losses in a row without a finished step, what is being served is taken for the cause and failed."""
+
+
+class Pipeline(Protocol):
+    """The one seam between engine and stages."""
+
+    async def run(self, microbatch: MicroBatch) -> StepOutput:
+        """Run one microbatch through all stages. Raises `PipelineError` when a stage is lost."""
+
+    async def recover(self) -> None:
+        """After a `PipelineError`: make all stages ready for a fresh start, or raise it again."""
+
+
+class Engine:
+    """Serves requests over a pipeline. `emit` is called once per step with that step's events, in the loop's task.
+
+    `run` must be started in a task that belongs to no request: a task born inside a request dies with it.
+    """
+
+    def __init__(self, scheduler: Scheduler, pipeline: Pipeline, emit: Callable[[list[Event]], None]) -> None:
+        self._scheduler = scheduler
+        self._pipeline = pipeline
+        self._emit = emit
+        self._steps: set[asyncio.Task[StepOutput]] = set()
+        self._work_arrived = asyncio.Event()
+        self._num_futile_recoveries = 0
+        self._num_recoveries = 0
+        self._num_tokens_generated = 0
+        self._num_finished = 0
+        self._num_aborted = 0
+        self._num_failed = 0
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `InvalidRequestError` if it can never be finished here."""
+        self._scheduler.add(request)
+        self._work_arrived.set()
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its KV blocks at once; nothing happens if it has ended already."""
+        self._num_aborted += self._scheduler.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_microbatches_in_flight=scheduler.num_in_flight,
+            num_kv_blocks=scheduler.blocks.num_blocks,
+            num_kv_blocks_used=scheduler.blocks.num_used,
+            num_tokens_waiting=scheduler.num_tokens_waiting,
+            num_preemptions=scheduler.num_preemptions,
+            num_tokens_generated=self._num_tokens_generated,
+            num_requests_finished=self._num_finished,
+            num_requests_aborted=self._num_aborted,
+            num_requests_failed=self._num_failed,
+            num_recoveries=self._num_recoveries,
+        )
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises `PipelineError` when the pipeline can't be recovered."""
+        try:
+            while True:
+                self._fill_pipeline()
+                try:
+                    await self._wait_for_step_or_work()
+                except PipelineError as error:
+                    await self._recover(error)
+        except BaseException as error:
+            self._publish(self._scheduler.fail_all(f"the engine stopped: {error!r}"))
+            raise
+        finally:
+            self._cancel_steps()
+
+    def _fill_pipeline(self) -> None:
+        while len(self._steps) < self._scheduler.limits.num_stages:
+            microbatch = self._scheduler.schedule()
+            if microbatch is None:
+                break
+            self._steps.add(asyncio.create_task(self._pipeline.run(microbatch)))
+        if self._scheduler.has_work and not self._steps:
+            raise RuntimeError("unfinished sequences, nothing in flight and nothing schedulable: a scheduler bug")
+
+    async def _wait_for_step_or_work(self) -> None:
+        work_arrived = asyncio.create_task(self._work_arrived.wait())
+        try:
+            done, _ = await asyncio.wait({*self._steps, work_arrived}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work_arrived.cancel()
+        self._work_arrived.clear()
+        for step in self._steps.intersection(done):
+            self._steps.remove(step)
+            self._publish(self._scheduler.update(step.result()))
+            self._num_futile_recoveries = 0
+
+    async def _recover(self, error: PipelineError) -> None:
+        logger.warning("pipeline lost, recomputing all sequences once it is back: %s", error)
+        self._cancel_steps()
+        self._scheduler.reset()
+        self._num_recoveries += 1
+        self._num_futile_recoveries += 1
+        if self._num_futile_recoveries > MAX_FUTILE_RECOVERIES:
+            self._publish(self._scheduler.fail_all(f"the pipeline failed again and again on these requests: {error}"))
+        await self._pipeline.recover()
+
+    def _publish(self, events: list[Event]) -> None:
+        for event in events:
+            self._num_tokens_generated += isinstance(event, TokenEvent)
+            self._num_failed += isinstance(event, FailureEvent)
+            self._num_finished += is_terminal(event) and not isinstance(event, FailureEvent)
+        if events:
+            self._emit(events)
+
+    def _cancel_steps(self) -> None:
+        for step in self._steps:
+            step.cancel()
+        self._steps.clear()

@@ -1,0 +1,49 @@
+"""`LocalEngine`: an engine in this process, with one async stream of events per request."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, Self
+
+from gptj_serve.engine.engine import Engine, Pipeline
+from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.types import EngineRequest, Event, is_terminal
+
+
+class LocalEngine:
+    """Runs the engine loop for as long as it is entered: `async with LocalEngine(...) as engine`."""
+
+    def __init__(self, scheduler: Scheduler, pipeline: Pipeline) -> None:
+        self._engine = Engine(scheduler, pipeline, self._deliver)
+        self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self._loop_task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop_task = asyncio.create_task(self._engine.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._loop_task is not None
+        self._loop_task.cancel()
+        await asyncio.gather(self._loop_task, return_exceptions=True)
+
+    async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        """The request's events; closing the stream early aborts it. Raises `InvalidRequestError`."""
+        self._engine.add(request)
+        queue = self._streams[request.request_id] = asyncio.Queue()
+        try:
+            while True:
+                event = await queue.get()
+                yield event
+                if is_terminal(event):
+                    return
+        finally:
+            del self._streams[request.request_id]
+            self._engine.abort(request.request_id)
+
+    async def status(self) -> list[dict[str, Any]]:
+        return [{"engine": self._engine.stats().as_dict()}]
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            if (queue := self._streams.get(event.request_id)) is not None:
+                queue.put_nowait(event)

@@ -1,0 +1,63 @@
+"""The exceptions that cross a boundary of gptj_serve.
+
+GPTJServeError
+├── ConfigError             a configuration value, or a model's config.json, can't be used
+├── CheckpointError         a checkpoint directory is incomplete, damaged or not of this architecture
+├── InvalidRequestError     the request itself is at fault; carries the field and its value
+├── OverloadedError         the service can't take the request now; worth another try later
+├── RequestFailedError      the request was accepted and then could not be finished
+└── PipelineError           a stage was lost or a link broke; every step in flight is void
+
+Whoever raises one states the offending value and what to do about it: the message reaches the user as it is.
+"""
+
+from typing import Any
+
+
+class GPTJServeError(Exception):
+    """The base of all errors of this package."""
+
+
+class ConfigError(GPTJServeError):
+    """A configuration value can't be used."""
+
+
+class CheckpointError(GPTJServeError):
+    """A checkpoint can't be loaded; the message names the file and, where there is one, the tensor."""
+
+
+class InvalidRequestError(GPTJServeError):
+    """The request is at fault. `field` is its dotted name, `value` the value that was refused."""
+
+    def __init__(self, field: str, value: Any, reason: str) -> None:
+        super().__init__(field, value, reason)  # all three, so that the error survives pickling by Ray
+        self.field = field
+        self.value = value
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.field}={_shortened(self.value)}: {self.reason}"
+
+
+class OverloadedError(GPTJServeError):
+    """The service is full; `retry_after_s` says when another try may pass."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RequestFailedError(GPTJServeError):
+    """An accepted request could not be finished, through no fault of its own."""
+
+
+class PipelineError(GPTJServeError):
+    """A stage or a link was lost: no step in flight will return."""
+
+
+def _shortened(value: Any, limit: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,0 +1,140 @@
+"""Attention over paged keys and values.
+
+A sequence's KV lies in blocks of `block_size` tokens, named by its block table. A microbatch packs rows of any
+length: those with one token (decode) attend together, padded to the longest context; longer ones (prompt chunks)
+attend one by one. Shapes: `T` packed tokens, `S` decode rows, `C` context length, `H` heads, `Dh` head_dim.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptj_serve.model.block import AttentionFn
+from gptj_serve.model.config import GPTJConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRow:
+    """Where one row's tokens stand: `num_tokens` from position `start`, in the blocks of `block_table`."""
+
+    start: int
+    num_tokens: int
+    block_table: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+class KVCache:
+    """The KV tensors of one stage: per layer keys and values, each [num_blocks, block_size, H, Dh]."""
+
+    def __init__(
+        self,
+        config: GPTJConfig,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        shape = (num_layers, num_blocks, block_size, config.n_head, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A row of several tokens."""
+
+    tokens: slice  # of the packed tokens
+    blocks: Tensor  # [num_blocks of the context]
+    end: int  # C
+    mask: Tensor | None  # [1, 1, num_tokens, C], True where a query may look; None: plain causal from position 0
+
+
+class PagedAttention:
+    """The attention of one microbatch, planned once and used by every layer of the stage."""
+
+    def __init__(self, rows: Sequence[PagedRow], cache: KVCache) -> None:
+        self._cache = cache
+        device = cache.keys.device
+        self.positions = torch.cat([torch.arange(row.start, row.end) for row in rows]).to(device)  # [T]
+        self._slots = _slots(rows, cache.block_size).to(device)  # [T]
+        self._chunks: list[_Chunk] = []
+        decode_tokens: list[int] = []
+        decode_rows: list[PagedRow] = []
+        offset = 0
+        for row in rows:
+            if row.num_tokens == 1:
+                decode_tokens.append(offset)
+                decode_rows.append(row)
+            else:
+                self._chunks.append(_plan_chunk(row, offset, device))
+            offset += row.num_tokens
+        if decode_rows:
+            self._decode_tokens = torch.tensor(decode_tokens, device=device)  # [S]
+            self._decode_tables = _padded([row.block_table for row in decode_rows]).to(device)  # [S, blocks]
+            ends = torch.tensor([row.end for row in decode_rows])
+            width = self._decode_tables.shape[1] * cache.block_size
+            self._decode_mask = (torch.arange(width) < ends[:, None])[:, None, None, :].to(device)  # [S, 1, 1, C]
+        self._has_decode = bool(decode_rows)
+
+    def layer(self, index: int) -> AttentionFn:
+        """The attention function of the stage's `index`-th layer; it writes k and v to the cache, then attends."""
+        keys, values = self._cache.keys[index], self._cache.values[index]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.view(-1, *k.shape[1:])[self._slots] = k
+            values.view(-1, *v.shape[1:])[self._slots] = v
+            out = torch.empty_like(q)
+            for chunk in self._chunks:
+                key, value = (part[chunk.blocks].flatten(0, 1)[: chunk.end] for part in (keys, values))  # [C, H, Dh]
+                out[chunk.tokens] = _attend(q[None, chunk.tokens], key[None], value[None], chunk.mask)[0]
+            if self._has_decode:
+                key, value = (part[self._decode_tables].flatten(1, 2) for part in (keys, values))  # [S, C, H, Dh]
+                queries = q[self._decode_tokens].unsqueeze(1)  # [S, 1, H, Dh]
+                out[self._decode_tokens] = _attend(queries, key, value, self._decode_mask)[:, 0]
+            return out
+
+        return attend
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, Tq, H, Dh] over [B, C, H, Dh], in fp32 whatever the dtype: fp16 overflows at long contexts otherwise."""
+    heads_first: Callable[[Tensor], Tensor] = lambda x: x.float().transpose(1, 2)  # noqa: E731
+    out = F.scaled_dot_product_attention(
+        heads_first(q), heads_first(k), heads_first(v), attn_mask=mask, is_causal=mask is None
+    )
+    return out.transpose(1, 2).to(q.dtype)
+
+
+def _plan_chunk(row: PagedRow, offset: int, device: torch.device) -> _Chunk:
+    mask = None
+    if row.start:
+        visible = torch.arange(row.end) <= torch.arange(row.start, row.end)[:, None]
+        mask = visible[None, None].to(device)
+    return _Chunk(slice(offset, offset + row.num_tokens), torch.tensor(row.block_table, device=device), row.end, mask)
+
+
+def _slots(rows: Sequence[PagedRow], block_size: int) -> Tensor:
+    """Where in the flattened cache each packed token's k and v go: [T]."""
+    parts = []
+    for row in rows:
+        positions = torch.arange(row.start, row.end)
+        parts.append(torch.tensor(row.block_table)[positions // block_size] * block_size + positions % block_size)
+    return torch.cat(parts)
+
+
+def _padded(tables: Sequence[Sequence[int]]) -> Tensor:
+    """Block tables of different lengths as one [S, longest]; padding names block 0, and the mask hides it."""
+    longest = max(map(len, tables))
+    return torch.tensor([[*table, *[0] * (longest - len(table))] for table in tables])

@@ -1,0 +1,176 @@
+"""What crosses a boundary: between ingress and engine, engine and stages, stage and stage.
+
+Frozen `msgspec` structs, so the same objects are the in-process API and, encoded as msgpack, the wire format.
+Decoding checks every type and bound; nothing here is ever pickled by us.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Position = Annotated[int, Meta(ge=0, lt=2**31)]
+BlockId = Annotated[int, Meta(ge=0, lt=2**31)]
+Seed = Annotated[int, Meta(ge=0, lt=2**63)]
+
+MAX_FRAME_BYTES = 1 << 30
+"""No frame on any link is larger; a ZeroMQ peer that sends one is cut off."""
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True):
+    """How the next token is chosen; names and meanings are those of transformers and vLLM.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. The processors run in transformers' order:
+    minimum length, temperature, top-k, top-p. Noise is a function of (`seed`, position) alone, so whatever is
+    recomputed, in any batch on any replica, comes out the same.
+    """
+
+    max_new_tokens: Annotated[int, Meta(ge=1)]
+    min_new_tokens: Annotated[int, Meta(ge=0)] = 0
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    seed: Seed = 0
+    stop_token_ids: list[TokenId] = []
+    ignore_eos: bool = False
+
+
+class Task(StrEnum):
+    """What a request asks for, and so what runs on its last hidden state."""
+
+    GENERATE = "generate"
+    CLASSIFY = "classify"
+    QA = "qa"
+
+
+class EngineRequest(Struct, frozen=True, kw_only=True):
+    """A validated, tokenized request.
+
+    `output_token_ids` are tokens that an earlier attempt already produced: the engine goes on after them. That is
+    how a request moves to another pipeline (replay). `sampling` is set exactly when the task is GENERATE.
+    """
+
+    request_id: str
+    task: Task
+    prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    output_token_ids: list[TokenId] = []
+    sampling: SamplingParams | None = None
+
+
+class FinishReason(StrEnum):
+    EOS = "eos"
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class TokenEvent(Struct, frozen=True, array_like=True, tag="token"):
+    """One generated token. `index` counts output tokens from 0; the event with a `finish_reason` is the last."""
+
+    request_id: str
+    index: int
+    token_id: int
+    logprob: float
+    finish_reason: FinishReason | None = None
+
+
+class HeadEvent(Struct, frozen=True, array_like=True, tag="head"):
+    """The only event of a classify request ([1][num_labels] logits) or a QA request ([num_tokens][2] logits)."""
+
+    request_id: str
+    logits: list[list[float]]
+
+
+class FailureEvent(Struct, frozen=True, array_like=True, tag="failure"):
+    """The request ended without an answer; always the last event."""
+
+    request_id: str
+    message: str
+
+
+Event = TokenEvent | HeadEvent | FailureEvent
+
+
+def is_terminal(event: Event) -> bool:
+    """Each request ends in exactly one event for which this holds."""
+    return not isinstance(event, TokenEvent) or event.finish_reason is not None
+
+
+class RowOutput(StrEnum):
+    """What the last stage computes for one row of a microbatch."""
+
+    NOTHING = "nothing"  # a prompt chunk that is not the last
+    SAMPLE = "sample"
+    CLASSIFY = "classify"
+    QA = "qa"
+
+
+class Row(Struct, frozen=True, array_like=True):
+    """One sequence's share of a microbatch: `token_ids` at positions [start, start + len(token_ids))."""
+
+    token_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    start: Position
+    block_table: list[BlockId]  # covers positions [0, start + len(token_ids))
+    output: RowOutput = RowOutput.NOTHING
+    sampling: SamplingParams | None = None  # set exactly when output is SAMPLE
+    suppressed_token_ids: list[TokenId] = []  # may not be sampled now: end tokens before min_new_tokens
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+class MicroBatch(Struct, frozen=True, array_like=True):
+    """All that a stage needs for one step, packed row after row. Stages run ids in order, without gaps."""
+
+    microbatch_id: Annotated[int, Meta(ge=0)]
+    rows: Annotated[list[Row], Meta(min_length=1)]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+class SampledToken(Struct, frozen=True, array_like=True, tag="token"):
+    token_id: TokenId
+    logprob: float
+
+
+class HeadLogits(Struct, frozen=True, array_like=True, tag="logits"):
+    values: list[list[float]]
+
+
+class RowFailure(Struct, frozen=True, array_like=True, tag="failure"):
+    """The numbers of this row alone went wrong; the other rows of its microbatch are sound."""
+
+    message: str
+
+
+RowResult = SampledToken | HeadLogits | RowFailure | None
+
+
+class StepOutput(Struct, frozen=True, array_like=True):
+    """What came of a microbatch: one entry per row, in the rows' order; None where nothing was asked for."""
+
+    microbatch_id: int
+    rows: list[RowResult]
+
+
+class EngineStats(Struct, frozen=True, kw_only=True):
+    """A snapshot of one engine; what `/status` shows and autoscaling reads."""
+
+    num_running: int
+    num_waiting: int
+    num_microbatches_in_flight: int
+    num_kv_blocks: int
+    num_kv_blocks_used: int
+    num_tokens_waiting: int
+    num_preemptions: int
+    num_tokens_generated: int
+    num_requests_finished: int
+    num_requests_aborted: int
+    num_requests_failed: int
+    num_recoveries: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {field: getattr(self, field) for field in self.__struct_fields__}
