@@ -55,6 +55,9 @@ class PipelineConfig(_Part):
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="Ray's placement group strategy: one node when it fits (PACK), or one per node (SPREAD)."
     )
+    max_ongoing_requests: PositiveInt = Field(
+        4096, description="Requests, running and waiting, that one pipeline takes; beyond them they wait in Serve."
+    )
     engine_num_cpus: PositiveFloat = Field(0.1, description="CPUs that Ray reserves for the engine's process.")
     startup_timeout_s: PositiveFloat = Field(600.0, description="Longest time for all stages to load their weights.")
     step_timeout_s: PositiveFloat = Field(60.0, description="A step that takes longer counts as a lost stage.")

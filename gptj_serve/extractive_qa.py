@@ -115,6 +115,7 @@ def best_answers(
 def _best_spans(logits: NDArray[np.float64], top_k: int, max_answer_len: int) -> list[tuple[int, int, float]]:
     """(first token, last token, score) of the best spans over the context's logits [C, 2]."""
     start, end = _softmax(logits, axis=0).T
+    max_answer_len = min(max_answer_len, len(start))
     scores = np.tril(np.triu(np.outer(start, end)), max_answer_len - 1)
     flat = scores.ravel()
     best = np.argpartition(-flat, top_k - 1)[:top_k] if top_k < flat.size else np.arange(flat.size)

@@ -88,7 +88,10 @@ class IncrementalDetokenizer:
 
 
 class StopStringScanner:
-    """Watches streamed text for stop strings and holds back what may become one."""
+    """Watches streamed text for stop strings and holds back what may become one.
+
+    The one that is complete first counts (of several, the longest), so it does not matter how the text is cut.
+    """
 
     def __init__(self, stop_strings: Iterable[str], *, include_in_output: bool) -> None:
         self._stop_strings = tuple(stop_strings)
@@ -102,7 +105,9 @@ class StopStringScanner:
             return "" if self.stopped_by is not None else text
         self._held += text
         found = [(self._held.find(stop), stop) for stop in self._stop_strings]
-        position, stop = min((f for f in found if f[0] >= 0), default=(-1, None), key=lambda f: (f[0], len(f[1])))
+        position, stop = min(
+            (f for f in found if f[0] >= 0), default=(-1, None), key=lambda f: (f[0] + len(f[1]), f[0])
+        )
         if stop is not None:
             self.stopped_by = stop
             released = self._held[: position + len(stop) if self._include_in_output else position]

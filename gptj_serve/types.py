@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Position = Annotated[int, Meta(ge=0, lt=2**31)]
 BlockId = Annotated[int, Meta(ge=0, lt=2**31)]
-Seed = Annotated[int, Meta(ge=0, lt=2**63)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 MAX_FRAME_BYTES = 1 << 30
 """No frame on any link is larger; a ZeroMQ peer that sends one is cut off."""

@@ -1,6 +1,6 @@
 """From errors to HTTP: one table of statuses, one error object per surface, the handlers that apply them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -53,7 +53,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await handle(request, _invalid_request(request, error))
+        return await handle(request, _invalid_body(request, error))
 
     @app.exception_handler(HTTPException)
     async def handle_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -71,16 +71,21 @@ def _lookup(error: GPTJServeError) -> tuple[int, str]:
     return next(_ERRORS[cls] for cls in type(error).__mro__ if cls in _ERRORS)
 
 
-def _invalid_request(request: Request, error: RequestValidationError) -> InvalidRequestError:
-    """The first of pydantic's errors, with the field's dotted name as the caller wrote it."""
+def invalid_request(details: Mapping[str, Any]) -> InvalidRequestError:
+    """One of pydantic's error entries, with the field's dotted name as the caller wrote it."""
+    location = [part for part in details["loc"] if _is_written_by_caller(part)]
+    return InvalidRequestError(".".join(map(str, location)) or "body", details.get("input"), details["msg"])
+
+
+def _invalid_body(request: Request, error: RequestValidationError) -> InvalidRequestError:
+    """The first thing wrong with an HTTP body."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return InvalidRequestError("body", first["input"], f"not valid JSON: {first['ctx']['error']}")
-    location = [part for part in first["loc"][1:] if _is_written_by_caller(part)]
-    field = ".".join(map(str, location)) or "body"
-    if field == "body" and "json" not in request.headers.get("content-type", ""):
+    location = first["loc"][1:]  # without FastAPI's leading "body"
+    if not location and "json" not in request.headers.get("content-type", ""):
         return InvalidRequestError("Content-Type", request.headers.get("content-type"), "must be application/json")
-    return InvalidRequestError(field, first.get("input"), first["msg"])
+    return invalid_request({**first, "loc": location})
 
 
 def _is_written_by_caller(part: str | int) -> bool:

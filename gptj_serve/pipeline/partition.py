@@ -1,16 +1,17 @@
 """How the layers are split over the stages."""
 
 from gptj_serve.errors import ConfigError
-
-LM_HEAD_COST = 1.0
-"""The LM head in layers: 206 M of parameters beside a layer's 201 M in the 6B model. The embedding lookup is free."""
-
-LayerSpan = range
-"""The layers of one stage, half-open."""
+from gptj_serve.model.config import GPTJConfig
 
 
-def partition(num_layers: int, num_stages: int, head_cost: float = LM_HEAD_COST) -> list[LayerSpan]:
-    """Contiguous spans that cover every layer once, each with at least one, minimising the most expensive stage.
+def head_cost(config: GPTJConfig) -> float:
+    """The LM head's cost in layers, by parameters: about 1 for the 6B model. The embedding lookup is free."""
+    layer = 4 * config.n_embd**2 + 2 * config.n_embd * config.inner_dim
+    return config.vocab_size * config.n_embd / layer
+
+
+def partition(num_layers: int, num_stages: int, head_cost: float) -> list[range]:
+    """Contiguous half-open spans that cover every layer once, each with at least one, minimising the most expensive stage.
 
     The last stage also pays `head_cost` (in layers). Among the splits with the lowest maximum, earlier stages get
     the larger share. Raises `ConfigError` when there are more stages than layers.

@@ -43,6 +43,14 @@ class StageRunner:
     def load(cls, checkpoint: Checkpoint, spec: StageSpec) -> "StageRunner":
         return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device), spec)
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.stage.parameters())
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self._cache.num_bytes
+
     def restart(self) -> None:
         """Forget the order so far: the engine recomputes every sequence after a stage was lost."""
         self._last_microbatch_id = None

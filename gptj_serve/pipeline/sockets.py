@@ -1,0 +1,60 @@
+"""ZeroMQ sockets as the pipeline uses them.
+
+On one host a link is an `ipc://` socket in a private directory; between hosts it is `tcp://` with CURVE: whoever
+does not hold the pipeline's keys is refused in the handshake. Every receiver binds, every sender connects.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from gptj_serve.types import MAX_FRAME_BYTES
+
+POLL_INTERVAL_MS = 100
+"""How often a waiting stage looks whether it should stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """One key pair per pipeline, known to its members only: knowing the public half is what admits a peer."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> "CurveKeys":
+        return cls(*zmq.curve_keypair())
+
+
+def bind_receiver(socket: zmq.Socket[Any], address: str, keys: CurveKeys | None) -> str:
+    """Bind a PULL socket to `ipc://path` or `tcp://host` (any free port); returns the address to connect to."""
+    _configure(socket, keys)
+    if keys is not None:
+        socket.curve_server = True
+    socket.maxmsgsize = MAX_FRAME_BYTES
+    socket.bind(f"{address}:*" if address.startswith("tcp://") else address)
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def connect_sender(socket: zmq.Socket[Any], address: str, keys: CurveKeys | None) -> None:
+    """Connect a PUSH socket; what it sends before the connection stands is queued."""
+    _configure(socket, keys)
+    if keys is not None:
+        socket.curve_serverkey = keys.public
+    socket.connect(address)
+
+
+def receive(socket: zmq.Socket[bytes], should_stop: Callable[[], bool]) -> list[zmq.Frame] | None:
+    """The next message's frames, or None once `should_stop` says so."""
+    while not should_stop():
+        if socket.poll(POLL_INTERVAL_MS):
+            return socket.recv_multipart(copy=False)
+    return None
+
+
+def _configure(socket: zmq.Socket[Any], keys: CurveKeys | None) -> None:
+    socket.linger = 0
+    if keys is not None:
+        socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret

@@ -1,0 +1,94 @@
+"""`StageLoop`: the thread in which a stage takes microbatches, runs them and hands them on."""
+
+import logging
+import threading
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import msgspec
+import zmq
+from torch import Tensor
+
+from gptj_serve.pipeline.handoff import ZmqHandoff
+from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
+from gptj_serve.pipeline.stage_runner import StageRunner
+from gptj_serve.types import MicroBatch, StepOutput
+
+logger = logging.getLogger(__name__)
+
+
+class StageAddresses(NamedTuple):
+    """Where a stage listens: for steps from the engine, and for hidden states from the stage before it."""
+
+    steps: str
+    hidden: str
+
+
+class StageLoop:
+    """One stage's links and thread: `bind`, then `start` towards the next stage (or, from the last, the engine).
+
+    It lives as long as its links; after a failure anywhere in the pipeline a new one is made around the same runner.
+    `failure` completes when the thread ends: with None when told to stop, else with what went wrong.
+    """
+
+    def __init__(self, runner: StageRunner, keys: CurveKeys | None) -> None:
+        self._runner = runner
+        self._keys = keys
+        self._context = zmq.Context[zmq.Socket[bytes]]()
+        self._steps = self._context.socket(zmq.PULL)
+        self._hidden = self._context.socket(zmq.PULL)
+        self._next = self._context.socket(zmq.PUSH)
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.failure: Future[None] = Future()
+
+    def bind(self, address: str) -> StageAddresses:
+        """Listen below `address`: `ipc://directory/name` or `tcp://host`."""
+        if address.startswith("tcp://"):
+            return StageAddresses(
+                bind_receiver(self._steps, address, self._keys), bind_receiver(self._hidden, address, self._keys)
+            )
+        return StageAddresses(
+            bind_receiver(self._steps, f"{address}-steps", self._keys),
+            bind_receiver(self._hidden, f"{address}-hidden", self._keys),
+        )
+
+    def start(self, next_address: str) -> None:
+        connect_sender(self._next, next_address, self._keys)
+        self._runner.restart()
+        self._thread = threading.Thread(target=self._run, name="stage-loop", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and close the links; returns when the step at hand, if any, is done."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._context.destroy(linger=0)
+        if not self.failure.done():
+            self.failure.set_result(None)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            logger.exception("stage with layers %s failed", self._runner.spec.span)
+            self.failure.set_exception(error)
+
+    def _serve(self) -> None:
+        stage = self._runner.stage
+        encoder = msgspec.msgpack.Encoder()
+        decoder = msgspec.msgpack.Decoder(MicroBatch)
+        from_previous, to_next = ZmqHandoff(self._hidden), ZmqHandoff(self._next)
+        while (frames := receive(self._steps, self._stopping.is_set)) is not None:
+            microbatch = decoder.decode(frames[0].buffer)
+            hidden: Tensor | None = None
+            if not stage.is_first:
+                hidden = from_previous.receive(microbatch.microbatch_id, self._stopping.is_set)
+                if hidden is None:
+                    return
+            result = self._runner.run(microbatch, hidden)
+            if isinstance(result, StepOutput):
+                self._next.send(encoder.encode(result))
+            else:
+                to_next.send(microbatch.microbatch_id, result)

@@ -1,0 +1,84 @@
+"""`StepLinks`: the engine's side of the links: steps out to every stage at once, results back from the last."""
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from gptj_serve.errors import PipelineError
+from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender
+from gptj_serve.types import MicroBatch, StepOutput
+
+
+class StepLinks:
+    """Lives as long as the stages' loops do: after a failure, `close` it and make another."""
+
+    def __init__(self, keys: CurveKeys | None, step_timeout_s: float) -> None:
+        self._keys = keys
+        self._step_timeout_s = step_timeout_s
+        self._context = zmq.asyncio.Context()
+        self._results: zmq.asyncio.Socket = self._context.socket(zmq.PULL)
+        self._stages: list[zmq.Socket[bytes]] = []
+        self._pending: dict[int, asyncio.Future[StepOutput]] = {}
+        self._failure: PipelineError | None = None
+        self._receiver: asyncio.Task[None] | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def bind(self, address: str) -> str:
+        """Listen for results at `ipc://directory/name` or `tcp://host`; returns the address for the last stage."""
+        return bind_receiver(self._results, address, self._keys)
+
+    def connect(self, step_addresses: Sequence[str]) -> None:
+        """Connect to every stage, in order, and begin to receive results."""
+        for address in step_addresses:
+            socket = zmq.Context[zmq.Socket[bytes]](self._context).socket(zmq.PUSH)
+            connect_sender(socket, address, self._keys)
+            self._stages.append(socket)
+        self._receiver = asyncio.create_task(self._receive_results())
+
+    async def run(self, microbatch: MicroBatch) -> StepOutput:
+        """Raises `PipelineError` when the links fail or the step exceeds its time."""
+        if self._failure is not None:
+            raise self._failure
+        future = self._pending[microbatch.microbatch_id] = asyncio.get_running_loop().create_future()
+        try:
+            message = self._encoder.encode(microbatch)
+            for socket in self._stages:
+                socket.send(message, zmq.NOBLOCK)
+            return await asyncio.wait_for(future, self._step_timeout_s)
+        except TimeoutError:
+            raise PipelineError(
+                f"microbatch {microbatch.microbatch_id} is not back after step_timeout_s={self._step_timeout_s}"
+            ) from None
+        except zmq.ZMQError as error:
+            raise PipelineError(f"sending microbatch {microbatch.microbatch_id} failed: {error}") from error
+        finally:
+            del self._pending[microbatch.microbatch_id]
+
+    def fail(self, error: PipelineError) -> None:
+        """End every step in flight, and every later one, with `error`."""
+        self._failure = error
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def close(self) -> None:
+        if self._receiver is not None:
+            self._receiver.cancel()
+        self.fail(PipelineError("the links were closed"))
+        for socket in [*self._stages, self._results]:
+            socket.close(linger=0)
+        self._context.term()
+
+    async def _receive_results(self) -> None:
+        decoder = msgspec.msgpack.Decoder(StepOutput)
+        try:
+            while True:
+                output = decoder.decode(await self._results.recv())
+                future = self._pending.get(output.microbatch_id)
+                if future is not None and not future.done():
+                    future.set_result(output)
+        except (msgspec.DecodeError, zmq.ZMQError) as error:
+            self.fail(PipelineError(f"receiving results failed: {error}"))

@@ -1,0 +1,62 @@
+"""`build`: the application that `serve run deployments/gptj.yaml` runs.
+
+Serve passes a typed argument only if the annotation is a real class at run time, so this module must not have
+`from __future__ import annotations`.
+"""
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from gptj_serve.config import ServiceConfig
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.pipeline.partition import head_cost, partition
+from gptj_serve.serving.ingress import Ingress
+from gptj_serve.serving.pipeline_deployment import Pipeline
+from gptj_serve.tokenizer import Tokenizer
+
+MAX_CONSTRUCTOR_TRIES = 3
+GRACEFUL_SHUTDOWN_TIMEOUT_S = 5.0
+HEALTH_CHECK_PERIOD_S = 2.0
+
+
+def build(config: ServiceConfig) -> Application:
+    """Check the whole checkpoint from its headers, then bind the deployments.
+
+    Raises `ConfigError` or `CheckpointError`, naming file and tensor, before any process is started for it.
+    """
+    checkpoint = Checkpoint.open(config.checkpoint_dir)
+    Tokenizer.from_directory(config.checkpoint_dir)
+    partition(checkpoint.config.n_layer, config.pipeline.num_stages, head_cost(checkpoint.config))
+    return _ingress(config).bind(config, _pipeline(config).bind(config))
+
+
+def _ingress(config: ServiceConfig) -> serve.Deployment:
+    return serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        num_replicas=config.ingress.num_replicas,
+        max_ongoing_requests=config.ingress.max_ongoing_requests,
+        ray_actor_options={"num_cpus": config.ingress.num_cpus},
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
+    )
+
+
+def _pipeline(config: ServiceConfig) -> serve.Deployment:
+    pipeline = config.pipeline
+    stage = {"CPU": pipeline.stage.num_cpus, "GPU": pipeline.stage.num_gpus}
+    stage_bundle = {resource: amount for resource, amount in stage.items() if amount > 0}
+    return serve.deployment(
+        Pipeline,
+        name="Pipeline",
+        num_replicas=config.num_pipelines,
+        max_ongoing_requests=pipeline.max_ongoing_requests,
+        ray_actor_options={"num_cpus": pipeline.engine_num_cpus},
+        placement_group_bundles=[{"CPU": pipeline.engine_num_cpus}] + [stage_bundle] * pipeline.num_stages,
+        placement_group_strategy=pipeline.placement_strategy,
+        request_router_config=RequestRouterConfig(request_router_class="gptj_serve.serving.router.PipelineRouter"),
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
+    )

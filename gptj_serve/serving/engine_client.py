@@ -1,0 +1,145 @@
+"""`ServeEngineClient`: an ingress's way to the engines, over the pipelines' Serve handle.
+
+A request is one streaming call, routed to a replica by Serve. Its tokens come through that replica's event stream,
+which all requests of this ingress share, so that a step's tokens cross the handle as one item. When a replica is
+lost, the request goes to another with the tokens it already has (replay): noise is a function of (seed, position),
+so the caller sees a pause and nothing else.
+"""
+
+import asyncio
+import contextvars
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from gptj_serve.errors import GPTJServeError, OverloadedError, RequestFailedError
+from gptj_serve.types import EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
+
+logger = logging.getLogger(__name__)
+
+MAX_REPLAYS = 5
+"""A request that has lost so many replicas is given up."""
+
+BACKPRESSURE_RETRY_AFTER_S = 1.0
+
+STATUS_TIMEOUT_S = 5.0
+
+
+class _ReplicaLostError(Exception):
+    """The replica that served a request is gone or can't be reached."""
+
+
+class ServeEngineClient:
+    """Implements the api's `EngineClient`."""
+
+    def __init__(self, pipelines: DeploymentHandle) -> None:
+        self._pipelines = pipelines.options(stream=True)
+        self._ingress_id = secrets.token_hex(8)
+        self._inboxes: dict[str, asyncio.Queue[Event | Exception]] = {}  # by request id
+        self._requests_at: defaultdict[str, set[str]] = defaultdict(set)  # request ids by replica id
+        self._event_streams: dict[str, asyncio.Task[None]] = {}  # by replica id
+
+    async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        tokens = list(request.output_token_ids)
+        for attempt in range(1 + MAX_REPLAYS):
+            # Each attempt has an id of its own, so that nothing late from a lost replica is taken for this one's.
+            attempt_request = msgspec.structs.replace(
+                request, request_id=f"{request.request_id}-{attempt}", output_token_ids=tokens.copy()
+            )
+            try:
+                async for event in self._attempt(attempt_request):
+                    if isinstance(event, TokenEvent):
+                        assert event.index == len(tokens), "a token was lost or repeated"
+                        tokens.append(event.token_id)
+                    yield event
+                    if is_terminal(event):
+                        return
+            except _ReplicaLostError as lost:
+                logger.warning(
+                    "request %s goes to another pipeline after %d tokens: %s", request.request_id, len(tokens), lost
+                )
+        yield FailureEvent(request.request_id, f"gave up after losing {1 + MAX_REPLAYS} pipelines")
+
+    async def status(self) -> list[dict[str, Any]]:
+        results: list[dict[str, Any]] = await self._pipelines.broadcast("status").results_async(
+            timeout_s=STATUS_TIMEOUT_S
+        )
+        return results
+
+    async def _attempt(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        """The request's events from one replica. Raises `_ReplicaLostError` if it doesn't stay."""
+        inbox = self._inboxes[request.request_id] = asyncio.Queue()
+        call = self._pipelines.run.remote(self._ingress_id, msgspec.msgpack.encode(request))
+        watcher = asyncio.create_task(self._watch(call, request.request_id, inbox))
+        try:
+            while True:
+                item = await inbox.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if is_terminal(item):
+                    return
+        finally:
+            del self._inboxes[request.request_id]
+            watcher.cancel()
+            call.cancel()
+
+    async def _watch(
+        self, call: DeploymentResponseGenerator[str], request_id: str, inbox: asyncio.Queue[Event | Exception]
+    ) -> None:
+        """Follow the call of one request to its end, and report an end that is not the request's own."""
+        replica_id = None
+        try:
+            async for replica_id in call:
+                self._requests_at[replica_id].add(request_id)
+                self._ensure_event_stream(replica_id)
+        except BackPressureError:
+            message = "every pipeline has as many requests waiting as it accepts"
+            inbox.put_nowait(OverloadedError(message, BACKPRESSURE_RETRY_AFTER_S))
+        except RayTaskError as error:
+            cause = error.cause
+            is_ours = isinstance(cause, GPTJServeError)
+            inbox.put_nowait(cause if is_ours else RequestFailedError(f"the pipeline failed: {cause!r}"))
+        except (RayError, RayServeException) as error:
+            inbox.put_nowait(_ReplicaLostError(_first_line(error)))
+        finally:
+            if replica_id is not None:
+                self._requests_at[replica_id].discard(request_id)
+
+    def _ensure_event_stream(self, replica_id: str) -> None:
+        if replica_id not in self._event_streams:
+            task = asyncio.get_running_loop().create_task(
+                self._read_events(replica_id),
+                context=contextvars.Context(),  # outside any request: Serve cancels what is born inside one
+            )
+            self._event_streams[replica_id] = task
+
+    async def _read_events(self, replica_id: str) -> None:
+        """Deliver a replica's events until its stream ends; it ends by itself when no request is left there."""
+        decoder = msgspec.msgpack.Decoder(list[Event])
+        try:
+            async for batch in self._pipelines.events.remote(self._ingress_id, replica_id=replica_id):
+                for event in decoder.decode(batch):
+                    if (inbox := self._inboxes.get(event.request_id)) is not None:
+                        inbox.put_nowait(event)
+        except (RayError, RayServeException) as error:
+            for request_id in self._requests_at.pop(replica_id, ()):
+                if (inbox := self._inboxes.get(request_id)) is not None:
+                    inbox.put_nowait(_ReplicaLostError(_first_line(error)))
+        finally:
+            del self._event_streams[replica_id]
+        if self._requests_at.get(replica_id):
+            self._ensure_event_stream(replica_id)  # a request came while the stream was ending
+        else:
+            self._requests_at.pop(replica_id, None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

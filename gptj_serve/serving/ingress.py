@@ -1,0 +1,67 @@
+"""The `Ingress` deployment: HTTP and the Python handle, over the pipelines."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ValidationError
+from ray.serve.handle import DeploymentHandle
+
+from gptj_serve.api import huggingface
+from gptj_serve.api.app import create_app
+from gptj_serve.api.errors import invalid_request
+from gptj_serve.api.schemas import ClassifyRequest, GenerateRequest, QARequest
+from gptj_serve.api.service import Service
+from gptj_serve.config import ServiceConfig
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.serving.engine_client import ServeEngineClient
+from gptj_serve.serving.logs import use_serve_logging
+from gptj_serve.tokenizer import Tokenizer
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class Ingress:
+    """Serve calls its ASGI application for HTTP, and its methods for `serve.get_app_handle("gptj")`.
+
+    The methods take the HTTP routes' bodies, as dicts or as models of `gptj_serve.api.schemas`, and answer with what
+    the routes answer, as plain dicts and lists, so that a caller needs nothing but Ray. They raise
+    `InvalidRequestError`, `OverloadedError` or `RequestFailedError`.
+    """
+
+    def __init__(self, config: ServiceConfig, pipelines: DeploymentHandle) -> None:
+        use_serve_logging()
+        checkpoint = Checkpoint.open(config.checkpoint_dir)
+        tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
+        engine = ServeEngineClient(pipelines)
+        self._service = Service(config, checkpoint.config, checkpoint.heads, tokenizer, engine)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service)
+
+    async def generate(self, request: GenerateRequest | dict[str, Any]) -> dict[str, Any]:
+        """As `POST /generate`."""
+        return await huggingface.generate_whole(self._service, _parse(GenerateRequest, request))
+
+    async def generate_stream(self, request: GenerateRequest | dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """As `POST /generate_stream`: an item per token. Call it on `handle.options(stream=True)`."""
+        body = _parse(GenerateRequest, request)
+        async with aclosing(huggingface.generate_stream(self._service, body)) as events:
+            async for event in events:
+                yield event
+
+    async def classify(self, request: ClassifyRequest | dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """As `POST /classify`."""
+        return await huggingface.classify_whole(self._service, _parse(ClassifyRequest, request))
+
+    async def qa(self, request: QARequest | dict[str, Any]) -> Any:
+        """As `POST /qa`."""
+        return await huggingface.answer_whole(self._service, _parse(QARequest, request))
+
+
+def _parse(body: type[Body], request: Body | dict[str, Any]) -> Body:
+    try:
+        return body.model_validate(request)
+    except ValidationError as error:
+        raise invalid_request(error.errors()[0]) from None

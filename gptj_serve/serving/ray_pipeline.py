@@ -1,0 +1,165 @@
+"""`RayPipeline`: stages as Ray actors in the replica's placement group, linked over ZeroMQ."""
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gptj_serve.config import PipelineConfig
+from gptj_serve.errors import PipelineError
+from gptj_serve.pipeline.sockets import CurveKeys
+from gptj_serve.pipeline.step_links import StepLinks
+from gptj_serve.serving.stage_actor import GPTJStage, StageSettings
+from gptj_serve.types import MicroBatch, StepOutput
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 5.0
+"""A stage whose loop does not stop within this time hangs, and is replaced."""
+
+
+@dataclass(slots=True)
+class _Stage:
+    settings: StageSettings
+    actor: ActorHandle
+    description: dict[str, Any]
+
+
+class RayPipeline:
+    """Implements the engine's `Pipeline` over stage actors, one in each bundle of the group but the first.
+
+    The first bundle is the replica's own. A lost stage is replaced in its bundle; the others keep their weights.
+    """
+
+    def __init__(self, name: str, config: PipelineConfig, group: PlacementGroup) -> None:
+        self._name = name
+        self._config = config
+        self._group = group
+        self._stages: list[_Stage] = []
+        self._links: StepLinks | None = None
+        self._directory: str | None = None
+        self._watchers: list[asyncio.Task[None]] = []
+        self._num_started = 0
+
+    @property
+    def descriptions(self) -> list[dict[str, Any]]:
+        """Per stage: layers, device, dtype, memory, process."""
+        return [stage.description for stage in self._stages]
+
+    async def start(self, settings: Sequence[StageSettings]) -> None:
+        """Start all stages, load them in parallel and link them. Raises what a stage's loading raised."""
+        actors = [self._create_actor(index, stage) for index, stage in enumerate(settings)]
+        loads = [actor.load.remote() for actor in actors]
+        descriptions = await asyncio.wait_for(asyncio.gather(*loads), self._config.startup_timeout_s)
+        self._stages = [_Stage(*parts) for parts in zip(settings, actors, descriptions, strict=True)]
+        await self._link()
+
+    async def run(self, microbatch: MicroBatch) -> StepOutput:
+        assert self._links is not None
+        return await self._links.run(microbatch)
+
+    async def recover(self) -> None:
+        """Close all links, replace the stages that are dead or hang, and link anew."""
+        self._close_links()
+        stopped = await asyncio.gather(*[self._has_stopped(stage) for stage in self._stages])
+        for index, (stage, alive) in enumerate(zip(self._stages, stopped, strict=True)):
+            if not alive:
+                logger.warning("replacing stage %d (layers %s)", index, stage.description["layers"])
+                ray.kill(stage.actor)
+                stage.actor = self._create_actor(index, stage.settings)
+        loads = [self._load(stage) for stage, alive in zip(self._stages, stopped, strict=True) if not alive]
+        try:
+            await asyncio.wait_for(asyncio.gather(*loads), self._config.startup_timeout_s)
+            await self._link()
+        except (RayError, TimeoutError) as error:
+            raise PipelineError(f"the pipeline could not be brought back: {error}") from error
+
+    def close(self) -> None:
+        """Close the links and end the stages."""
+        self._close_links()
+        for stage in self._stages:
+            ray.kill(stage.actor)
+
+    async def _load(self, stage: _Stage) -> None:
+        stage.description = await stage.actor.load.remote()
+
+    async def _has_stopped(self, stage: _Stage) -> bool:
+        try:
+            await asyncio.wait_for(stage.actor.stop.remote(), STOP_TIMEOUT_S)
+        except (RayError, TimeoutError):
+            return False
+        return True
+
+    async def _link(self) -> None:
+        """Bind every receiver, then connect every sender, then watch for the end of any stage's loop."""
+        on_one_node = len({stage.description["node_id"] for stage in self._stages} | {_own_node_id()}) == 1
+        if on_one_node:
+            keys = None
+            self._directory = tempfile.mkdtemp(prefix="gptj_serve-")  # mkdtemp makes it private (0700)
+            binds = [
+                stage.actor.bind.remote(f"ipc://{self._directory}/{index}", keys)
+                for index, stage in enumerate(self._stages)
+            ]
+            results_address = f"ipc://{self._directory}/results"
+        else:
+            keys = CurveKeys.generate()
+            binds = [stage.actor.bind.remote(None, keys) for stage in self._stages]
+            results_address = f"tcp://{ray.util.get_node_ip_address()}"
+        self._links = links = StepLinks(keys, self._config.step_timeout_s)
+        addresses = await asyncio.gather(*binds)
+        next_addresses = [address.hidden for address in addresses[1:]] + [links.bind(results_address)]
+        await asyncio.gather(
+            *[stage.actor.start.remote(address) for stage, address in zip(self._stages, next_addresses, strict=True)]
+        )
+        links.connect([address.steps for address in addresses])
+        self._watchers = [
+            asyncio.create_task(self._watch(index, stage, links)) for index, stage in enumerate(self._stages)
+        ]
+
+    async def _watch(self, index: int, stage: _Stage, links: StepLinks) -> None:
+        try:
+            await stage.actor.watch.remote()
+        except RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            links.fail(PipelineError(f"stage {index} (layers {stage.description['layers']}) was lost: {reason}"))
+
+    def _close_links(self) -> None:
+        for watcher in self._watchers:
+            watcher.cancel()
+        self._watchers = []
+        if self._links is not None:
+            self._links.close()
+            self._links = None
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+    def _create_actor(self, index: int, settings: StageSettings) -> ActorHandle:
+        first, end = settings.layers
+        self._num_started += 1  # a replacement's name must differ from its predecessor's, which Ray still remembers
+        name = f"{self._name}/stage-{index}-of-{settings.num_stages}/layers-{first}-to-{end - 1}/{self._num_started}"
+        options = {
+            "name": name,
+            "num_cpus": self._config.stage.num_cpus,
+            "num_gpus": self._config.stage.num_gpus,
+            "max_concurrency": 4,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index + 1
+            ),
+        }
+        actor: ActorHandle = ray.remote(GPTJStage).options(**options).remote(settings)
+        return actor
+
+
+def _own_node_id() -> str:
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return node_id

@@ -1,0 +1,93 @@
+"""The Ray actor around a stage: it loads, links and watches; steps and tensors never pass through Ray.
+
+This module is imported by the engine's process too, which needs no torch: only the stage's own process, in `load`,
+imports what does.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ray
+
+from gptj_serve.pipeline.sockets import CurveKeys
+
+if TYPE_CHECKING:
+    from gptj_serve.pipeline.stage_loop import StageAddresses, StageLoop
+    from gptj_serve.pipeline.stage_runner import StageRunner
+
+
+class StageSettings(NamedTuple):
+    """What a stage actor is told, in plain values."""
+
+    checkpoint_dir: str
+    layers: tuple[int, int]
+    num_kv_blocks: int
+    block_size: int
+    dtype: str
+    num_token_ids: int
+    num_stages: int
+    num_threads: int | None
+    uses_gpu: bool
+
+
+class GPTJStage:
+    """One stage. Its methods run in threads of their own, so `watch` can wait while others are called."""
+
+    def __init__(self, settings: StageSettings) -> None:
+        self._settings = settings
+        self._runner: StageRunner | None = None
+        self._loop: StageLoop | None = None
+
+    def load(self) -> dict[str, Any]:
+        """Load the weights; returns a description of the stage. Raises `CheckpointError`."""
+        import torch
+
+        from gptj_serve.model.checkpoint import Checkpoint
+        from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+
+        settings = self._settings
+        device = torch.device("cuda" if settings.uses_gpu else "cpu")
+        torch.set_num_threads(settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_stages))
+        spec = StageSpec(
+            span=range(*settings.layers),
+            num_kv_blocks=settings.num_kv_blocks,
+            block_size=settings.block_size,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+            num_token_ids=settings.num_token_ids,
+        )
+        self._runner = StageRunner.load(Checkpoint.open(Path(settings.checkpoint_dir)), spec)
+        return {
+            "layers": list(settings.layers),
+            "device": str(device),
+            "dtype": settings.dtype,
+            "num_threads": torch.get_num_threads(),
+            "weight_bytes": self._runner.weight_bytes,
+            "kv_cache_bytes": self._runner.kv_cache_bytes,
+            "pid": os.getpid(),
+            "node_ip": ray.util.get_node_ip_address(),
+            "node_id": ray.get_runtime_context().get_node_id(),
+        }
+
+    def bind(self, address: str | None, keys: CurveKeys | None) -> "StageAddresses":
+        """Make new links, listening at an ipc address, or (None) on any TCP port of this node."""
+        from gptj_serve.pipeline.stage_loop import StageLoop
+
+        assert self._runner is not None
+        self._loop = StageLoop(self._runner, keys)
+        return self._loop.bind(address or f"tcp://{ray.util.get_node_ip_address()}")
+
+    def start(self, next_address: str) -> None:
+        assert self._loop is not None
+        self._loop.start(next_address)
+
+    def stop(self) -> None:
+        """Close the links. Doesn't return while a step hangs; the caller then takes this stage for lost."""
+        if self._loop is not None:
+            self._loop.stop()
+
+    def watch(self) -> None:
+        """Return when the links are closed; raise what ended the stage's loop otherwise."""
+        assert self._loop is not None
+        self._loop.failure.result()
