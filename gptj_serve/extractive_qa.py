@@ -4,8 +4,8 @@ The behaviour is that of the question-answering pipeline of transformers 4 (`Que
 transformers 5 removed: question and context are encoded apart and concatenated; a long context is cut into windows
 that overlap by `doc_stride` tokens; a span's score is the product of its start and end probabilities within its
 window. Two things differ: an answer never begins or ends with white space (GPT-2's tokens carry the blank before a
-word, and the old pipeline returned it); and without a CLS token, which GPT-J has not, the score of "no answer" is
-that of the window's first token, which is where transformers' `run_qa.py` trains such models to point.
+word, and the old pipeline returned it); and without a CLS token, which GPT-J has not, "no answer" is the window's
+first token, which is where transformers' `run_qa.py` trains such models to point.
 """
 
 from collections.abc import Sequence
@@ -87,13 +87,17 @@ def best_answers(
     """The `top_k` best answers over all windows; `logits` per window [num_tokens][2] (start, end)."""
     found: dict[str, Answer] = {}  # by lower-cased text: the scores of equal answers add up
     lowest_null_score = 1.0
-    num_candidates = options.top_k * 2 + 10 if options.align_to_words else options.top_k
+    num_candidates = options.top_k * 2 + 10  # more than wanted: some are blank, some the same words
     for window, window_logits in zip(windows, logits, strict=True):
         values = np.asarray(window_logits, dtype=np.float64)
-        null_score = float(np.prod(_softmax(values, axis=0)[0]))
-        lowest_null_score = min(lowest_null_score, null_score)
         in_context = values[window.num_question_tokens :]
-        for first, last, score in _best_spans(in_context, num_candidates, options.max_answer_len):
+        if options.handle_impossible_answer:  # "no answer" takes its share of the probability
+            probabilities = _softmax(np.concatenate([values[:1], in_context]))
+            lowest_null_score = min(lowest_null_score, float(probabilities[0].prod()))
+            probabilities = probabilities[1:]
+        else:
+            probabilities = _softmax(in_context)
+        for first, last, score in _best_spans(probabilities, num_candidates, options.max_answer_len):
             start, end = _characters(
                 context_text, context, window.context_tokens[first], window.context_tokens[last], options.align_to_words
             )
@@ -112,9 +116,9 @@ def best_answers(
     return sorted(answers, key=lambda answer: -answer.score)[: options.top_k] or [Answer("", 0.0, 0, 0)]
 
 
-def _best_spans(logits: NDArray[np.float64], top_k: int, max_answer_len: int) -> list[tuple[int, int, float]]:
-    """(first token, last token, score) of the best spans over the context's logits [C, 2]."""
-    start, end = _softmax(logits, axis=0).T
+def _best_spans(probabilities: NDArray[np.float64], top_k: int, max_answer_len: int) -> list[tuple[int, int, float]]:
+    """(first token, last token, score) of the best spans over the context's start and end probabilities [C, 2]."""
+    start, end = probabilities.T
     max_answer_len = min(max_answer_len, len(start))
     scores = np.tril(np.triu(np.outer(start, end)), max_answer_len - 1)
     flat = scores.ravel()
@@ -143,7 +147,8 @@ def _characters(text: str, encoding: Encoding, first: int, last: int, align_to_w
     return start, end
 
 
-def _softmax(x: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    exponentials = np.exp(x - x.max(axis=axis, keepdims=True))
-    result: NDArray[np.float64] = exponentials / exponentials.sum(axis=axis, keepdims=True)
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the tokens, for start and end apart: [num_tokens, 2]."""
+    exponentials = np.exp(logits - logits.max(axis=0))
+    result: NDArray[np.float64] = exponentials / exponentials.sum(axis=0)
     return result

@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request
 
 from gptj_serve import __version__
 from gptj_serve.api import huggingface, openai
+from gptj_serve.api.body_limit import BodyLimit
 from gptj_serve.api.errors import install_error_handlers
 from gptj_serve.api.service import Service
 
@@ -16,8 +17,8 @@ def create_app(service: Service) -> FastAPI:
         title="gptj_serve",
         version=__version__,
         summary=f"{service.config.served_name}: text generation, classification and extractive question answering",
-        max_body_size=service.config.ingress.max_body_bytes,
     )
+    app.add_middleware(BodyLimit, max_body_bytes=service.config.ingress.max_body_bytes)
     app.state.service = service
     app.state.started_at = int(time.time())
     install_error_handlers(app)

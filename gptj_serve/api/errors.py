@@ -1,6 +1,6 @@
 """From errors to HTTP: one table of statuses, one error object per surface, the handlers that apply them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,6 +23,9 @@ _ERRORS: dict[type[GPTJServeError], tuple[int, str]] = {
 """HTTP status and TGI's `error_type`."""
 
 _OPENAI_TYPES = {"validation": "invalid_request_error", "overloaded": "overloaded_error"}
+INTERNAL_ERROR = GPTJServeError("internal error; the service's log has the details")
+"""What a client sees of an exception that nobody foresaw."""
+
 _TYPE_NAMES = {"bool", "dict", "float", "int", "list", "str"}
 
 
@@ -47,7 +50,8 @@ def install_error_handlers(app: FastAPI) -> None:
         headers = {"Retry-After": str(max(1, round(error.retry_after_s)))} if isinstance(error, OverloadedError) else {}
         if request.url.path.startswith(OPENAI_PREFIX):
             if isinstance(error, InvalidRequestError):
-                status = 404 if error.field == "model" else 400
+                is_unknown_model = error.field == "model" and isinstance(error.value, str)
+                status = 404 if is_unknown_model else 400
             return JSONResponse(openai_error(error), status, headers)
         return JSONResponse(hugging_face_error(error), status, headers)
 
@@ -57,14 +61,22 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def handle_http(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        if request.url.path.startswith(OPENAI_PREFIX):
-            body: dict[str, Any] = {
-                "error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-            }
-        else:
-            body = {"error": message, "error_type": "validation"}
-        return JSONResponse(body, error.status_code, error.headers)
+        return http_error_response(request, error)
+
+    @app.exception_handler(Exception)
+    async def handle_unexpected(request: Request, error: Exception) -> JSONResponse:
+        return await handle(request, INTERNAL_ERROR)  # starlette raises it on, and the server logs it
+
+
+def http_error_response(request: Request, error: HTTPException) -> JSONResponse:
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    if request.url.path.startswith(OPENAI_PREFIX):
+        body: dict[str, Any] = {
+            "error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        }
+    else:
+        body = {"error": message, "error_type": "validation"}
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 def _lookup(error: GPTJServeError) -> tuple[int, str]:
@@ -73,19 +85,29 @@ def _lookup(error: GPTJServeError) -> tuple[int, str]:
 
 def invalid_request(details: Mapping[str, Any]) -> InvalidRequestError:
     """One of pydantic's error entries, with the field's dotted name as the caller wrote it."""
-    location = [part for part in details["loc"] if _is_written_by_caller(part)]
-    return InvalidRequestError(".".join(map(str, location)) or "body", details.get("input"), details["msg"])
+    *location, last = details["loc"] or ("body",)
+    location = [part for part in location if _is_written_by_caller(part)]
+    if details["type"] == "extra_forbidden" or _is_written_by_caller(last):
+        location.append(last)
+    value = None if details["type"] == "missing" else details.get("input")  # else it is what the field is missing in
+    reason = details["msg"].removeprefix("Value error, ")
+    return InvalidRequestError(".".join(map(str, location)) or "body", value, reason)
+
+
+def most_telling(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first of pydantic's errors; if its field is a union, the one about the alternative that fits best."""
+    same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    return min(same_field, key=lambda error: (error["type"].endswith("_type"), -len(error["loc"])))
 
 
 def _invalid_body(request: Request, error: RequestValidationError) -> InvalidRequestError:
     """The first thing wrong with an HTTP body."""
-    first = error.errors()[0]
+    first = most_telling([{**details, "loc": details["loc"][1:]} for details in error.errors()])  # without "body"
     if first["type"] == "json_invalid":
-        return InvalidRequestError("body", first["input"], f"not valid JSON: {first['ctx']['error']}")
-    location = first["loc"][1:]  # without FastAPI's leading "body"
-    if not location and "json" not in request.headers.get("content-type", ""):
+        return InvalidRequestError("body", error.body, f"not valid JSON: {first['ctx']['error']}")
+    if not first["loc"] and "json" not in request.headers.get("content-type", ""):
         return InvalidRequestError("Content-Type", request.headers.get("content-type"), "must be application/json")
-    return invalid_request({**first, "loc": location})
+    return invalid_request(first)
 
 
 def _is_written_by_caller(part: str | int) -> bool:

@@ -93,7 +93,8 @@ async def answer_whole(service: Service, body: QARequest) -> Any:
 
 def _prepare(service: Service, body: GenerateRequest) -> tuple[GenerationParams, list[int]]:
     params = service.generation_params(body)
-    return params, service.encode_prompt(body.inputs, params.sampling.max_new_tokens, "inputs")
+    max_new_tokens = params.sampling.max_new_tokens
+    return params, service.encode_prompt(body.inputs, max_new_tokens, "inputs", "parameters.max_new_tokens")
 
 
 def _generated_text(body: GenerateRequest, chunks: list[TextChunk]) -> str:

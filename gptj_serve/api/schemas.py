@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256
 
@@ -15,7 +16,9 @@ NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_STRING_CHARACTERS)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+TokenIdLists = Annotated[list[TokenIds], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def _off(*off_values: Any) -> AfterValidator:
@@ -37,10 +40,10 @@ class GenerateParameters(_Body):
     """Text Generation Inference's names. Sampling is on with `do_sample`, or as soon as one of its knobs is set."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 20
-    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    min_new_tokens: Count = 0
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Count | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Seed | None = None
     stop: StopStrings = []
@@ -58,6 +61,12 @@ class GenerateParameters(_Body):
     truncate: Annotated[int | None, _off()] = None
     typical_p: Annotated[float | None, _off(1)] = None
     watermark: Annotated[bool | None, _off(False)] = None
+
+    @model_validator(mode="after")
+    def _minimum_fits(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} is over max_new_tokens={self.max_new_tokens}")
+        return self
 
     @property
     def effective_temperature(self) -> float:
@@ -116,8 +125,8 @@ class CompletionRequest(_Body):
     """OpenAI's `/v1/completions`, with vLLM's names for what OpenAI lacks."""
 
     model: str
-    prompt: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | TokenIds | list[TokenIds]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    prompt: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | TokenIds | TokenIdLists
+    max_tokens: Annotated[int, Field(ge=1)] | None = DEFAULT_MAX_TOKENS
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
@@ -127,8 +136,8 @@ class CompletionRequest(_Body):
     stream_options: StreamOptions | None = None
     user: str | None = None  # the caller's own label for its end user; it has no effect by definition
 
-    top_k: Annotated[int, Field(ge=-1)] = 0
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    min_tokens: Count = 0
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)] = []
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -141,6 +150,12 @@ class CompletionRequest(_Body):
     logprobs: Annotated[int | None, _off()] = None
     presence_penalty: Annotated[float | None, _off(0)] = None
     suffix: Annotated[str | None, _off("")] = None
+
+    @model_validator(mode="after")
+    def _minimum_fits(self) -> Self:
+        if self.min_tokens > (self.max_tokens or DEFAULT_MAX_TOKENS):
+            raise ValueError(f"min_tokens={self.min_tokens} is over max_tokens={self.max_tokens}")
+        return self
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:

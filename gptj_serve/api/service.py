@@ -12,7 +12,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from gptj_serve.api.schemas import ClassifyParameters, ClassifyRequest, GenerateRequest, QAInputs, QARequest
+from gptj_serve.api.schemas import (
+    ClassifyParameters,
+    ClassifyRequest,
+    GenerateRequest,
+    QAInputs,
+    QAParameters,
+    QARequest,
+)
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import InvalidRequestError, RequestFailedError
 from gptj_serve.extractive_qa import Answer, QAOptions, best_answers, make_windows
@@ -130,7 +137,7 @@ class Service:
         return await run_all([self._answer_one(item, options) for item in inputs])
 
     def encode_prompt(
-        self, prompt: str | Sequence[int], max_new_tokens: int, field: str, length_field: str = "max_new_tokens"
+        self, prompt: str | Sequence[int], max_new_tokens: int, field: str, length_field: str
     ) -> list[int]:
         """Token ids of a prompt that, with its completion, fits the model; an error uses the fields' names."""
         self._require_head("lm_head", "generation")
@@ -159,7 +166,7 @@ class Service:
             top_k=parameters.top_k or 0,
             top_p=parameters.top_p or 1.0,
             seed=new_seed() if parameters.seed is None else parameters.seed,
-            stop_token_ids=self.check_token_ids(parameters.stop_token_ids, "stop_token_ids"),
+            stop_token_ids=self.check_token_ids(parameters.stop_token_ids, "parameters.stop_token_ids"),
         )
         return GenerationParams(sampling, parameters.stop, include_stop_string=True)
 
@@ -171,7 +178,11 @@ class Service:
 
     async def _answer_one(self, inputs: QAInputs, options: QAOptions) -> list[Answer]:
         context = self.tokenizer.encode_with_offsets(inputs.context)
-        windows = make_windows(self.tokenizer, inputs.question, context, options, self.model.n_positions)
+        try:
+            windows = make_windows(self.tokenizer, inputs.question, context, options, self.model.n_positions)
+        except InvalidRequestError as error:
+            parent = "parameters" if error.field in QAParameters.model_fields else "inputs"
+            raise InvalidRequestError(f"{parent}.{error.field}", error.value, error.reason) from None
         logits = await self._gather(Task.QA, [window.token_ids for window in windows])
         return best_answers(inputs.context, context, windows, logits, options)
 

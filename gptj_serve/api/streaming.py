@@ -1,16 +1,20 @@
 """Server-sent events: from async streams of JSON objects to an HTTP response."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
+from starlette.types import Receive, Scope, Send
 
-from gptj_serve.api.errors import ErrorBody
+from gptj_serve.api.errors import INTERNAL_ERROR, ErrorBody
 from gptj_serve.errors import GPTJServeError
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -27,20 +31,39 @@ async def event_stream(
     """
     first = await anext(events, None)
 
-    async def encoded() -> AsyncIterator[bytes]:
-        async with aclosing(events):
-            try:
-                if first is not None:
-                    yield _encode(first)
-                async for event in events:
-                    yield _encode(event)
-            except GPTJServeError as error:
-                yield _encode(error_body(error))
-                return
-            if end_marker is not None:
-                yield format_sse_event(data_str=end_marker)
+    async def encoded() -> AsyncGenerator[bytes]:
+        try:
+            if first is not None:
+                yield _encode(first)
+            async for event in events:
+                yield _encode(event)
+        except GPTJServeError as error:
+            yield _encode(error_body(error))
+            return
+        except Exception:
+            logger.exception("a stream of events ended with an unexpected error")
+            yield _encode(error_body(INTERNAL_ERROR))
+            return
+        if end_marker is not None:
+            yield format_sse_event(data_str=end_marker)
 
-    return StreamingResponse(encoded(), media_type="text/event-stream", headers=_HEADERS)
+    return _EventStreamResponse(events, encoded())
+
+
+class _EventStreamResponse(StreamingResponse):
+    """Closes its events when it is done, whether the client stayed or left: that is what aborts the request.
+
+    Left to the garbage collector, it would happen at some later time.
+    """
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any]], encoded: AsyncGenerator[bytes]) -> None:
+        super().__init__(encoded, media_type="text/event-stream", headers=_HEADERS)
+        self._events = events
+        self._encoded = encoded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events), aclosing(self._encoded):
+            await super().__call__(scope, receive, send)
 
 
 async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tuple[int, Item]]:

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from gptj_serve.engine.engine import Engine, Pipeline
 from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.errors import PipelineError
 from gptj_serve.types import EngineRequest, Event, is_terminal
 
 
@@ -27,7 +28,12 @@ class LocalEngine:
         await asyncio.gather(self._loop_task, return_exceptions=True)
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
-        """The request's events; closing the stream early aborts it. Raises `InvalidRequestError`."""
+        """The request's events; closing the stream early aborts it.
+
+        Raises `InvalidRequestError`, or `PipelineError` once the engine has stopped.
+        """
+        if self._loop_task is None or self._loop_task.done():
+            raise PipelineError("the engine has stopped")
         self._engine.add(request)
         queue = self._streams[request.request_id] = asyncio.Queue()
         try:

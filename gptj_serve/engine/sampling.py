@@ -33,7 +33,7 @@ def sample(
     if any(suppressed):
         scores = logits.clone()
         for row, ids in enumerate(suppressed):
-            scores[row, list(ids)] = -torch.inf
+            scores[row, [token_id for token_id in ids if token_id < logits.shape[-1]]] = -torch.inf
     chosen = scores.argmax(dim=-1)  # [R]
     drawn = [row for row, p in enumerate(params) if p.temperature > 0 and sound[row]]
     if drawn:
@@ -48,7 +48,9 @@ def sample(
 def _draw(scores: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
     """Temperature, top-k, top-p, then a draw: scores [R, V] → token ids [R]."""
     device = scores.device
-    scores = scores / torch.tensor([p.temperature for p in params], device=device)[:, None]
+    # In fp64, and with the highest score at 0, no temperature above 0 overflows to a NaN.
+    scores = scores.double() - scores.max(dim=-1, keepdim=True).values
+    scores = scores / torch.tensor([p.temperature for p in params], device=device, dtype=torch.float64)[:, None]
     vocab_size = scores.shape[-1]
     if any(0 < p.top_k < vocab_size or p.top_p < 1 for p in params):
         ranked, order = scores.sort(dim=-1, descending=True)

@@ -113,15 +113,17 @@ class Scheduler:
         """The next microbatch, or None if nothing can be scheduled now."""
         rows: list[_InFlightRow] = []
         budget = self.limits.max_microbatch_tokens
-        decoding = [sequence for sequence in self._running if sequence.is_decoding]
-        decode_cap = -(-len(decoding) // self.limits.num_stages)
-        for sequence in decoding:
+        decode_cap = -(-sum(sequence.is_decoding for sequence in self._running) // self.limits.num_stages)
+        # Both loops may preempt, which takes sequences off the end of the list they go through: a list allows that.
+        for sequence in self._running:
             if len(rows) >= min(decode_cap, budget):
                 break
-            self._try_schedule(sequence, 1, rows)
+            if sequence.is_decoding:
+                self._try_schedule(sequence, 1, rows)
         budget -= len(rows)
-        for sequence in [sequence for sequence in self._running if not sequence.is_decoding]:
-            budget -= self._try_schedule(sequence, budget, rows)
+        for sequence in self._running:
+            if not sequence.is_decoding:
+                budget -= self._try_schedule(sequence, budget, rows)
         while budget > 0 and (admitted := self._admit_next()) is not None:
             budget -= self._try_schedule(admitted, budget, rows)
         if not rows:

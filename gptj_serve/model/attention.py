@@ -30,7 +30,10 @@ class PagedRow:
 
 
 class KVCache:
-    """The KV tensors of one stage: per layer keys and values, each [num_blocks, block_size, H, Dh]."""
+    """The KV tensors of one stage: per layer keys and values, each [num_blocks + 1, block_size, H, Dh].
+
+    The last block belongs to nobody and stays zero: it pads block tables.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.block_size = block_size
-        shape = (num_layers, num_blocks, block_size, config.n_head, config.head_dim)
+        self.padding_block = num_blocks
+        shape = (num_layers, num_blocks + 1, block_size, config.n_head, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -69,6 +73,8 @@ class PagedAttention:
         device = cache.keys.device
         self.positions = torch.cat([torch.arange(row.start, row.end) for row in rows]).to(device)  # [T]
         self._slots = _slots(rows, cache.block_size).to(device)  # [T]
+        # A block's last owner may have left NaN behind, which no mask hides: NaN times a weight of 0 is NaN.
+        self._begun_blocks = (self._slots[self._slots % cache.block_size == 0]) // cache.block_size
         self._chunks: list[_Chunk] = []
         decode_tokens: list[int] = []
         decode_rows: list[PagedRow] = []
@@ -82,7 +88,9 @@ class PagedAttention:
             offset += row.num_tokens
         if decode_rows:
             self._decode_tokens = torch.tensor(decode_tokens, device=device)  # [S]
-            self._decode_tables = _padded([row.block_table for row in decode_rows]).to(device)  # [S, blocks]
+            self._decode_tables = _padded([row.block_table for row in decode_rows], cache.padding_block).to(
+                device
+            )  # [S, blocks]
             ends = torch.tensor([row.end for row in decode_rows])
             width = self._decode_tables.shape[1] * cache.block_size
             self._decode_mask = (torch.arange(width) < ends[:, None])[:, None, None, :].to(device)  # [S, 1, 1, C]
@@ -93,6 +101,8 @@ class PagedAttention:
         keys, values = self._cache.keys[index], self._cache.values[index]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys[self._begun_blocks] = 0
+            values[self._begun_blocks] = 0
             keys.view(-1, *k.shape[1:])[self._slots] = k
             values.view(-1, *v.shape[1:])[self._slots] = v
             out = torch.empty_like(q)
@@ -134,7 +144,7 @@ def _slots(rows: Sequence[PagedRow], block_size: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _padded(tables: Sequence[Sequence[int]]) -> Tensor:
-    """Block tables of different lengths as one [S, longest]; padding names block 0, and the mask hides it."""
+def _padded(tables: Sequence[Sequence[int]], padding_block: int) -> Tensor:
+    """Block tables of different lengths as one [S, longest]."""
     longest = max(map(len, tables))
-    return torch.tensor([[*table, *[0] * (longest - len(table))] for table in tables])
+    return torch.tensor([[*table, *[padding_block] * (longest - len(table))] for table in tables])

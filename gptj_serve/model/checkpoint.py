@@ -145,7 +145,7 @@ def _weight_files(directory: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
         for name in names:
-            if Path(name).name != name or not (directory / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
                 raise CheckpointError(f"{index}: names the file {name!r}, which is not in {directory}")
         return [directory / name for name in names]
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))

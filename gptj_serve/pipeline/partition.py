@@ -1,5 +1,7 @@
 """How the layers are split over the stages."""
 
+from itertools import accumulate
+
 from gptj_serve.errors import ConfigError
 from gptj_serve.model.config import GPTJConfig
 
@@ -11,22 +13,24 @@ def head_cost(config: GPTJConfig) -> float:
 
 
 def partition(num_layers: int, num_stages: int, head_cost: float) -> list[range]:
-    """Contiguous half-open spans that cover every layer once, each with at least one, minimising the most expensive stage.
+    """Contiguous half-open spans that cover every layer once, none empty, with the dearest stage as cheap as can be.
 
-    The last stage also pays `head_cost` (in layers). Among the splits with the lowest maximum, earlier stages get
-    the larger share. Raises `ConfigError` when there are more stages than layers.
+    The last stage also pays `head_cost` (in layers). Among the splits with the same dearest stage the most even one
+    is taken. Raises `ConfigError` when there are more stages than layers.
     """
     if not 1 <= num_stages <= num_layers:
         raise ConfigError(f"num_stages={num_stages}: must be from 1 to the model's {num_layers} layers")
-    if num_stages == 1:
-        return [range(num_layers)]
 
-    def cost(num_last: int) -> float:
-        others = num_layers - num_last
-        return max(-(-others // (num_stages - 1)), num_last + head_cost)
+    def sizes(num_last: int) -> list[int]:
+        if num_stages == 1:
+            return [num_layers]
+        base, extra = divmod(num_layers - num_last, num_stages - 1)
+        return [base + (stage < extra) for stage in range(num_stages - 1)] + [num_last]
 
-    num_last = min(range(1, num_layers - num_stages + 2), key=lambda n: (cost(n), n))
-    base, extra = divmod(num_layers - num_last, num_stages - 1)
-    sizes = [base + (stage < extra) for stage in range(num_stages - 1)] + [num_last]
-    starts = [sum(sizes[:stage]) for stage in range(num_stages)]
-    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    def dearest_and_spread(sizes: list[int]) -> tuple[float, float]:
+        costs = [*sizes[:-1], sizes[-1] + head_cost]
+        return max(costs), sum(cost**2 for cost in costs)
+
+    best = min((sizes(num_last) for num_last in range(1, num_layers - num_stages + 2)), key=dearest_and_spread)
+    ends = list(accumulate(best))
+    return [range(end - size, end) for size, end in zip(best, ends, strict=True)]

@@ -9,10 +9,12 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from gptj_serve.config import ServiceConfig
+from gptj_serve.errors import GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
+from gptj_serve.serving.serve_run import end_serve_run
 from gptj_serve.tokenizer import Tokenizer
 
 MAX_CONSTRUCTOR_TRIES = 3
@@ -23,11 +25,16 @@ HEALTH_CHECK_PERIOD_S = 2.0
 def build(config: ServiceConfig) -> Application:
     """Check the whole checkpoint from its headers, then bind the deployments.
 
-    Raises `ConfigError` or `CheckpointError`, naming file and tensor, before any process is started for it.
+    Raises `ConfigError` or `CheckpointError`, naming file and tensor, before any process is started for it; a
+    `serve run` that has nothing else to serve then ends.
     """
-    checkpoint = Checkpoint.open(config.checkpoint_dir)
-    Tokenizer.from_directory(config.checkpoint_dir)
-    partition(checkpoint.config.n_layer, config.pipeline.num_stages, head_cost(checkpoint.config))
+    try:
+        checkpoint = Checkpoint.open(config.checkpoint_dir)
+        Tokenizer.from_directory(config.checkpoint_dir)
+        partition(checkpoint.config.n_layer, config.pipeline.num_stages, head_cost(checkpoint.config))
+    except GPTJServeError as error:
+        end_serve_run(f"{config.served_name} can't be served: {error}")
+        raise
     return _ingress(config).bind(config, _pipeline(config).bind(config))
 
 

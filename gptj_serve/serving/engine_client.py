@@ -76,7 +76,9 @@ class ServeEngineClient:
     async def _attempt(self, request: EngineRequest) -> AsyncGenerator[Event]:
         """The request's events from one replica. Raises `_ReplicaLostError` if it doesn't stay."""
         inbox = self._inboxes[request.request_id] = asyncio.Queue()
-        call = self._pipelines.run.remote(self._ingress_id, msgspec.msgpack.encode(request))
+        # Calls made inside one HTTP request share its internal id, by which Serve's router tells waiting calls apart
+        # (Ray 2.60): of several at once all but one would wait for ever. In a context of its own each has its own.
+        call = contextvars.Context().run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request))
         watcher = asyncio.create_task(self._watch(call, request.request_id, inbox))
         try:
             while True:
@@ -88,6 +90,8 @@ class ServeEngineClient:
                     return
         finally:
             del self._inboxes[request.request_id]
+            for requests in self._requests_at.values():
+                requests.discard(request.request_id)
             watcher.cancel()
             call.cancel()
 
@@ -95,7 +99,6 @@ class ServeEngineClient:
         self, call: DeploymentResponseGenerator[str], request_id: str, inbox: asyncio.Queue[Event | Exception]
     ) -> None:
         """Follow the call of one request to its end, and report an end that is not the request's own."""
-        replica_id = None
         try:
             async for replica_id in call:
                 self._requests_at[replica_id].add(request_id)
@@ -109,9 +112,6 @@ class ServeEngineClient:
             inbox.put_nowait(cause if is_ours else RequestFailedError(f"the pipeline failed: {cause!r}"))
         except (RayError, RayServeException) as error:
             inbox.put_nowait(_ReplicaLostError(_first_line(error)))
-        finally:
-            if replica_id is not None:
-                self._requests_at[replica_id].discard(request_id)
 
     def _ensure_event_stream(self, replica_id: str) -> None:
         if replica_id not in self._event_streams:

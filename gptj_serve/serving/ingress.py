@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from gptj_serve.api import huggingface
 from gptj_serve.api.app import create_app
-from gptj_serve.api.errors import invalid_request
+from gptj_serve.api.errors import invalid_request, most_telling
 from gptj_serve.api.schemas import ClassifyRequest, GenerateRequest, QARequest
 from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
@@ -64,4 +64,4 @@ def _parse(body: type[Body], request: Body | dict[str, Any]) -> Body:
     try:
         return body.model_validate(request)
     except ValidationError as error:
-        raise invalid_request(error.errors()[0]) from None
+        raise invalid_request(most_telling(error.errors())) from None

@@ -62,7 +62,7 @@ class Pipeline:
         self._finished: dict[str, asyncio.Event] = {}  # by request id
         group = ray.util.get_current_placement_group()
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
-        await self._pipeline.start(_stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids))
+        await self._pipeline.start(stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids))
         blocks = KVBlocks(_num_kv_blocks(config.pipeline, checkpoint), config.pipeline.kv_cache.block_size)
         limits = SchedulerLimits(
             num_stages=config.pipeline.num_stages,
@@ -151,7 +151,7 @@ def _num_kv_blocks(config: PipelineConfig, checkpoint: Checkpoint) -> int:
     return -(-num_tokens // config.kv_cache.block_size)
 
 
-def _stage_settings(config: PipelineConfig, checkpoint: Checkpoint, num_token_ids: int) -> list[StageSettings]:
+def stage_settings(config: PipelineConfig, checkpoint: Checkpoint, num_token_ids: int) -> list[StageSettings]:
     spans = partition(checkpoint.config.n_layer, config.num_stages, head_cost(checkpoint.config))
     uses_gpu = config.stage.num_gpus > 0
     return [

@@ -1,0 +1,43 @@
+"""Ending `serve run` when what it was started for can't be served.
+
+`serve run config.yaml` submits the config and then sleeps, whatever becomes of it; a broken checkpoint would leave a
+process that serves nothing and never ends. It is ended only if the cluster exists for that command alone (the
+builder's process descends from it) and nothing is being served, so that a bad update never takes down a running
+version, and a cluster started in any other way is left alone.
+"""
+
+import itertools
+import os
+import signal
+import sys
+import time
+
+import psutil
+from ray import serve
+
+LOG_FORWARDING_S = 1.5
+"""Ray forwards a worker's output to the terminal with a delay."""
+
+
+def end_serve_run(message: str) -> None:
+    """Print `message`; if a `serve run` waits for nothing but this, interrupt it as Ctrl-C would."""
+    command = next((process for process in psutil.Process().parents() if _is_serve_run(process)), None)
+    if command is None or _anything_is_served():
+        return
+    sys.stderr.write(f"ERROR: {message}\n")
+    sys.stderr.flush()
+    time.sleep(LOG_FORWARDING_S)
+    os.kill(command.pid, signal.SIGINT)
+
+
+def _is_serve_run(process: psutil.Process) -> bool:
+    words = [os.path.basename(word) for word in process.cmdline()]
+    return any(pair == ("serve", "run") for pair in itertools.pairwise(words))
+
+
+def _anything_is_served() -> bool:
+    return any(
+        deployment.replica_states.get("RUNNING", 0)
+        for application in serve.status().applications.values()
+        for deployment in application.deployments.values()
+    )

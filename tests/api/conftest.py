@@ -1,0 +1,37 @@
+"""The HTTP application over a fake engine."""
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from fakes import FakeEngine, small_model, small_tokenizer
+from fastapi import FastAPI
+
+from gptj_serve.api.app import create_app
+from gptj_serve.api.service import Service
+from gptj_serve.config import IngressConfig, ServiceConfig
+
+HEADS = ("lm_head", "score", "qa_outputs")
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(small_model(), small_tokenizer())
+
+
+@pytest.fixture
+def service(engine: FakeEngine) -> Service:
+    config = ServiceConfig(model_name="tiny", ingress=IngressConfig(max_body_bytes=4096, max_batch_inputs=4))
+    return Service(config, engine.model, HEADS, engine.tokenizer, engine)
+
+
+@pytest.fixture
+def app(service: Service) -> FastAPI:
+    return create_app(service)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client

@@ -1,0 +1,149 @@
+"""The libraries that people have, unmodified: openai in process, huggingface_hub over a loopback socket."""
+
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from fakes import FakeEngine, small_model, small_tokenizer
+from fastapi import FastAPI
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import ValidationError
+
+from gptj_serve.api.app import create_app
+from gptj_serve.api.service import Service
+from gptj_serve.config import ServiceConfig
+from gptj_serve.errors import OverloadedError
+
+TEXT = " jumps over the café — 東京."
+
+# ── openai ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def openai_client(app: FastAPI, engine: FakeEngine) -> AsyncIterator[openai.AsyncOpenAI]:
+    engine.script["The fox"] = TEXT
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with openai.AsyncOpenAI(
+        base_url="http://test/v1", api_key="none", http_client=httpx.AsyncClient(transport=transport), max_retries=0
+    ) as client:
+        yield client
+
+
+async def test_openai_completion(openai_client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    completion = await openai_client.completions.create(model="tiny", prompt="The fox", max_tokens=50, temperature=0)
+    assert (completion.choices[0].text, completion.choices[0].finish_reason) == (TEXT, "stop")
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens == len(engine.tokenizer.encode(TEXT)) + 1
+
+
+async def test_openai_stream(openai_client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    stream = await openai_client.completions.create(
+        model="tiny", prompt="The fox", max_tokens=50, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == TEXT
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.prompt_tokens == len(engine.tokenizer.encode("The fox"))
+
+
+async def test_openai_models(openai_client: openai.AsyncOpenAI) -> None:
+    assert [model.id async for model in openai_client.models.list()] == ["tiny"]
+    assert (await openai_client.models.retrieve("tiny")).id == "tiny"
+
+
+async def test_openai_errors(openai_client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    create = openai_client.completions.create
+    with pytest.raises(openai.BadRequestError, match="temperature=-1") as refused:
+        await create(model="tiny", prompt="The fox", temperature=-1)
+    assert (refused.value.param, refused.value.type) == ("temperature", "invalid_request_error")
+    with pytest.raises(openai.NotFoundError, match="this service has 'tiny' only"):
+        await create(model="other", prompt="The fox")
+    engine.fail_at = lambda request, index: "a stage was lost" if index == 3 else None
+    stream = await create(model="tiny", prompt="The fox", stream=True)
+    with pytest.raises(openai.APIError, match="a stage was lost"):
+        [chunk async for chunk in stream]
+    engine.refusal = lambda request: OverloadedError("full", 3)
+    with pytest.raises(openai.InternalServerError, match="full") as full:
+        await create(model="tiny", prompt="The fox")
+    assert (full.value.status_code, full.value.response.headers["retry-after"]) == (503, "3")
+
+
+# ── huggingface_hub ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A real server on a free port, in a thread of its own."""
+    engine = FakeEngine(small_model(), small_tokenizer())
+    engine.script["The fox"] = TEXT
+    service = Service(ServiceConfig(), engine.model, ["lm_head", "score", "qa_outputs"], engine.tokenizer, engine)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+def test_hugging_face_text_generation(url: str) -> None:
+    client = InferenceClient(model=f"{url}/generate")
+    assert client.text_generation("The fox", max_new_tokens=50) == TEXT
+    assert client.text_generation("The fox", max_new_tokens=50, return_full_text=True) == f"The fox{TEXT}"
+    assert client.text_generation("The fox", max_new_tokens=50, stop=["over"]) == " jumps over"
+
+
+def test_hugging_face_text_generation_with_details(url: str) -> None:
+    answer = InferenceClient(model=f"{url}/generate").text_generation("The fox", details=True, max_new_tokens=50)
+    assert answer.generated_text == TEXT
+    assert answer.details is not None
+    assert (answer.details.finish_reason, answer.details.seed, answer.details.prefill) == ("eos_token", None, [])
+    assert "".join(token.text for token in answer.details.tokens) == TEXT
+    assert answer.details.generated_tokens == len(answer.details.tokens)
+    assert answer.details.tokens[0].logprob == -0.25
+
+
+def test_hugging_face_text_generation_streamed(url: str) -> None:
+    client = InferenceClient(model=f"{url}/generate")
+    assert "".join(client.text_generation("The fox", stream=True, max_new_tokens=50)) == TEXT
+    *_, last = client.text_generation("The fox", stream=True, details=True, max_new_tokens=50)
+    assert (last.generated_text, last.token.special) == (TEXT, True)
+    assert last.details is not None
+    assert (last.details.finish_reason, last.details.generated_tokens) == ("eos_token", last.index)
+
+
+def test_hugging_face_text_classification(url: str) -> None:
+    client = InferenceClient(model=f"{url}/classify")
+    labels = client.text_classification("The fox")
+    assert {label.label for label in labels} == {"bad", "good", "neither"}
+    assert sum(label.score for label in labels) == pytest.approx(1.0)
+    assert client.text_classification("The fox", top_k=1) == labels[:1]
+
+
+def test_hugging_face_question_answering(url: str) -> None:
+    client = InferenceClient(model=f"{url}/qa")
+    context = "Žofka lives in 東京 with 👩🏽‍🚀 Ana."
+    answer = client.question_answering(question="Where?", context=context)
+    assert context[answer.start : answer.end] == answer.answer != ""
+    answers = client.question_answering(question="Where?", context=context, top_k=2)
+    assert [a.answer == answer.answer for a in answers] == [True, False]
+
+
+def test_hugging_face_errors(url: str) -> None:
+    """The library knows TGI's error object and raises what its `error_type` says."""
+    client = InferenceClient(model=f"{url}/generate")
+    with pytest.raises(ValidationError, match=r"^parameters\.temperature=-1: "):
+        client.text_generation("The fox", temperature=-1)
+
+
+def test_a_huge_body_is_answered_over_a_socket(url: str) -> None:
+    """The client gets the answer, not a broken connection, though most of what it sends is never read."""
+    response = httpx.post(f"{url}/generate", content=b" " * 50_000_000, headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    assert "the body of 50000000 bytes is over the limit of 1048576 bytes" in response.json()["error"]

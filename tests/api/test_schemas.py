@@ -1,0 +1,166 @@
+"""No field of a request is silently ignored: each one is in a table here, and the table is proven.
+
+A field has an effect if changing it alone changes what the engine is asked or what the client gets. Who adds a field
+adds a row; `test_each_field_is_in_one_table` fails until then.
+"""
+
+from typing import Any, get_args
+
+import httpx
+import pytest
+from calls import events
+from fakes import FakeEngine
+from pydantic import BaseModel
+
+from gptj_serve.api.schemas import ClassifyRequest, CompletionRequest, GenerateRequest, QARequest
+
+CONTEXT = "Ana lives in Ljubljana with the quick brown fox, who jumps over Žofka's lazy dog all day long."
+
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # model → path, smallest body
+    "GenerateRequest": ("/generate", {"inputs": "The fox", "parameters": {"seed": 1}}),
+    "ClassifyRequest": ("/classify", {"inputs": "The fox"}),
+    "QARequest": ("/qa", {"inputs": {"question": "Where is the fox?", "context": CONTEXT}}),
+    "CompletionRequest": ("/v1/completions", {"model": "tiny", "prompt": "The fox", "seed": 1}),
+}
+
+HAS_EFFECT: dict[str, tuple[Any, dict[str, Any]]] = {  # field → another value, what else the body needs for it to show
+    "GenerateRequest.inputs": ("The dog", {}),
+    "GenerateRequest.stream": (True, {}),
+    "GenerateRequest.parameters.max_new_tokens": (3, {}),
+    "GenerateRequest.parameters.min_new_tokens": (3, {}),
+    "GenerateRequest.parameters.do_sample": (True, {}),
+    "GenerateRequest.parameters.temperature": (0.5, {}),
+    "GenerateRequest.parameters.top_k": (5, {"parameters.do_sample": True}),
+    "GenerateRequest.parameters.top_p": (0.5, {"parameters.do_sample": True}),
+    "GenerateRequest.parameters.seed": (2, {"parameters.do_sample": True}),
+    "GenerateRequest.parameters.stop": (["mps"], {"inputs": "scripted"}),
+    "GenerateRequest.parameters.stop_token_ids": ([5], {}),
+    "GenerateRequest.parameters.return_full_text": (True, {}),
+    "GenerateRequest.parameters.details": (True, {}),
+    "ClassifyRequest.inputs": ("The dog", {}),
+    "ClassifyRequest.parameters.top_k": (1, {}),
+    "ClassifyRequest.parameters.function_to_apply": ("sigmoid", {}),
+    "QARequest.inputs.question": ("Where is the dog?", {}),
+    "QARequest.inputs.context": ("The dog is here.", {}),
+    "QARequest.parameters.top_k": (2, {}),
+    "QARequest.parameters.doc_stride": (1, {}),
+    "QARequest.parameters.max_seq_len": (32, {}),
+    "QARequest.parameters.max_question_len": (3, {}),
+    "QARequest.parameters.max_answer_len": (1, {"parameters.top_k": 50}),
+    "QARequest.parameters.handle_impossible_answer": (True, {"parameters.top_k": 1000}),
+    "QARequest.parameters.align_to_words": (False, {"parameters.top_k": 50}),
+    "CompletionRequest.prompt": ("The dog", {}),
+    "CompletionRequest.max_tokens": (3, {}),
+    "CompletionRequest.temperature": (0.5, {}),
+    "CompletionRequest.top_p": (0.5, {}),
+    "CompletionRequest.n": (2, {}),
+    "CompletionRequest.seed": (2, {}),
+    "CompletionRequest.stop": ("mps", {"prompt": "scripted"}),
+    "CompletionRequest.stream": (True, {}),
+    "CompletionRequest.stream_options.include_usage": (True, {"stream": True}),
+    "CompletionRequest.top_k": (5, {}),
+    "CompletionRequest.min_tokens": (3, {}),
+    "CompletionRequest.stop_token_ids": ([5], {}),
+    "CompletionRequest.ignore_eos": (True, {"prompt": "scripted"}),
+    "CompletionRequest.include_stop_str_in_output": (True, {"prompt": "scripted", "stop": "mps"}),
+    "CompletionRequest.return_token_ids": (True, {}),
+}
+
+REFUSED: dict[str, tuple[Any, list[Any]]] = {  # field → a value that asks for something, values that ask for nothing
+    "GenerateRequest.parameters.adapter_id": ("lora", [None]),
+    "GenerateRequest.parameters.best_of": (2, [None, 1]),
+    "GenerateRequest.parameters.decoder_input_details": (True, [None, False]),
+    "GenerateRequest.parameters.frequency_penalty": (0.1, [None, 0, 0.0]),
+    "GenerateRequest.parameters.grammar": ({"type": "regex", "value": "a"}, [None]),
+    "GenerateRequest.parameters.repetition_penalty": (1.2, [None, 1, 1.0]),
+    "GenerateRequest.parameters.top_n_tokens": (3, [None, 0]),
+    "GenerateRequest.parameters.truncate": (5, [None]),
+    "GenerateRequest.parameters.typical_p": (0.9, [None, 1, 1.0]),
+    "GenerateRequest.parameters.watermark": (True, [None, False]),
+    "CompletionRequest.best_of": (2, [None, 1]),
+    "CompletionRequest.echo": (True, [None, False]),
+    "CompletionRequest.frequency_penalty": (-0.5, [None, 0, 0.0]),
+    "CompletionRequest.logit_bias": ({"5": 1.0}, [None, {}]),
+    "CompletionRequest.logprobs": (0, [None]),
+    "CompletionRequest.presence_penalty": (0.5, [None, 0, 0.0]),
+    "CompletionRequest.suffix": ("end", [None, ""]),
+}
+
+ELSEWHERE = {
+    "CompletionRequest.model": "test_bad_input.test_an_unknown_model_is_not_found",
+    "CompletionRequest.user": "the caller's own label; it has no effect by definition",
+}
+
+
+def _fields(model: type[BaseModel], prefix: str) -> list[str]:
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        candidates = [field.annotation, *get_args(field.annotation)]
+        parts = [part for part in candidates if isinstance(part, type) and issubclass(part, BaseModel)]
+        names += _fields(parts[0], f"{prefix}.{name}") if parts else [f"{prefix}.{name}"]
+    return names
+
+
+def test_each_field_is_in_one_table() -> None:
+    fields = [
+        field
+        for model in (GenerateRequest, ClassifyRequest, QARequest, CompletionRequest)
+        for field in _fields(model, model.__name__)
+    ]
+    assert sorted(fields) == sorted([*HAS_EFFECT, *REFUSED, *ELSEWHERE])
+
+
+def _with(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `body` with the field at a dotted path set."""
+    name, _, rest = path.partition(".")
+    return body | {name: _with(body.get(name, {}), rest, value) if rest else value}
+
+
+async def _observe(client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
+    """What a request does: what the engine is asked, and what comes back."""
+    engine.script["scripted"] = " jumps over"
+    engine.requests.clear()
+    response = await client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    streamed = response.headers["content-type"].startswith("text/event-stream")
+    answer = events(response) if streamed else [response.json()]
+    for part in answer:
+        if isinstance(part, dict):
+            part.pop("id", None)
+            part.pop("created", None)
+    asked = [(r.task, r.prompt_token_ids, r.sampling) for r in engine.requests]
+    return streamed, answer, asked
+
+
+@pytest.mark.parametrize("field", HAS_EFFECT)
+async def test_a_field_has_an_effect(client: httpx.AsyncClient, engine: FakeEngine, field: str) -> None:
+    model, _, name = field.partition(".")
+    path, body = PLAIN[model]
+    value, context = HAS_EFFECT[field]
+    for other, other_value in context.items():
+        body = _with(body, other, other_value)
+    plain = await _observe(client, engine, path, body)
+    assert plain == await _observe(client, engine, path, body), "the field alone makes the difference"
+    assert plain != await _observe(client, engine, path, _with(body, name, value))
+
+
+@pytest.mark.parametrize("field", REFUSED)
+async def test_an_unsupported_field_is_refused_by_name_unless_it_is_off(
+    client: httpx.AsyncClient, engine: FakeEngine, field: str
+) -> None:
+    model, _, name = field.partition(".")
+    path, body = PLAIN[model]
+    value, off_values = REFUSED[field]
+    plain = await _observe(client, engine, path, body)
+    for off_value in off_values:
+        assert await _observe(client, engine, path, _with(body, name, off_value)) == plain
+    engine.requests.clear()
+    response = await client.post(path, json=_with(body, name, value))
+    error = response.json()["error"]
+    if path.startswith("/v1/"):
+        assert (response.status_code, error["param"]) == (400, name)
+        error = error["message"]
+    else:
+        assert response.status_code == 422
+    assert error == f"{name}={value!r}: is not supported"
+    assert engine.requests == []

@@ -1,0 +1,76 @@
+"""Shared fixtures. `tiny_gptj` makes the checkpoints that the package and transformers, its oracle, both load."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")  # machines are shared and slow at times; nothing here asserts a time
+
+TINY_GPTJ: dict[str, Any] = {
+    "vocab_size": 97,
+    "n_positions": 96,
+    "n_embd": 32,
+    "n_layer": 6,
+    "n_head": 4,
+    "rotary_dim": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 96,
+    "id2label": {0: "greeting", 1: "question", 2: "farewell"},
+    "label2id": {"greeting": 0, "question": 1, "farewell": 2},
+}
+
+CheckpointFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def one_torch_thread() -> None:
+    """These tensors are too small for more: several threads would only get in each other's way."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_gptj(tmp_path_factory: pytest.TempPathFactory, one_torch_thread: None) -> CheckpointFactory:
+    """`tiny_gptj(**config)` → a directory with a random GPT-J that has all three heads, made once per config.
+
+    Tests share the directories: copy one before changing it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(**config: Any) -> Path:
+        key = json.dumps(config, sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("gptj")
+            _save_random_gptj({**TINY_GPTJ, **config}, made[key])
+        return made[key]
+
+    return make
+
+
+def _save_random_gptj(config: dict[str, Any], directory: Path) -> None:
+    """Weights large enough for decisive logits, biases and LayerNorms far from their defaults: each must matter."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    generator = torch.Generator().manual_seed(1)
+    model = GPTJForCausalLM(GPTJConfig(**config))
+    tensors = model.state_dict()
+    if config.get("tie_word_embeddings"):
+        del tensors["lm_head.weight"]
+    width, num_labels = config["n_embd"], len(config["id2label"])
+    tensors |= {"score.weight": torch.empty(num_labels, width), "qa_outputs.weight": torch.empty(2, width)}
+    tensors["qa_outputs.bias"] = torch.empty(2)
+    for name, tensor in tensors.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        scale = 0.6 if name in ("transformer.wte.weight", "lm_head.weight") else 0.2
+        tensors[name] = scale * noise + name.endswith(("ln_1.weight", "ln_f.weight"))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(directory)

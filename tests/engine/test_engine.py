@@ -1,0 +1,281 @@
+"""The engine loop over a pipeline that fails, and `LocalEngine`'s streams."""
+
+import asyncio
+import gc
+import logging
+import random
+from collections.abc import Callable
+from contextlib import aclosing
+
+import pytest
+from fake_stages import FakeStages, expected_events, generate_request, head_request, make_scheduler
+
+from gptj_serve.engine.engine import MAX_FUTILE_RECOVERIES, Engine
+from gptj_serve.engine.local import LocalEngine
+from gptj_serve.errors import InvalidRequestError, PipelineError
+from gptj_serve.types import EngineRequest, Event, FailureEvent, MicroBatch, StepOutput, Task, is_terminal
+
+
+class FakePipeline:
+    """Runs microbatches in order, takes some turns of the event loop for each, and is lost when `fails` says so.
+
+    Once lost, it loses all that is in flight and refuses everything until `recover`.
+    """
+
+    def __init__(self, block_size: int = 4, fails: Callable[[MicroBatch], bool] = lambda _: False) -> None:
+        self._stages = FakeStages(block_size)
+        self._fails = fails
+        self._delays = random.Random(0)
+        self._generation = 0
+        self.is_lost = False
+        self.can_recover = True
+        self.num_recoveries = 0
+        self.num_steps = 0
+        self.max_in_flight = 0
+        self._num_in_flight = 0
+        self.gate = asyncio.Event()  # no step ends while it is unset
+        self.gate.set()
+
+    async def run(self, microbatch: MicroBatch) -> StepOutput:
+        self._num_in_flight += 1
+        try:
+            return await self._run(microbatch)
+        finally:
+            self._num_in_flight -= 1
+
+    async def _run(self, microbatch: MicroBatch) -> StepOutput:
+        if self.is_lost:
+            raise PipelineError("still lost")
+        generation = self._generation
+        self.num_steps += 1
+        self.max_in_flight = max(self.max_in_flight, self._num_in_flight)
+        output = self._stages.run(microbatch)
+        self.is_lost = self._fails(microbatch)
+        for _ in range(self._delays.randrange(4)):
+            await asyncio.sleep(0)
+        await self.gate.wait()
+        if self.is_lost or generation != self._generation:
+            raise PipelineError("stage 1 was lost")
+        return output
+
+    async def recover(self) -> None:
+        self.num_recoveries += 1
+        await asyncio.sleep(0)
+        if not self.can_recover:
+            raise PipelineError("no stage comes back")
+        self._generation += 1
+        self.is_lost = False
+        self._stages.restart()
+
+
+def mixed_requests(count: int) -> list[EngineRequest]:
+    rng = random.Random(count)
+    requests = []
+    for i in range(count):
+        prompt = [rng.randrange(11) for _ in range(rng.randint(1, 12))]
+        if i % 5 == 4:
+            requests.append(head_request(str(i), rng.choice([Task.CLASSIFY, Task.QA]), prompt))
+        else:
+            requests.append(generate_request(str(i), prompt, max_new_tokens=rng.randint(1, 12), seed=i))
+    return requests
+
+
+async def collect(engine: LocalEngine, request: EngineRequest) -> list[Event]:
+    return [event async for event in engine.submit(request)]
+
+
+async def stats(engine: LocalEngine) -> dict[str, int]:
+    return (await engine.status())[0]["engine"]
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+async def test_all_answers_are_right_and_the_counters_agree(num_stages: int):
+    pipeline = FakePipeline()
+    requests = mixed_requests(30)
+    scheduler = make_scheduler(num_stages=num_stages, num_blocks=16, max_microbatch_tokens=16)
+    async with LocalEngine(scheduler, pipeline) as engine:
+        answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+        after = await stats(engine)
+    assert answers == [expected_events(request) for request in requests]
+    assert pipeline.max_in_flight == num_stages
+    assert after["num_requests_finished"] == 30
+    assert after["num_tokens_generated"] == sum(
+        len(answer) for answer, request in zip(answers, requests, strict=True) if request.task is Task.GENERATE
+    )
+    assert after["num_preemptions"] > 0
+    for nothing in ("running", "waiting", "microbatches_in_flight", "kv_blocks_used", "tokens_waiting"):
+        assert after[f"num_{nothing}"] == 0
+    assert after["num_requests_aborted"] == after["num_requests_failed"] == after["num_recoveries"] == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_losing_stages_at_random_changes_no_answer(seed: int):
+    chance = random.Random(seed)
+    pipeline = FakePipeline(fails=lambda _: chance.random() < 0.1)
+    requests = mixed_requests(25)
+    scheduler = make_scheduler(num_stages=3, num_blocks=16, max_microbatch_tokens=16)
+    async with LocalEngine(scheduler, pipeline) as engine:
+        answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+        after = await stats(engine)
+        scheduler.check_integrity()
+    assert answers == [expected_events(request) for request in requests]
+    assert after["num_recoveries"] == pipeline.num_recoveries > 0
+    assert after["num_kv_blocks_used"] == after["num_requests_failed"] == 0
+
+
+async def test_requests_that_kill_the_pipeline_again_and_again_are_given_up():
+    """13 in a prompt kills a stage. Its request fails after some tries, and whoever comes later is served."""
+    pipeline = FakePipeline(fails=lambda microbatch: any(13 in row.token_ids for row in microbatch.rows))
+    async with LocalEngine(make_scheduler(num_stages=2), pipeline) as engine:
+        events = await collect(engine, generate_request("poison", [1, 13]))
+        assert [type(event) for event in events] == [FailureEvent]
+        assert "failed again and again" in events[0].message
+        assert pipeline.num_recoveries >= MAX_FUTILE_RECOVERIES
+        good = generate_request("good", [1, 2])
+        assert await collect(engine, good) == expected_events(good)
+        after = await stats(engine)
+    assert (after["num_requests_failed"], after["num_requests_finished"]) == (1, 1)
+
+
+async def test_losses_with_finished_steps_between_them_are_never_given_up():
+    failing = random.Random(1)
+    pipeline = FakePipeline(fails=lambda _: failing.random() < 0.4)
+    request = generate_request("a", [1], max_new_tokens=30, ignore_eos=True)
+    async with LocalEngine(make_scheduler(), pipeline) as engine:
+        assert await collect(engine, request) == expected_events(request)
+    assert pipeline.num_recoveries > MAX_FUTILE_RECOVERIES
+
+
+async def test_several_steps_lost_at_once_leave_no_trace_in_the_log(caplog):
+    """Each lost step is a task with an exception; asyncio complains of those that nobody looked at."""
+    pipeline = FakePipeline()
+    pipeline.gate.clear()
+    async with LocalEngine(make_scheduler(num_stages=3, max_microbatch_tokens=2), pipeline) as engine:
+        requests = [generate_request(str(i), [i, i + 1]) for i in range(3)]
+        answers = [asyncio.create_task(collect(engine, request)) for request in requests]
+        await turns()
+        assert pipeline.max_in_flight == 3
+        pipeline.is_lost = True
+        pipeline.gate.set()
+        assert await asyncio.gather(*answers) == [expected_events(request) for request in requests]
+    await turns()
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_pipeline_that_cannot_recover_ends_the_engine_and_every_request():
+    pipeline = FakePipeline(fails=lambda _: True)
+    pipeline.can_recover = False
+    emitted: list[Event] = []
+    engine = Engine(make_scheduler(), pipeline, emitted.extend)
+    for i in range(3):
+        engine.add(generate_request(str(i), [i]))
+    with pytest.raises(PipelineError, match="no stage comes back"):
+        await asyncio.wait_for(engine.run(), 10)
+    assert [(type(event), event.request_id) for event in emitted] == [(FailureEvent, str(i)) for i in range(3)]
+    assert engine.stats().num_kv_blocks_used == 0
+
+
+async def test_request_after_the_end_of_a_local_engine_does_not_wait_for_ever():
+    pipeline = FakePipeline(fails=lambda _: True)
+    pipeline.can_recover = False
+    async with LocalEngine(make_scheduler(), pipeline) as engine:
+        first = await collect(engine, generate_request("a", [1]))
+        assert [type(event) for event in first] == [FailureEvent]
+        try:
+            later = await asyncio.wait_for(collect(engine, generate_request("b", [1])), 2)
+        except PipelineError:
+            return  # just as good
+        assert [type(event) for event in later] == [FailureEvent]
+
+
+async def test_cancelled_engine_fails_what_it_serves():
+    pipeline = FakePipeline()
+    pipeline.gate.clear()
+    async with LocalEngine(make_scheduler(), pipeline) as engine:
+        answer = asyncio.create_task(collect(engine, generate_request("a", [1])))
+        await turns()
+    assert [type(event) for event in await answer] == [FailureEvent]
+
+
+async def test_events_of_a_step_come_together():
+    emitted: list[list[Event]] = []
+    engine = Engine(make_scheduler(), FakePipeline(), emitted.append)
+    for i in range(4):
+        engine.add(generate_request(str(i), [i], max_new_tokens=3, ignore_eos=True))
+    task = asyncio.create_task(engine.run())
+    while sum(map(is_terminal, [event for events in emitted for event in events])) < 4:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert [len(events) for events in emitted] == [4, 4, 4]
+
+
+async def test_abort_frees_blocks_at_once():
+    pipeline = FakePipeline()
+    pipeline.gate.clear()
+    emitted: list[Event] = []
+    engine = Engine(make_scheduler(), pipeline, emitted.extend)
+    engine.add(generate_request("a", range(9)))
+    task = asyncio.create_task(engine.run())
+    await turns()
+    assert (engine.stats().num_kv_blocks_used, engine.stats().num_microbatches_in_flight) == (3, 1)
+    engine.abort("a")
+    engine.abort("a")  # and again: nothing happens
+    assert (engine.stats().num_kv_blocks_used, engine.stats().num_running) == (0, 0)
+    assert engine.stats().num_requests_aborted == 1
+    pipeline.gate.set()
+    await turns()
+    assert engine.stats().num_microbatches_in_flight == 0
+    assert emitted == []
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_closing_a_stream_aborts_its_request_and_no_other():
+    pipeline = FakePipeline()
+    other = generate_request("other", [2], max_new_tokens=30, ignore_eos=True)
+    async with LocalEngine(make_scheduler(num_stages=2), pipeline) as engine:
+        answer = asyncio.create_task(collect(engine, other))
+        async with aclosing(engine.submit(generate_request("a", [1], max_new_tokens=40, ignore_eos=True))) as stream:
+            assert not is_terminal(await anext(stream))
+            assert not is_terminal(await anext(stream))
+        after = await stats(engine)
+        assert (after["num_requests_aborted"], after["num_running"]) == (1, 1)
+        assert await answer == expected_events(other)
+        after = await stats(engine)
+    assert (after["num_kv_blocks_used"], after["num_requests_finished"]) == (0, 1)
+
+
+async def test_a_cancelled_reader_aborts_its_request():
+    async with LocalEngine(make_scheduler(), FakePipeline()) as engine:
+        reader = asyncio.create_task(collect(engine, generate_request("a", [1], max_new_tokens=60, ignore_eos=True)))
+        await turns()
+        assert (await stats(engine))["num_running"] == 1
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        after = await stats(engine)
+    assert (after["num_requests_aborted"], after["num_kv_blocks_used"]) == (1, 0)
+
+
+async def test_finished_stream_is_not_counted_as_aborted():
+    async with LocalEngine(make_scheduler(), FakePipeline()) as engine:
+        await collect(engine, head_request("a", Task.CLASSIFY, [1, 2]))
+        assert (await stats(engine))["num_requests_aborted"] == 0
+
+
+async def test_refused_request_disturbs_nobody():
+    request = generate_request("a", [1], max_new_tokens=30, ignore_eos=True)
+    async with LocalEngine(make_scheduler(), FakePipeline()) as engine:
+        answer = asyncio.create_task(collect(engine, request))
+        await turns()
+        with pytest.raises(InvalidRequestError, match="request_id='a'"):
+            await collect(engine, head_request("a", Task.QA, [1]))
+        with pytest.raises(InvalidRequestError, match="max_new_tokens=64"):
+            await collect(engine, generate_request("b", [1], max_new_tokens=64))
+        assert await answer == expected_events(request)

@@ -1,0 +1,346 @@
+"""The scheduler's rules one by one; test_scheduler_chaos.py mixes them."""
+
+import pytest
+from fake_stages import EOS, FakeStages, expected_events, generate_request, head_request, make_scheduler
+
+from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.errors import InvalidRequestError
+from gptj_serve.types import (
+    EngineRequest,
+    Event,
+    FailureEvent,
+    FinishReason,
+    MicroBatch,
+    RowFailure,
+    RowOutput,
+    Task,
+    TokenEvent,
+)
+
+
+def drain(scheduler: Scheduler, stages: FakeStages | None = None) -> list[Event]:
+    """Serve everything, one microbatch at a time."""
+    stages = stages or FakeStages(scheduler.blocks.block_size)
+    events: list[Event] = []
+    while (microbatch := scheduler.schedule()) is not None:
+        events += scheduler.update(stages.run(microbatch))
+        scheduler.check_integrity()
+    assert not scheduler.has_work
+    assert scheduler.blocks.num_used == 0
+    return events
+
+
+def serve(*requests: EngineRequest, **limits: int) -> list[Event]:
+    scheduler = make_scheduler(**limits)
+    for request in requests:
+        scheduler.add(request)
+    return drain(scheduler)
+
+
+def token_ids(events: list[Event]) -> list[int]:
+    return [event.token_id for event in events if isinstance(event, TokenEvent)]
+
+
+def scheduled(scheduler: Scheduler) -> MicroBatch:
+    microbatch = scheduler.schedule()
+    assert microbatch is not None
+    return microbatch
+
+
+def decoding_scheduler(num_sequences: int, **limits: int) -> tuple[Scheduler, FakeStages]:
+    """All sequences have their prompt computed and one token."""
+    scheduler = make_scheduler(**limits)
+    stages = FakeStages(scheduler.blocks.block_size)
+    for i in range(num_sequences):
+        scheduler.add(generate_request(str(i), [i % 11], max_new_tokens=20, ignore_eos=True))
+    while scheduler.num_waiting:
+        scheduler.update(stages.run(scheduled(scheduler)))
+    return scheduler, stages
+
+
+# ------------------------------------------------------------------------------------------------ a microbatch's size
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "num_stages", "sizes"),
+    [(16, 4, [4, 4, 4, 4]), (5, 2, [3, 2]), (3, 4, [1, 1, 1, 0]), (7, 1, [7]), (1, 3, [1, 0, 0])],
+)
+def test_decode_rows_are_spread_over_the_stages(num_sequences: int, num_stages: int, sizes: list[int]):
+    scheduler, _ = decoding_scheduler(num_sequences, num_stages=num_stages)
+    microbatches = [scheduler.schedule() for _ in range(num_stages)]
+    assert [len(microbatch.rows) if microbatch else 0 for microbatch in microbatches] == sizes
+    riders = [row.block_table[0] for microbatch in microbatches if microbatch for row in microbatch.rows]
+    assert len(set(riders)) == num_sequences  # disjoint
+
+
+def test_prompts_are_not_capped_by_the_number_of_stages():
+    scheduler = make_scheduler(num_stages=4)
+    for i in range(8):
+        scheduler.add(generate_request(str(i), [i]))
+    assert len(scheduled(scheduler).rows) == 8
+
+
+@pytest.mark.parametrize("budget", [1, 3, 7, 16])
+def test_token_budget_holds_and_is_used_up(budget: int):
+    scheduler = make_scheduler(max_microbatch_tokens=budget)
+    for i in range(3):
+        scheduler.add(head_request(str(i), Task.CLASSIFY, range(10)))
+    sizes = []
+    while (microbatch := scheduler.schedule()) is not None:
+        sizes.append(microbatch.num_tokens)
+    assert sizes == [budget] * (30 // budget) + [30 % budget] * (30 % budget > 0)
+
+
+def test_decoding_goes_before_prompts_within_the_budget():
+    scheduler, _ = decoding_scheduler(3, max_microbatch_tokens=5)
+    scheduler.add(generate_request("long", range(10)))
+    rows = scheduled(scheduler).rows
+    assert [len(row.token_ids) for row in rows] == [1, 1, 1, 2]
+    assert [row.start for row in rows] == [1, 1, 1, 0]
+
+
+def test_long_prompt_is_cut_into_chunks_that_follow_each_other():
+    scheduler = make_scheduler(max_microbatch_tokens=4)
+    scheduler.add(generate_request("a", range(10), max_new_tokens=1, seed=5))
+    chunks = [scheduled(scheduler).rows[0] for _ in range(3)]
+    assert scheduler.schedule() is None
+    assert [(row.start, row.token_ids) for row in chunks] == [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7]), (8, [8, 9])]
+    assert [row.output for row in chunks] == [RowOutput.NOTHING, RowOutput.NOTHING, RowOutput.SAMPLE]
+    assert [row.sampling and row.sampling.seed for row in chunks] == [None, None, 5]
+    assert [len(row.block_table) for row in chunks] == [1, 2, 3]
+
+
+def test_every_chunk_of_a_qa_request_returns_its_logits_and_the_last_of_a_classify_request():
+    for task, outputs in (
+        (Task.QA, [RowOutput.QA, RowOutput.QA]),
+        (Task.CLASSIFY, [RowOutput.NOTHING, RowOutput.CLASSIFY]),
+    ):
+        scheduler = make_scheduler(max_microbatch_tokens=4)
+        scheduler.add(head_request("a", task, range(6)))
+        assert [scheduled(scheduler).rows[0].output for _ in range(2)] == outputs
+        assert scheduler.schedule() is None
+
+
+def test_max_num_sequences_is_the_most_that_hold_blocks():
+    scheduler = make_scheduler(max_num_sequences=2)
+    for i in range(5):
+        scheduler.add(generate_request(str(i), [i]))
+    assert len(scheduled(scheduler).rows) == 2
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_tokens_waiting) == (2, 3, 3)
+
+
+def test_admission_waits_for_the_blocks_of_the_whole_prompt():
+    scheduler = make_scheduler(num_blocks=4, block_size=4, max_microbatch_tokens=4)
+    scheduler.add(head_request("a", Task.CLASSIFY, range(10)))
+    scheduler.add(head_request("b", Task.CLASSIFY, range(8)))
+    scheduler.add(head_request("c", Task.CLASSIFY, range(2)))
+    chunks = [scheduled(scheduler) for _ in range(3)]
+    assert scheduler.num_running == 1  # "a" has yet to take two of the three free blocks; "c" does not overtake "b"
+    assert [microbatch.num_tokens for microbatch in chunks] == [4, 4, 2]
+    assert scheduler.schedule() is None
+
+
+# ------------------------------------------------------------------------------------------------------- refusal
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "max_new_tokens", "field", "value"),
+    [(17, 1, "prompt", 17), (10, 7, "max_new_tokens", 7), (16, 1, "max_new_tokens", 1)],
+)
+@pytest.mark.parametrize(
+    "limits", [{"max_sequence_tokens": 16}, {"num_blocks": 4, "block_size": 4}], ids=["n_positions", "KV pool"]
+)
+def test_request_that_can_never_be_finished(limits, num_prompt: int, max_new_tokens: int, field: str, value: int):
+    scheduler = make_scheduler(**limits)
+    with pytest.raises(InvalidRequestError, match="16") as raised:
+        scheduler.add(generate_request("a", [1] * num_prompt, max_new_tokens=max_new_tokens))
+    assert (raised.value.field, raised.value.value) == (field, value)
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize("task", [Task.CLASSIFY, Task.QA])
+def test_head_request_that_is_too_long(task: Task):
+    scheduler = make_scheduler(max_sequence_tokens=16)
+    with pytest.raises(InvalidRequestError, match="prompt=17"):
+        scheduler.add(head_request("a", task, [1] * 17))
+    scheduler.add(head_request("a", task, [1] * 16))
+
+
+def test_request_that_just_fits():
+    request = generate_request("a", [1] * 10, max_new_tokens=6, ignore_eos=True)
+    events = serve(request, num_blocks=4, block_size=4, max_sequence_tokens=16)
+    assert events == expected_events(request)
+    assert len(events) == 6
+
+
+def test_id_is_taken_until_its_request_has_ended():
+    scheduler = make_scheduler()
+    request = head_request("a", Task.CLASSIFY, [1, 2])
+    scheduler.add(request)
+    with pytest.raises(InvalidRequestError, match="request_id='a'"):
+        scheduler.add(generate_request("a", [3]))
+    assert drain(scheduler) == expected_events(request)
+    scheduler.add(request)
+
+
+# -------------------------------------------------------------------------------------------------------- ending
+
+
+def seed_that_ends(reason: FinishReason, **sampling: object) -> EngineRequest:
+    """A request whose expected answer ends for that reason after a few tokens."""
+    for seed in range(1000):
+        request = generate_request("a", [1, 2, 3], max_new_tokens=12, seed=seed, **sampling)
+        events = expected_events(request)
+        if len(events) in range(3, 9) and events[-1].finish_reason is reason:
+            return request
+    raise AssertionError("no such seed")
+
+
+def test_eos_ends_a_request():
+    request = seed_that_ends(FinishReason.EOS)
+    events = serve(request)
+    assert events == expected_events(request)
+    assert token_ids(events)[-1] == EOS
+
+
+def test_ignore_eos_goes_on():
+    request = seed_that_ends(FinishReason.EOS)
+    ignoring = generate_request("a", [1, 2, 3], max_new_tokens=12, seed=request.sampling.seed, ignore_eos=True)
+    events = serve(ignoring)
+    assert len(events) == 12
+    assert EOS in token_ids(events)[:9]
+    assert events[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_stop_token_ends_a_request():
+    request = seed_that_ends(FinishReason.STOP, stop_token_ids=[4, 7], ignore_eos=True)
+    assert serve(request) == expected_events(request)
+    assert token_ids(serve(request))[-1] in (4, 7)
+
+
+def test_min_new_tokens_holds_back_eos_and_stop_tokens():
+    scheduler = make_scheduler()
+    scheduler.add(generate_request("a", [1], max_new_tokens=6, min_new_tokens=3, stop_token_ids=[9, 4]))
+    stages = FakeStages(4)
+    suppressed = []
+    while (microbatch := scheduler.schedule()) is not None:
+        suppressed.append(microbatch.rows[0].suppressed_token_ids)
+        scheduler.update(stages.run(microbatch))
+    assert suppressed[:4] == [[EOS, 4, 9]] * 3 + [[]] * (len(suppressed) > 3)
+
+
+def test_row_failure_ends_its_request_alone():
+    scheduler = make_scheduler()
+    stages = FakeStages(4)
+    good = generate_request("good", [1, 2])
+    scheduler.add(generate_request("bad", [3]))
+    scheduler.add(good)
+    output = stages.run(scheduled(scheduler))
+    output.rows[0] = RowFailure("NaN")
+    first = scheduler.update(output)
+    assert first[0] == FailureEvent("bad", "NaN")
+    scheduler.check_integrity()
+    assert first[1:] + drain(scheduler, stages) == expected_events(good)
+
+
+def test_fail_all_ends_every_request_once():
+    scheduler, _ = decoding_scheduler(3)
+    scheduler.schedule()
+    scheduler.add(generate_request("new", [1]))
+    events = scheduler.fail_all("stopped")
+    assert events == [FailureEvent(request_id, "stopped") for request_id in ("0", "1", "2", "new")]
+    assert not scheduler.has_work
+    assert scheduler.num_in_flight == 0
+    assert scheduler.blocks.num_used == 0
+
+
+# -------------------------------------------------------------------------------------- preemption, abort, replay
+
+
+def test_preempted_sequence_does_not_repeat_a_token():
+    """Preempted and admitted again with a step in flight: that step's token counts, its recomputation's does not."""
+    scheduler = make_scheduler(num_stages=3, num_blocks=4, block_size=2)
+    stages = FakeStages(2)
+    requests = [
+        generate_request("elder", [1], max_new_tokens=5, ignore_eos=True),
+        generate_request("short", [2, 3, 4], max_new_tokens=2, ignore_eos=True),
+        generate_request("young", [5], max_new_tokens=5, ignore_eos=True),
+    ]
+    for request in requests:
+        scheduler.add(request)
+    events = scheduler.update(stages.run(scheduled(scheduler)))  # the prompts take all blocks
+    flying = [stages.run(scheduled(scheduler)) for _ in range(3)]  # one decode step of each
+    events += scheduler.update(flying.pop(0))
+    flying.append(stages.run(scheduled(scheduler)))  # the elder goes on and needs the block of the young one
+    assert (scheduler.num_preemptions, scheduler.num_waiting) == (1, 1)
+    events += scheduler.update(flying.pop(0))  # the short one is done
+    flying.append(stages.run(scheduled(scheduler)))  # the young one is computed anew; its first step still flies
+    assert scheduler.num_running == 2
+    while flying:
+        events += scheduler.update(flying.pop(0))
+        scheduler.check_integrity()
+    events += drain(scheduler, stages)
+    for request in requests:
+        assert [event for event in events if event.request_id == request.request_id] == expected_events(request)
+
+
+def test_preempted_in_the_making_of_a_microbatch_is_not_in_it():
+    """Two decode on one stage; the elder's next block is taken from the younger, which then waits without KV."""
+    scheduler = make_scheduler(num_blocks=4, block_size=2)
+    stages = FakeStages(2)
+    for name in "ab":
+        scheduler.add(generate_request(name, [1, 2, 3], max_new_tokens=5, ignore_eos=True))
+    while not scheduler.num_preemptions:
+        scheduler.update(stages.run(scheduled(scheduler)))
+        scheduler.check_integrity()
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+
+
+def test_abort_frees_blocks_at_once_even_with_a_step_in_flight():
+    scheduler, stages = decoding_scheduler(2)
+    output = stages.run(scheduled(scheduler))
+    assert scheduler.blocks.num_used == 2
+    assert scheduler.abort("0")
+    assert scheduler.blocks.num_used == 1
+    assert [event.request_id for event in scheduler.update(output)] == ["1"]
+    assert not scheduler.abort("0")
+    assert not scheduler.abort("never heard of")
+
+
+def test_a_new_request_is_not_given_the_step_of_an_aborted_one_with_its_id():
+    scheduler, stages = decoding_scheduler(1)
+    output = stages.run(scheduled(scheduler))
+    scheduler.abort("0")
+    request = generate_request("0", [5, 6])
+    scheduler.add(request)
+    assert scheduler.update(output) == []
+    assert drain(scheduler, stages) == expected_events(request)
+
+
+def test_reset_recomputes_everything():
+    requests = [generate_request("a", range(6)), head_request("b", Task.QA, range(9)), generate_request("c", [2])]
+    scheduler = make_scheduler(max_microbatch_tokens=4)
+    stages = FakeStages(4)
+    for request in requests:
+        scheduler.add(request)
+    events = []
+    for _ in range(3):
+        events += scheduler.update(stages.run(scheduled(scheduler)))
+    scheduler.schedule()
+    scheduler.reset()
+    stages.restart()
+    scheduler.check_integrity()
+    assert (scheduler.num_in_flight, scheduler.num_running, scheduler.blocks.num_used) == (0, 0, 0)
+    events += drain(scheduler, stages)
+    for request in requests:
+        assert [event for event in events if event.request_id == request.request_id] == expected_events(request)
+
+
+@pytest.mark.parametrize("num_done", [1, 3, 5])
+def test_replay_goes_on_where_the_earlier_attempt_ended(num_done: int):
+    original = generate_request("a", [3, 1], max_new_tokens=6, min_new_tokens=4, ignore_eos=True)
+    events = serve(original)
+    replayed = generate_request(
+        "a", [3, 1], output=token_ids(events)[:num_done], max_new_tokens=6, min_new_tokens=4, ignore_eos=True
+    )
+    assert serve(replayed, max_microbatch_tokens=3) == events[num_done:]

@@ -1,0 +1,165 @@
+"""Any order of adding, scheduling, completing, aborting and losing stages gives every request its one right answer."""
+
+import random
+
+from fake_stages import VOCAB_SIZE, FakeStages, expected_events, generate_request, head_request, make_scheduler
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from gptj_serve.errors import InvalidRequestError
+from gptj_serve.types import EngineRequest, Event, StepOutput, Task, TokenEvent, is_terminal
+
+MAX_TOKENS = 16
+prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        num_stages=st.sampled_from([4, 3, 2, 1]),
+        num_blocks=st.integers(4, 12),
+        block_size=st.integers(1, 3),
+        max_microbatch_tokens=st.integers(1, 16),
+        max_num_sequences=st.integers(1, 8),
+    )
+    def start(self, **limits: int) -> None:
+        self.scheduler = make_scheduler(max_sequence_tokens=MAX_TOKENS, **limits)
+        self.capacity = min(MAX_TOKENS, limits["num_blocks"] * limits["block_size"])
+        self.stages = FakeStages(limits["block_size"])
+        self.expected: dict[str, list[Event]] = {}  # of every request that was let in
+        self.events: dict[str, list[Event]] = {}
+        self.aborted: set[str] = set()
+        self.in_flight: list[StepOutput] = []
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    @rule(
+        prompts=st.lists(prompts, min_size=1, max_size=4),
+        max_new_tokens=st.integers(1, 10),
+        min_new_tokens=st.integers(0, 3),
+        stop_token_ids=st.lists(st.integers(1, VOCAB_SIZE - 1), max_size=2),
+        ignore_eos=st.booleans(),
+        seed=st.integers(0, 5),
+        num_replayed=st.integers(0, 3),
+    )
+    def add_generate(self, prompts: list[list[int]], num_replayed: int, **sampling: object) -> None:
+        for prompt in prompts:
+            request_id = str(len(self.expected))
+            request = generate_request(request_id, prompt, **sampling)
+            earlier = [event.token_id for event in expected_events(request)[:-1] if isinstance(event, TokenEvent)]
+            self._add(generate_request(request_id, prompt, output=earlier[:num_replayed], **sampling))
+
+    @rule(prompt=prompts, task=st.sampled_from([Task.CLASSIFY, Task.QA]))
+    def add_head(self, prompt: list[int], task: Task) -> None:
+        self._add(head_request(str(len(self.expected)), task, prompt))
+
+    def _add(self, request: EngineRequest) -> None:
+        num_new = request.sampling.max_new_tokens if request.sampling else 0
+        fits = len(request.prompt_token_ids) + num_new <= self.capacity
+        try:
+            self.scheduler.add(request)
+        except InvalidRequestError:
+            assert not fits
+        else:
+            assert fits
+            self.expected[request.request_id] = expected_events(request)
+            self.events[request.request_id] = []
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.expected)))
+        was_here = request_id not in self.aborted and not self._has_ended(request_id)
+        assert self.scheduler.abort(request_id) == was_here
+        if was_here:
+            self.aborted.add(request_id)
+
+    def _has_ended(self, request_id: str) -> bool:
+        return any(map(is_terminal, self.events[request_id]))
+
+    # ---------------------------------------------------------------------------------------------------- steps
+
+    @precondition(lambda self: len(self.in_flight) < self.scheduler.limits.num_stages)
+    @rule()
+    def schedule(self) -> None:
+        self._schedule()
+
+    def _schedule(self) -> bool:
+        microbatch = self.scheduler.schedule()
+        if microbatch is None:
+            return False
+        assert microbatch.num_tokens <= self.scheduler.limits.max_microbatch_tokens
+        assert self.scheduler.num_running <= self.scheduler.limits.max_num_sequences
+        self.in_flight.append(self.stages.run(microbatch))  # stages keep the order of scheduling
+        return True
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        """Mostly the oldest step; the engine may also see several that are done in any order."""
+        self._complete(data.draw(st.just(0) | st.integers(0, len(self.in_flight) - 1)))
+
+    def _complete(self, index: int) -> None:
+        for event in self.scheduler.update(self.in_flight.pop(index)):
+            assert not self._has_ended(event.request_id), "an event after the last"
+            assert event.request_id not in self.aborted, "an event of an aborted request"
+            self.events[event.request_id].append(event)
+
+    @rule(seed=st.integers(0, 2**16), num_steps=st.integers(5, 60))
+    def serve_for_a_while(self, seed: int, num_steps: int) -> None:
+        """Many steps within one rule, so that pools fill up and what is preempted comes back while it is in flight."""
+        chance = random.Random(seed)
+        for _ in range(num_steps):
+            if len(self.in_flight) < self.scheduler.limits.num_stages and self._schedule():
+                self.scheduler.check_integrity()
+            elif self.in_flight:
+                self._complete(chance.choice([0, chance.randrange(len(self.in_flight))]))
+
+    def _turn(self) -> None:
+        while len(self.in_flight) < self.scheduler.limits.num_stages and self._schedule():
+            self.scheduler.check_integrity()
+        assert self.in_flight or not self.scheduler.has_work, "nothing in flight and nothing schedulable"
+        if self.in_flight:
+            self._complete(0)
+        self.scheduler.check_integrity()
+
+    @rule()
+    def lose_a_stage(self) -> None:
+        self.scheduler.reset()
+        self.stages.restart()
+        self.in_flight.clear()
+
+    @invariant()
+    def all_blocks_are_accounted_for(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+
+    @invariant()
+    def answers_so_far_are_right(self) -> None:
+        for request_id, events in getattr(self, "events", {}).items():
+            assert events == self.expected[request_id][: len(events)]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        num_turns = 0
+        while self.scheduler.has_work:
+            self._turn()
+            num_turns += 1
+            assert num_turns < 5000, "no progress"
+        while self.in_flight:
+            self._complete(0)
+        for request_id, expected in self.expected.items():
+            if request_id not in self.aborted:
+                assert self.events[request_id] == expected
+        assert self.scheduler.blocks.num_used == 0
+        assert self.scheduler.num_in_flight == 0
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=400,
+    stateful_step_count=20,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)

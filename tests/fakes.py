@@ -1,0 +1,182 @@
+"""What tests put in place of the parts they are not about: a tokenizer made on the spot, an engine without a model."""
+
+import asyncio
+import functools
+import hashlib
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from gptj_serve.model.config import GPTJConfig
+from gptj_serve.tokenizer import Tokenizer
+from gptj_serve.types import (
+    EngineRequest,
+    Event,
+    FailureEvent,
+    FinishReason,
+    HeadEvent,
+    SamplingParams,
+    Task,
+    TokenEvent,
+)
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "Paris is the capital of France; Ljubljana is the capital of Slovenia.",
+    "Žlutý kůň úpěl ďábelské ódy. Ψηφίο, ψηφία! Москва — столица России.",
+    "Coffee costs 3 € in a café; naïve façades, 東京は日本の首都です。",
+    "Don't panic: it's only 12345 lines of code.\n\n\tIndented, too.",
+]
+SPECIAL_TOKEN = "<|endoftext|>"
+ADDED_TOKEN = "<|extra→1|>"
+"""Holds a character that is not in the byte alphabet."""
+HOLE = 3
+"""So many ids lie between the added tokens and the model's logits: they stand for no token."""
+
+
+@functools.cache
+def small_backend_json() -> str:
+    """A byte-level BPE like GPT-J's, with a special and a plain added token, as the text of a `tokenizer.json`."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    backend.add_special_tokens([SPECIAL_TOKEN])
+    backend.add_tokens([ADDED_TOKEN])
+    return backend.to_str()
+
+
+@functools.cache
+def small_tokenizer() -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(small_backend_json()))
+
+
+def small_model(**changes: Any) -> GPTJConfig:
+    """A shape for `small_tokenizer`, with three labels and a context of 64 tokens."""
+    tokenizer = small_tokenizer()
+    (eos_token_id,) = tokenizer.special_token_ids
+    values: dict[str, Any] = {
+        "vocab_size": tokenizer.num_token_ids + HOLE,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "rotary_dim": 8,
+        "eos_token_id": eos_token_id,
+        "bos_token_id": eos_token_id,
+        "id2label": {0: "bad", 1: "good", 2: "neither"},
+    }
+    return GPTJConfig.from_dict(values | changes)
+
+
+class FakeEngine:
+    """An `EngineClient` whose answers are a function of the request alone.
+
+    `script` maps a prompt's text to the text that it is continued with (then comes the end token). Other prompts get
+    pseudo-random tokens. It keeps all requests, and the ids of those that were closed before their end.
+    """
+
+    def __init__(self, model: GPTJConfig, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.script: dict[str, str] = {}
+        self.requests: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        self.num_running = 0
+        self.refusal: Callable[[EngineRequest], Exception | None] = lambda request: None
+        self.fail_at: Callable[[EngineRequest, int], str | Exception | None] = lambda request, index: None
+        self.pause_at: int | None = None  # requests wait before their token of this index until `resumed` is set
+        self.resumed = asyncio.Event()
+        self.head_logits: Callable[[EngineRequest], list[list[float]]] = self._pseudo_random_logits
+
+    async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        self.requests.append(request)
+        if (error := self.refusal(request)) is not None:
+            raise error
+        is_finished = False
+        self.num_running += 1
+        try:
+            async for event in self._events(request):
+                is_finished = not isinstance(event, TokenEvent) or event.finish_reason is not None
+                yield event
+        except Exception:
+            is_finished = True
+            raise
+        finally:
+            self.num_running -= 1
+            if not is_finished:
+                self.aborted.append(request.request_id)
+
+    async def status(self) -> list[dict[str, Any]]:
+        return [{"engine": {"num_running": self.num_running}}]
+
+    async def _events(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        if request.task is not Task.GENERATE:
+            await self._step(request, 0)
+            failure = self.fail_at(request, 0)
+            if isinstance(failure, str):
+                yield FailureEvent(request.request_id, failure)
+            else:
+                yield HeadEvent(request.request_id, self.head_logits(request))
+            return
+        assert request.sampling is not None
+        scripted = self._scripted(request)
+        token_ids = list(request.prompt_token_ids)
+        index = 0
+        while True:
+            await self._step(request, index)
+            failure = self.fail_at(request, index)
+            if isinstance(failure, str):
+                yield FailureEvent(request.request_id, failure)
+                return
+            token_id = self._next_token(request.sampling, token_ids, index) if scripted is None else scripted[index]
+            token_ids.append(token_id)
+            finish_reason = self._finish_reason(request.sampling, token_id, index + 1)
+            yield TokenEvent(request.request_id, index, token_id, -0.25 * (index + 1), finish_reason)
+            if finish_reason is not None:
+                return
+            index += 1
+
+    async def _step(self, request: EngineRequest, index: int) -> None:
+        await asyncio.sleep(0)
+        failure = self.fail_at(request, index)
+        if isinstance(failure, Exception):
+            raise failure
+        if failure is None and index == self.pause_at:
+            await self.resumed.wait()
+
+    def _scripted(self, request: EngineRequest) -> list[int] | None:
+        text = self.script.get(self.tokenizer.decode(request.prompt_token_ids))
+        if text is None:
+            return None
+        return [*self.tokenizer.encode(text), *([min(self.tokenizer.special_token_ids)] * 100)]
+
+    def _next_token(self, sampling: SamplingParams, token_ids: list[int], index: int) -> int:
+        knobs = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) if sampling.temperature else ()
+        digest = hashlib.sha256(repr((token_ids, knobs)).encode()).digest()
+        token_id = int.from_bytes(digest[:4]) % self.model.vocab_size
+        return 0 if token_id in self.model.eos_token_ids and index < sampling.min_new_tokens else token_id
+
+    def _finish_reason(self, sampling: SamplingParams, token_id: int, num_tokens: int) -> FinishReason | None:
+        if num_tokens >= sampling.min_new_tokens:
+            if token_id in self.model.eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.EOS
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if num_tokens == sampling.max_new_tokens else None
+
+    def _pseudo_random_logits(self, request: EngineRequest) -> list[list[float]]:
+        """[1][num_labels] or [num_tokens][2], each in [0, 8)."""
+
+        def logit(*key: int) -> float:
+            return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]) / 2**29
+
+        ids = request.prompt_token_ids
+        if request.task is Task.CLASSIFY:
+            return [[logit(label, *ids) for label in range(self.model.num_labels)]]
+        return [[logit(0, i, token_id), logit(1, i, token_id)] for i, token_id in enumerate(ids)]

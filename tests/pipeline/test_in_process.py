@@ -1,0 +1,355 @@
+"""The whole engine over real stages in this process: batched = alone, N stages = 1 stage, cached = uncached, and all
+of it = transformers in fp32, also when KV blocks run out."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
+
+from gptj_serve.engine.kv_blocks import KVBlocks
+from gptj_serve.engine.local import LocalEngine
+from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.errors import PipelineError
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.pipeline.in_process import InProcessPipeline
+from gptj_serve.pipeline.partition import head_cost, partition
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.types import (
+    EngineRequest,
+    FailureEvent,
+    FinishReason,
+    HeadEvent,
+    MicroBatch,
+    Row,
+    RowOutput,
+    SamplingParams,
+    Task,
+    TokenEvent,
+)
+
+BLOCK_SIZE = 4
+MAX_NEW_TOKENS = 12
+NUM_PROMPTS = 24
+N_POSITIONS = 96  # of the tiny checkpoint
+EOS = 41  # a token that the tiny model says now and then
+PLENTY = 400  # KV blocks
+SCARCE = N_POSITIONS // BLOCK_SIZE + 2
+
+
+@pytest.fixture(scope="module")
+def directory(tiny_gptj) -> Path:
+    return tiny_gptj()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(3)
+    lengths = [1, 2, N_POSITIONS - MAX_NEW_TOKENS, *(rng.randint(1, 70) for _ in range(NUM_PROMPTS - 3))]
+    return [[rng.randrange(1, 96) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def greedy_reference(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Each prompt alone through transformers' generate."""
+    model = GPTJForCausalLM.from_pretrained(directory).eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=EOS
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    assert len({token for answer in answers for token in answer}) > 20  # not the same one over and over
+    assert any(len(answer) < MAX_NEW_TOKENS for answer in answers)  # some meet the end token
+    return answers
+
+
+def make_runners(directory: Path, num_stages: int, num_kv_blocks: int) -> list[StageRunner]:
+    checkpoint = Checkpoint.open(directory)
+    config = checkpoint.config
+    return [
+        StageRunner.load(
+            checkpoint,
+            StageSpec(span, num_kv_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"), config.vocab_size),
+        )
+        for span in partition(config.n_layer, num_stages, head_cost(config))
+    ]
+
+
+@asynccontextmanager
+async def serving(
+    directory: Path, *, num_stages: int = 1, num_kv_blocks: int = PLENTY, max_microbatch_tokens: int = 64
+) -> AsyncGenerator[LocalEngine]:
+    pipeline = InProcessPipeline(make_runners(directory, num_stages, num_kv_blocks))
+    limits = SchedulerLimits(num_stages, 64, max_microbatch_tokens, N_POSITIONS)
+    scheduler = Scheduler(limits, KVBlocks(num_kv_blocks, BLOCK_SIZE), frozenset({EOS}))
+    try:
+        async with LocalEngine(scheduler, pipeline) as engine:
+            yield engine
+            scheduler.check_integrity()
+            assert scheduler.blocks.num_used == 0
+    finally:
+        pipeline.close()
+
+
+async def num_preemptions(engine: LocalEngine) -> int:
+    return (await engine.status())[0]["engine"]["num_preemptions"]
+
+
+def generate_request(request_id: str, prompt: list[int], **sampling: object) -> EngineRequest:
+    params = SamplingParams(**{"max_new_tokens": MAX_NEW_TOKENS, **sampling})  # type: ignore[arg-type]
+    return EngineRequest(request_id=request_id, task=Task.GENERATE, prompt_token_ids=prompt, sampling=params)
+
+
+async def generate(engine: LocalEngine, request: EngineRequest) -> list[int]:
+    events = [event async for event in engine.submit(request)]
+    assert all(isinstance(event, TokenEvent) for event in events), events
+    assert [event.index for event in events] == list(range(len(events)))
+    return [event.token_id for event in events]
+
+
+async def head_logits(engine: LocalEngine, task: Task, index: int, prompt: list[int]) -> torch.Tensor:
+    request = EngineRequest(request_id=f"{task}-{index}", task=task, prompt_token_ids=prompt)
+    (event,) = [event async for event in engine.submit(request)]
+    assert isinstance(event, HeadEvent)
+    return torch.tensor(event.logits)
+
+
+# ------------------------------------------------------------------------------------------------ = transformers
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "max_microbatch_tokens", "num_kv_blocks"),
+    [
+        (1, 512, PLENTY),
+        (2, 64, PLENTY),
+        (3, 17, PLENTY),
+        (6, 64, PLENTY),
+        (1, 64, SCARCE),
+        (2, 17, SCARCE),
+        (3, 512, SCARCE),
+        (6, 11, SCARCE),
+    ],
+)
+async def test_greedy_tokens_equal_transformers_generate(
+    directory: Path, prompts, greedy_reference, num_stages: int, max_microbatch_tokens: int, num_kv_blocks: int
+):
+    async with serving(
+        directory,
+        num_stages=num_stages,
+        max_microbatch_tokens=max_microbatch_tokens,
+        num_kv_blocks=num_kv_blocks,
+    ) as engine:
+        riders = [head_logits(engine, task, i, prompts[i]) for i in range(3, 9) for task in (Task.CLASSIFY, Task.QA)]
+        answers, logits = await asyncio.gather(
+            asyncio.gather(*(generate(engine, generate_request(str(i), p)) for i, p in enumerate(prompts))),
+            asyncio.gather(*riders),
+        )
+        assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
+    assert answers == greedy_reference
+    for i, (class_logits, qa_logits) in enumerate(zip(logits[::2], logits[1::2], strict=True), 3):
+        assert class_logits.shape == (1, 3)
+        assert qa_logits.shape == (len(prompts[i]), 2)
+
+
+@pytest.mark.parametrize(("num_stages", "num_kv_blocks"), [(1, PLENTY), (3, SCARCE)])
+async def test_head_logits_equal_transformers(directory: Path, prompts, num_stages: int, num_kv_blocks: int):
+    classifier = GPTJForSequenceClassification.from_pretrained(directory).eval()
+    reader = GPTJForQuestionAnswering.from_pretrained(directory, num_labels=2).eval()
+    async with serving(
+        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13
+    ) as engine:
+        others = asyncio.gather(*(generate(engine, generate_request(str(i), p)) for i, p in enumerate(prompts[:10])))
+        classes = await asyncio.gather(*(head_logits(engine, Task.CLASSIFY, i, p) for i, p in enumerate(prompts)))
+        spans = await asyncio.gather(*(head_logits(engine, Task.QA, i, p) for i, p in enumerate(prompts)))
+        await others
+    for prompt, class_logits, qa_logits in zip(prompts, classes, spans, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            expected = reader(ids)
+            torch.testing.assert_close(class_logits, classifier(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(qa_logits[:, 0], expected.start_logits[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(qa_logits[:, 1], expected.end_logits[0], rtol=0, atol=1e-4)
+
+
+async def test_logprobs_equal_transformers(directory: Path, prompts, greedy_reference):
+    prompt, answer = prompts[5], greedy_reference[5]
+    async with serving(directory, num_stages=2) as engine:
+        events = [event async for event in engine.submit(generate_request("a", prompt))]
+    with torch.inference_mode():
+        logits = GPTJForCausalLM.from_pretrained(directory).eval()(torch.tensor([[*prompt, *answer]])).logits[0]
+    expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, torch.tensor(answer)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor([event.logprob for event in events]), expected, rtol=0, atol=1e-4)
+
+
+async def test_context_can_be_filled_to_the_last_position(directory: Path, prompts):
+    prompt = prompts[2][:60]
+    async with serving(directory, num_stages=2, num_kv_blocks=N_POSITIONS // BLOCK_SIZE) as engine:
+        request = generate_request("a", prompt, max_new_tokens=N_POSITIONS - 60, ignore_eos=True)
+        events = [event async for event in engine.submit(request)]
+    assert len(events) == N_POSITIONS - 60
+    assert events[-1].finish_reason is FinishReason.LENGTH
+
+
+# ------------------------------------------------------------------------------------------------- sampled tokens
+
+
+def sampled_request(index: int, prompt: list[int]) -> EngineRequest:
+    sampling = {
+        "temperature": 0.5 + 0.1 * (index % 8),
+        "top_k": (0, 20)[index % 2],
+        "top_p": (1.0, 0.9, 0.5)[index % 3],
+    }
+    return generate_request(f"sampled-{index}", prompt, seed=1000 + index, ignore_eos=True, **sampling)
+
+
+@pytest.fixture(scope="module")
+def sampled_requests(prompts) -> list[EngineRequest]:
+    return [sampled_request(i, prompts[i % NUM_PROMPTS]) for i in range(32)]
+
+
+async def test_sampled_tokens_are_the_same_alone_in_a_crowd_under_preemption_and_on_any_split(
+    directory: Path, sampled_requests
+):
+    async with serving(directory) as engine:
+        alone = [await generate(engine, request) for request in sampled_requests]
+    assert alone[24:] != alone[:8]  # the same prompts with other seeds and parameters
+    for num_stages, num_kv_blocks in [(1, PLENTY), (2, SCARCE), (3, PLENTY)]:
+        async with serving(directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks) as engine:
+            together = await asyncio.gather(*(generate(engine, request) for request in sampled_requests))
+            assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
+        assert together == alone, f"{num_stages} stages, {num_kv_blocks} blocks"
+
+
+async def test_replayed_on_another_pipeline_it_goes_on_with_the_same_tokens(directory: Path, sampled_requests):
+    request = sampled_requests[7]
+    async with serving(directory, num_stages=1) as engine:
+        tokens = await generate(engine, request)
+    async with serving(directory, num_stages=3, max_microbatch_tokens=7) as engine:
+        for num_done in (1, 5, MAX_NEW_TOKENS - 1):
+            replayed = EngineRequest(
+                request_id=f"replayed-{num_done}",
+                task=Task.GENERATE,
+                prompt_token_ids=request.prompt_token_ids,
+                output_token_ids=tokens[:num_done],
+                sampling=request.sampling,
+            )
+            events = [event async for event in engine.submit(replayed)]
+            assert [(event.index, event.token_id) for event in events] == list(enumerate(tokens))[num_done:]
+
+
+# ------------------------------------------------------------------------------------------------ a stage at work
+
+
+def qa_logits(runners: list[StageRunner], prompt: list[int], chunks: list[int], first_id: int) -> torch.Tensor:
+    """Logits of every token, computed chunk by chunk over blocks that lie in no order."""
+    table = list(range(30, 0, -1))
+    logits: list[list[float]] = []
+    start = 0
+    for microbatch_id, size in enumerate(chunks, first_id):
+        row = Row(prompt[start : start + size], start, table, RowOutput.QA)
+        result = None
+        for runner in runners:
+            result = runner.run(MicroBatch(microbatch_id, [row]), result)
+        logits += result.rows[0].values
+        start += size
+    return torch.tensor(logits)
+
+
+def test_cached_equals_uncached(directory: Path, prompts):
+    runners = make_runners(directory, 2, num_kv_blocks=31)
+    prompt = prompts[2]
+    whole = qa_logits(runners, prompt, [len(prompt)], 0)
+    one_by_one = qa_logits(runners, prompt, [1] * len(prompt), 1)
+    torch.testing.assert_close(one_by_one, whole, rtol=0, atol=1e-4)
+    uneven = [1, 5, 1, 1, 30, 2]
+    chunked = qa_logits(runners, prompt, [*uneven, len(prompt) - sum(uneven)], 1 + len(prompt))
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-4)
+
+
+def test_stage_refuses_a_microbatch_out_of_order(directory: Path):
+    (runner,) = make_runners(directory, 1, 4)
+    microbatch = [MicroBatch(i, [Row([1], 0, [0])]) for i in range(9)]
+    runner.run(microbatch[3], None)
+    runner.run(microbatch[4], None)
+    for wrong in (3, 4, 6):
+        with pytest.raises(AssertionError, match="5 was due"):
+            runner.run(microbatch[wrong], None)
+    runner.restart()
+    runner.run(microbatch[8], None)
+
+
+def test_ids_without_a_token_are_never_sampled(directory: Path):
+    """A tokenizer smaller than the vocabulary: only its own columns compete."""
+    checkpoint = Checkpoint.open(directory)
+    spec = StageSpec(range(6), 4, BLOCK_SIZE, torch.float32, torch.device("cpu"), num_token_ids=10)
+    runner = StageRunner.load(checkpoint, spec)
+    rows = [
+        Row([i + 1], 0, [i], RowOutput.SAMPLE, SamplingParams(max_new_tokens=1, temperature=t, seed=i))
+        for i, t in enumerate([0.0, 0.0, 5.0, 50.0])
+    ]
+    for microbatch_id in range(20):
+        output = runner.run(MicroBatch(microbatch_id, rows), None)
+        assert all(result.token_id < 10 for result in output.rows)
+
+
+async def test_failure_of_a_stage_is_recovered_from(directory: Path, prompts, greedy_reference):
+    class FailingRunner(StageRunner):
+        num_runs = 0
+
+        def run(self, microbatch, hidden):
+            self.num_runs += 1
+            if self.num_runs in (3, 9):
+                raise RuntimeError("out of memory")
+            return super().run(microbatch, hidden)
+
+    first, second = make_runners(directory, 2, PLENTY)
+    pipeline = InProcessPipeline([first, FailingRunner(second.stage, second.spec)])
+    scheduler = Scheduler(SchedulerLimits(2, 64, 64, N_POSITIONS), KVBlocks(PLENTY, BLOCK_SIZE), frozenset({EOS}))
+    async with LocalEngine(scheduler, pipeline) as engine:
+        answers = await asyncio.gather(
+            *(generate(engine, generate_request(str(i), prompt)) for i, prompt in enumerate(prompts))
+        )
+        assert (await engine.status())[0]["engine"]["num_recoveries"] == 2
+    pipeline.close()
+    assert answers == greedy_reference
+
+
+async def test_pipeline_error_names_the_cause(directory: Path):
+    pipeline = InProcessPipeline(make_runners(directory, 2, 4))
+    with pytest.raises(PipelineError, match=r"microbatch 7 failed: .*index"):
+        await pipeline.run(MicroBatch(7, [Row([5000], 0, [0])]))  # no such token
+    pipeline.close()
+
+
+async def test_nan_in_one_request_leaves_the_others_and_those_who_come_after_alone(
+    directory: Path, prompts, greedy_reference
+):
+    """The embedding of one token is NaN; requests without it get their answers, also from the blocks it has used."""
+    runners = make_runners(directory, 2, SCARCE)
+    harmless = {token for part in (*prompts[:2], *greedy_reference[:2]) for token in part}
+    poison = min(set(range(1, 96)) - harmless)
+    with torch.no_grad():
+        runners[0].stage.wte.weight[poison] = torch.nan
+    pipeline = InProcessPipeline(runners)
+    scheduler = Scheduler(SchedulerLimits(2, 64, 64, N_POSITIONS), KVBlocks(SCARCE, BLOCK_SIZE), frozenset({EOS}))
+    async with LocalEngine(scheduler, pipeline) as engine:
+        for attempt in range(3):
+            bad = generate_request(f"bad-{attempt}", [poison] * 80)
+            good = [generate_request(f"{attempt}-{i}", prompts[i]) for i in range(2)]
+            events, *answers = await asyncio.gather(
+                _events(engine, bad), *(_events(engine, request) for request in good)
+            )
+            assert [type(event) for event in events] == [FailureEvent]
+            assert "NaN" in events[0].message
+            assert [[getattr(e, "token_id", e) for e in a] for a in answers] == greedy_reference[:2]
+    pipeline.close()
+
+
+async def _events(engine: LocalEngine, request: EngineRequest) -> list[object]:
+    return [event async for event in engine.submit(request)]

@@ -1,0 +1,143 @@
+"""What happens to requests when clients leave and processes die, and how a service that can't start ends."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from ray import serve
+from ray.util.state import list_actors
+
+from tests.serving.service import ROOT, ServeRun, eventually
+
+pytestmark = pytest.mark.serve
+
+LONG = {"inputs": "It was the best of times", "parameters": {"max_new_tokens": 900, "details": True}}
+
+
+async def pipeline_status(http: httpx.AsyncClient) -> dict[str, Any]:
+    pipelines = (await http.get("/status")).json()["pipelines"]
+    assert len(pipelines) == 1
+    return pipelines[0]
+
+
+async def test_client_that_leaves_frees_its_blocks(http: httpx.AsyncClient) -> None:
+    before = (await pipeline_status(http))["engine"]
+    async with http.stream("POST", "/generate_stream", json=LONG) as response:
+        lines = response.aiter_lines()
+        assert (await anext(lines)).startswith("data:")
+        during = (await pipeline_status(http))["engine"]
+        assert during["num_kv_blocks_used"] > 0
+        assert during["num_running"] == 1
+
+    async def freed() -> bool:
+        """the blocks of the stream that its client left are free"""
+        engine = (await pipeline_status(http))["engine"]
+        return engine["num_kv_blocks_used"] == 0 and engine["num_running"] == 0
+
+    await eventually(freed)
+    after = (await pipeline_status(http))["engine"]
+    assert after["num_requests_aborted"] == before["num_requests_aborted"] + 1
+    assert after["num_tokens_generated"] - before["num_tokens_generated"] < LONG["parameters"]["max_new_tokens"]
+
+
+def test_stages_are_actors_with_telling_names(cluster: None) -> None:
+    actors = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "GPTJStage")])
+    names = sorted(actor.name for actor in actors)
+    assert len({actor.pid for actor in actors}) == 2
+    assert "stage-0-of-2/layers-0-to-3" in names[0]
+    assert "stage-1-of-2/layers-4-to-5" in names[1]
+
+
+def test_handle_from_another_job(cluster: None) -> None:
+    @ray.remote(num_cpus=0)
+    def another_job() -> dict[str, Any]:
+        handle = serve.get_app_handle("gptj")
+        request = {"inputs": "The President", "parameters": {"max_new_tokens": 6}}
+        stream = handle.options(stream=True).generate_stream.remote(request)
+        question = {"question": "Where does Anna live?", "context": "Anna lives in Paris."}
+        return {
+            "generate": handle.generate.remote(request).result(),
+            "stream": [item["token"]["text"] for item in stream],
+            "classify": handle.classify.remote({"inputs": "what is my balance"}).result(),
+            "qa": handle.qa.remote({"inputs": question}).result(),
+        }
+
+    answers = ray.get(another_job.remote())
+    assert "".join(answers["stream"]) == answers["generate"]["generated_text"]
+    assert len(answers["stream"]) == 6
+    assert answers["classify"][0][0]["label"] == "balance"
+    assert answers["qa"]["answer"] == "Anna lives in Paris."[answers["qa"]["start"] : answers["qa"]["end"]]
+
+
+def test_handle_refuses_bad_input_by_name(cluster: None) -> None:
+    handle = serve.get_app_handle("gptj")
+    with pytest.raises(Exception, match=r"parameters\.temperature=-1"):
+        handle.generate.remote({"inputs": "x", "parameters": {"temperature": -1}}).result()
+
+
+async def stream_tokens(http: httpx.AsyncClient, body: dict[str, Any], started: asyncio.Event) -> list[int]:
+    """The streamed token ids; sets `started` after the tenth."""
+    tokens = []
+    async with http.stream("POST", "/generate_stream", json=body) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data:"):
+                tokens.append(json.loads(line.removeprefix("data:"))["token"]["id"])
+                if len(tokens) == 10:
+                    started.set()
+    return tokens
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int) -> None:
+    bodies = [
+        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 300, "do_sample": n % 2 == 1, "seed": n}}
+        for n in range(6)
+    ]
+    undisturbed = await asyncio.gather(*[stream_tokens(http, body, asyncio.Event()) for body in bodies])
+    started = asyncio.Event()
+    streams = [asyncio.create_task(stream_tokens(http, body, started)) for body in bodies]
+    await started.wait()
+    stage = (await pipeline_status(http))["stages"][victim]
+    os.kill(stage["pid"], signal.SIGKILL)
+    assert await asyncio.gather(*streams) == undisturbed
+    status = await pipeline_status(http)
+    assert status["stages"][victim]["pid"] != stage["pid"]
+    assert status["stages"][1 - victim]["pid"] != stage["pid"]
+    assert status["engine"]["num_kv_blocks_used"] == 0
+
+
+async def test_killed_pipeline_replica_is_only_a_pause(http: httpx.AsyncClient, cluster: None) -> None:
+    body = {"inputs": "Chapter one.", "parameters": {"max_new_tokens": 400, "do_sample": True, "seed": 3}}
+    undisturbed = await stream_tokens(http, body, asyncio.Event())
+    started = asyncio.Event()
+    stream = asyncio.create_task(stream_tokens(http, body, started))
+    await started.wait()
+    replicas = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "ServeReplica:gptj:Pipeline")])
+    os.kill(replicas[0].pid, signal.SIGKILL)
+    assert await stream == undisturbed
+
+
+@pytest.mark.timeout(120)
+def test_broken_checkpoint_ends_serve_run(tmp_path: Path, demo: Path) -> None:
+    """Its own cluster beside the service's; the message names file and tensor, and the command ends."""
+    broken = tmp_path / "broken"
+    shutil.copytree(demo, broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights.replace(b"h.3.mlp.fc_in.bias", b"h.3.mlp.fc_in.bios", 1))
+    config = (ROOT / "deployments" / "gptj.yaml").read_text()
+    (tmp_path / "broken.yaml").write_text(
+        config.replace("checkpoint: demo", f"checkpoint: {broken}").replace("port: 8000", "port: 8011")
+    )
+    run = ServeRun(tmp_path / "broken.yaml", tmp_path / "output.log")
+    try:
+        run.process.wait(90)
+    finally:
+        run.process.kill()
+    assert f"{broken}: tensor 'h.3.mlp.fc_in.bias' is missing" in run.output

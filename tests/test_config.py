@@ -1,0 +1,131 @@
+"""The deployment's configuration: what it refuses, and what it says when it does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from gptj_serve.config import ServiceConfig
+
+
+def test_defaults() -> None:
+    config = ServiceConfig()
+    assert (config.checkpoint, config.num_pipelines, config.pipeline.num_stages) == ("demo", 1, 1)
+    assert (config.pipeline.dtype, config.pipeline.stage.num_gpus) == ("auto", 0)
+    assert config.pipeline.kv_cache.block_size == 16
+    assert config.ingress.max_body_bytes == 1024 * 1024
+
+
+def test_values_arrive_where_they_are_read() -> None:
+    config = ServiceConfig.model_validate(
+        {
+            "num_pipelines": 2,
+            "pipeline": {
+                "num_stages": 4,
+                "dtype": "bfloat16",
+                "stage": {"num_gpus": 0.5},
+                "kv_cache": {"num_tokens": 64},
+            },
+            "ingress": {"max_batch_inputs": 3},
+        }
+    )
+    assert (config.num_pipelines, config.pipeline.num_stages, config.pipeline.dtype) == (2, 4, "bfloat16")
+    assert (config.pipeline.stage.num_gpus, config.pipeline.kv_cache.num_tokens) == (0.5, 64)
+    assert config.ingress.max_batch_inputs == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"chekpoint": "demo"},
+        {"pipeline": {"stages": 2}},
+        {"pipeline": {"stage": {"gpus": 1}}},
+        {"pipeline": {"kv_cache": {"blocks": 1}}},
+        {"pipeline": {"scheduler": {"max_num_seqs": 1}}},
+        {"ingress": {"replicas": 1}},
+        {"checkpoint": 5},
+        {"model_name": ""},
+        {"num_pipelines": 0},
+        {"pipeline": None},
+        {"pipeline": {"num_stages": 0}},
+        {"pipeline": {"num_stages": 1.5}},
+        {"pipeline": {"dtype": "float8"}},
+        {"pipeline": {"placement_strategy": "pack"}},
+        {"pipeline": {"engine_num_cpus": 0}},
+        {"pipeline": {"startup_timeout_s": -1}},
+        {"pipeline": {"step_timeout_s": 0}},
+        {"pipeline": {"stage": {"num_cpus": -1}}},
+        {"pipeline": {"stage": {"num_gpus": "many"}}},
+        {"pipeline": {"stage": {"num_threads": 0}}},
+        {"pipeline": {"kv_cache": {"block_size": 0}}},
+        {"pipeline": {"kv_cache": {"num_tokens": 0}}},
+        {"pipeline": {"scheduler": {"max_num_sequences": 0}}},
+        {"pipeline": {"scheduler": {"max_microbatch_tokens": 0}}},
+        {"ingress": {"num_replicas": 0}},
+        {"ingress": {"num_cpus": -1}},
+        {"ingress": {"max_ongoing_requests": 0}},
+        {"ingress": {"max_body_bytes": 0}},
+        {"ingress": {"max_batch_inputs": 0}},
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_by_name(values: dict[str, Any]) -> None:
+    where, what = "", values
+    while isinstance(what, dict):
+        ((key, what),) = what.items()
+        where = f"{where}.{key}".lstrip(".")
+    with pytest.raises(ValidationError) as error:
+        ServiceConfig.model_validate(values)
+    (problem,) = error.value.errors()
+    assert ".".join(map(str, problem["loc"])) == where
+    assert problem["input"] == what
+
+
+def test_nothing_changes_a_configuration() -> None:
+    config = ServiceConfig()
+    with pytest.raises(ValidationError):
+        config.pipeline.num_stages = 2  # type: ignore[misc]
+
+
+def test_the_demo_checkpoint_is_in_the_package() -> None:
+    config = ServiceConfig()
+    assert config.checkpoint_dir.parts[-2:] == ("gptj_serve", "demo")
+    assert config.served_name == "gptj-demo"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "model_name", "served_name"),
+    [
+        ("/models/gpt-j-6b", None, "gpt-j-6b"),
+        ("/models/gpt-j-6b/", None, "gpt-j-6b"),
+        ("/models/gpt-j-6b/../other", None, "other"),
+        ("/models/gpt-j-6b", "mine", "mine"),
+        ("demo", "mine", "mine"),
+    ],
+)
+def test_served_name(checkpoint: str, model_name: str | None, served_name: str) -> None:
+    assert ServiceConfig(checkpoint=checkpoint, model_name=model_name).served_name == served_name
+
+
+def test_checkpoint_dir_knows_home_and_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert ServiceConfig(checkpoint="~/gptj").checkpoint_dir == Path("/home/somebody/gptj")
+    monkeypatch.chdir(tmp_path)
+    assert ServiceConfig(checkpoint=".").served_name == tmp_path.name
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str | None]]:
+    """All settings with their descriptions, as (dotted name, description)."""
+    found: list[tuple[str, str | None]] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, field.description))
+    return found
+
+
+def test_each_setting_is_described() -> None:
+    fields = _fields(ServiceConfig)
+    assert "pipeline.kv_cache.num_tokens" in dict(fields)
+    assert [name for name, description in fields if not description] == []
