@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from gptj_serve.api.errors import openai_error
 from gptj_serve.api.schemas import DEFAULT_MAX_TOKENS, CompletionRequest
-from gptj_serve.api.service import GenerationParams, Service, new_seed, run_all
+from gptj_serve.api.service import GenerationParams, Service, check_minimum, new_seed, run_all
 from gptj_serve.api.streaming import event_stream, merged
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.types import FinishReason, SamplingParams
@@ -71,6 +71,7 @@ def _choices(service: Service, body: CompletionRequest) -> list[_Choice]:
             "prompt", len(body.prompts) * n, f"at most {service.config.ingress.max_batch_inputs} completions at once"
         )
     max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
+    check_minimum("min_tokens", body.min_tokens, max_tokens)
     seed = new_seed() if body.seed is None else body.seed
     choices: list[_Choice] = []
     for prompt in body.prompts:

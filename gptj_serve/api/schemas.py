@@ -62,12 +62,6 @@ class GenerateParameters(_Body):
     typical_p: Annotated[float | None, _off(1)] = None
     watermark: Annotated[bool | None, _off(False)] = None
 
-    @model_validator(mode="after")
-    def _minimum_fits(self) -> Self:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens={self.min_new_tokens} is over max_new_tokens={self.max_new_tokens}")
-        return self
-
     @property
     def effective_temperature(self) -> float:
         """0 is greedy. As in TGI, setting a sampling knob asks for sampling."""
@@ -150,12 +144,6 @@ class CompletionRequest(_Body):
     logprobs: Annotated[int | None, _off()] = None
     presence_penalty: Annotated[float | None, _off(0)] = None
     suffix: Annotated[str | None, _off("")] = None
-
-    @model_validator(mode="after")
-    def _minimum_fits(self) -> Self:
-        if self.min_tokens > (self.max_tokens or DEFAULT_MAX_TOKENS):
-            raise ValueError(f"min_tokens={self.min_tokens} is over max_tokens={self.max_tokens}")
-        return self
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:

@@ -159,6 +159,7 @@ class Service:
     def generation_params(self, request: GenerateRequest) -> GenerationParams:
         """TGI's parameters as ours. Stop strings stay in the output, as they do there."""
         parameters = request.parameters
+        check_minimum("parameters.min_new_tokens", parameters.min_new_tokens, parameters.max_new_tokens)
         sampling = SamplingParams(
             max_new_tokens=parameters.max_new_tokens,
             min_new_tokens=parameters.min_new_tokens,
@@ -251,6 +252,11 @@ async def run_all(coroutines: Sequence[Coroutine[Any, Any, Result]]) -> list[Res
     except BaseExceptionGroup as group_error:
         raise group_error.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def check_minimum(field: str, minimum: int, maximum: int) -> None:
+    if minimum > maximum:
+        raise InvalidRequestError(field, minimum, f"is over the maximum of {maximum} new tokens")
 
 
 def new_seed() -> int:

@@ -155,6 +155,7 @@ OPENAI: list[tuple[Any, str, Any]] = [  # body, field, value
     (_complete(stop=""), "stop", ""),
     (_complete(stop=["a", ""]), "stop.1", ""),
     (_complete(stop=["a"] * 17), "stop", ["a"] * 17),
+    (_complete(min_tokens=9, max_tokens=8), "min_tokens", 9),
     (_complete(stop_token_ids=[405]), "stop_token_ids", 405),
     (_complete(stream="maybe"), "stream", "maybe"),
     (_complete(stream_options={"include_usage": True, "x": 1}, stream=True), "stream_options.x", 1),
