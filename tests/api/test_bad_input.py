@@ -73,12 +73,7 @@ HUGGING_FACE: list[tuple[str, Any, str, Any]] = [  # path, body, field, value
     ("/generate", _generate(stop=["a", "b" * 257]), "parameters.stop.1", "b" * 257),
     ("/generate", _generate(stop="a"), "parameters.stop", "a"),
     ("/generate", _generate(stop=["a"] * 17), "parameters.stop", ["a"] * 17),
-    (
-        "/generate",
-        _generate(min_new_tokens=9, max_new_tokens=8),
-        "parameters",
-        {"min_new_tokens": 9, "max_new_tokens": 8},
-    ),
+    ("/generate", _generate(min_new_tokens=9, max_new_tokens=8), "parameters.min_new_tokens", 9),
     ("/generate", _generate(stop_token_ids=[-1]), "parameters.stop_token_ids.0", -1),
     ("/generate", _generate(stop_token_ids=[405]), "parameters.stop_token_ids", 405),
     ("/generate", _generate(stop_token_ids=[1] * 257), "parameters.stop_token_ids", [1] * 257),
