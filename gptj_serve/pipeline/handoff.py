@@ -18,7 +18,7 @@ class Handoff(Protocol):
     def send(self, microbatch_id: int, hidden: Tensor) -> None: ...
 
     def receive(self, microbatch_id: int, should_stop: Callable[[], bool]) -> Tensor | None:
-        """The hidden states [T, D] of this microbatch, or None when told to stop."""
+        """The hidden states [T, D] of this microbatch, on the CPU or on this stage's device; None when told to stop."""
 
 
 class _HiddenHeader(Struct, frozen=True, array_like=True):
@@ -28,7 +28,7 @@ class _HiddenHeader(Struct, frozen=True, array_like=True):
 
 
 class ZmqHandoff:
-    """CPU tensors as two frames: a header, and the bytes as they lie in memory."""
+    """Tensors as two frames: a header, and the bytes as they lie in memory. A GPU's go by way of the CPU."""
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
@@ -36,7 +36,7 @@ class ZmqHandoff:
         self._decoder = msgspec.msgpack.Decoder(_HiddenHeader)
 
     def send(self, microbatch_id: int, hidden: Tensor) -> None:
-        hidden = hidden.contiguous()
+        hidden = hidden.cpu().contiguous()
         header = _HiddenHeader(microbatch_id, str(hidden.dtype).removeprefix("torch."), list(hidden.shape))
         self._socket.send_multipart([self._encoder.encode(header), hidden.view(torch.uint8).numpy().data], copy=False)
 

@@ -65,7 +65,7 @@ class StageRunner:
         if hidden is None:
             token_ids = [token_id for row in microbatch.rows for token_id in row.token_ids]
             hidden = torch.tensor(token_ids, device=self.spec.device)
-        hidden = self.stage(hidden, attention.positions, attention.layer)
+        hidden = self.stage(hidden.to(self.spec.device), attention.positions, attention.layer)
         return StepOutput(microbatch.microbatch_id, self._outputs(microbatch, hidden)) if self.stage.is_last else hidden
 
     def _outputs(self, microbatch: MicroBatch, hidden: Tensor) -> list[RowResult]:

@@ -1,0 +1,184 @@
+"""Stage loops linked over ZeroMQ, in this process: same tokens, closed to strangers, and no failure unnoticed."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+from gptj_serve.engine.kv_blocks import KVBlocks
+from gptj_serve.engine.local import LocalEngine
+from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.errors import PipelineError
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.pipeline.handoff import ZmqHandoff
+from gptj_serve.pipeline.in_process import InProcessPipeline
+from gptj_serve.pipeline.partition import partition
+from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender
+from gptj_serve.pipeline.stage_loop import StageLoop
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.pipeline.step_links import StepLinks
+from gptj_serve.types import EngineRequest, MicroBatch, Row, SamplingParams, StepOutput, Task, TokenEvent
+
+NUM_BLOCKS, BLOCK_SIZE = 64, 4
+STEP = MicroBatch(0, [Row([1, 2, 3], 0, [0])])
+
+
+def make_runners(checkpoint: Checkpoint, num_stages: int) -> list[StageRunner]:
+    return [
+        StageRunner.load(
+            checkpoint, StageSpec(span, NUM_BLOCKS, BLOCK_SIZE, torch.float32, torch.device("cpu"), 97)
+        )
+        for span in partition(checkpoint.config.n_layer, num_stages, 1.0)
+    ]  # fmt: skip
+
+
+class LinkedPipeline:
+    """What `RayPipeline` does with actors, done with objects."""
+
+    def __init__(self, runners: list[StageRunner], where: Callable[[str], str], keys: CurveKeys | None) -> None:
+        self.links = StepLinks(keys, step_timeout_s=20)
+        self.loops = [StageLoop(runner, keys) for runner in runners]
+        self.addresses = [loop.bind(where(str(index))) for index, loop in enumerate(self.loops)]
+        nexts = [address.hidden for address in self.addresses[1:]] + [self.links.bind(where("results"))]
+        for loop, address in zip(self.loops, nexts, strict=True):
+            loop.start(address)
+
+    def connect(self) -> None:
+        self.links.connect([address.steps for address in self.addresses])
+
+    async def run(self, microbatch: MicroBatch) -> StepOutput:
+        return await self.links.run(microbatch)
+
+    async def recover(self) -> None:
+        raise PipelineError("nobody recovers this")
+
+    def close(self) -> None:
+        self.links.close()
+        for loop in self.loops:
+            loop.stop()
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[list[StageRunner]], LinkedPipeline]:
+    """Makes pipelines over ipc sockets, or over TCP with keys."""
+
+    def make(runners: list[StageRunner]) -> LinkedPipeline:
+        if request.param == "ipc":
+            return LinkedPipeline(runners, lambda name: f"ipc://{tmp_path}/{name}", None)
+        return LinkedPipeline(runners, lambda _: "tcp://127.0.0.1", CurveKeys.generate())
+
+    return make
+
+
+@asynccontextmanager
+async def open_links(pipeline: LinkedPipeline) -> AsyncIterator[LinkedPipeline]:
+    pipeline.connect()
+    try:
+        yield pipeline
+    finally:
+        await asyncio.to_thread(pipeline.close)
+
+
+async def generate_all(checkpoint: Checkpoint, pipeline: LinkedPipeline | InProcessPipeline, num_stages: int):
+    limits = SchedulerLimits(num_stages, 16, 24, checkpoint.config.n_positions)
+    scheduler = Scheduler(limits, KVBlocks(NUM_BLOCKS, BLOCK_SIZE), frozenset())
+
+    async def generate(engine: LocalEngine, n: int) -> list[int]:
+        sampling = SamplingParams(max_new_tokens=12, temperature=n % 2, seed=n)
+        prompt = [(5 * n + i) % 90 + 1 for i in range(3 * n + 1)]
+        request = EngineRequest(request_id=str(n), task=Task.GENERATE, prompt_token_ids=prompt, sampling=sampling)
+        return [event.token_id async for event in engine.submit(request) if isinstance(event, TokenEvent)]
+
+    async with LocalEngine(scheduler, pipeline) as engine:
+        return await asyncio.gather(*[generate(engine, n) for n in range(10)])
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+async def test_linked_stages_equal_threads(tiny_gptj, linked, num_stages: int) -> None:
+    checkpoint = Checkpoint.open(tiny_gptj())
+    in_process = InProcessPipeline(make_runners(checkpoint, num_stages))
+    expected = await generate_all(checkpoint, in_process, num_stages)
+    in_process.close()
+    async with open_links(linked(make_runners(checkpoint, num_stages))) as pipeline:
+        assert await generate_all(checkpoint, pipeline, num_stages) == expected
+    assert all(len(tokens) == 12 for tokens in expected)
+
+
+async def test_failing_stage_is_reported(tiny_gptj, linked) -> None:
+    """The loop's `failure` says what happened; a hanging step ends at its timeout."""
+    async with open_links(linked(make_runners(Checkpoint.open(tiny_gptj()), 2))) as pipeline:
+        pipeline.links._step_timeout_s = 0.5
+        bad = MicroBatch(0, [Row([1, 2], 0, [NUM_BLOCKS + 5])])  # a block that isn't there
+        with pytest.raises(PipelineError, match="microbatch 0 is not back"):
+            await pipeline.run(bad)
+        with pytest.raises(IndexError):
+            pipeline.loops[0].failure.result(timeout=10)
+
+
+async def test_failed_links_fail_every_step(tiny_gptj, linked) -> None:
+    async with open_links(linked(make_runners(Checkpoint.open(tiny_gptj()), 1))) as pipeline:
+        assert await pipeline.run(STEP) == StepOutput(0, [None])
+        step = asyncio.create_task(pipeline.run(MicroBatch(7, [STEP.rows[0]])))
+        await asyncio.sleep(0)
+        pipeline.links.fail(PipelineError("stage 0 was lost"))
+        with pytest.raises(PipelineError, match="stage 0 was lost"):
+            await step
+        with pytest.raises(PipelineError, match="stage 0 was lost"):
+            await pipeline.run(STEP)
+
+
+def test_stopping_is_not_a_failure(tiny_gptj, linked) -> None:
+    async def start_and_stop() -> LinkedPipeline:
+        async with open_links(linked(make_runners(Checkpoint.open(tiny_gptj()), 2))) as pipeline:
+            return pipeline
+
+    pipeline = asyncio.run(start_and_stop())
+    assert [loop.failure.result(timeout=0) for loop in pipeline.loops] == [None, None]
+    assert not [thread for thread in threading.enumerate() if thread.name == "stage-loop"]
+
+
+@pytest.mark.parametrize("stranger", [None, "other keys"])
+def test_stranger_is_refused(stranger: str | None) -> None:
+    keys = CurveKeys.generate()
+    context = zmq.Context[zmq.Socket[bytes]]()
+    receiver, friend, foe = context.socket(zmq.PULL), context.socket(zmq.PUSH), context.socket(zmq.PUSH)
+    try:
+        address = bind_receiver(receiver, "tcp://127.0.0.1", keys)
+        connect_sender(foe, address, CurveKeys.generate() if stranger else None)
+        foe.send(b"from a stranger")
+        connect_sender(friend, address, keys)
+        friend.send(b"from a friend")
+        received = []
+        while receiver.poll(1000):
+            received.append(receiver.recv())
+        assert received == [b"from a friend"]
+    finally:
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_states_arrive_as_they_were(dtype: torch.dtype, tmp_path: Path) -> None:
+    context = zmq.Context[zmq.Socket[bytes]]()
+    receiver, sender = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    try:
+        connect_sender(sender, bind_receiver(receiver, f"ipc://{tmp_path}/hidden", None), None)
+        hidden = torch.randn(5, 8).to(dtype).t().contiguous().t()  # not contiguous
+        ZmqHandoff(sender).send(3, hidden)
+        arrived = ZmqHandoff(receiver).receive(3, lambda: False)
+        assert arrived is not None
+        assert arrived.dtype == dtype
+        assert torch.equal(arrived, hidden)
+        ZmqHandoff(sender).send(4, hidden)
+        with pytest.raises(ValueError, match="microbatch 4 came when 5 was due"):
+            ZmqHandoff(receiver).receive(5, lambda: False)
+        sender.send_multipart([b"\xc1 not msgpack", b""])
+        with pytest.raises(msgspec.DecodeError):
+            ZmqHandoff(receiver).receive(5, lambda: False)
+    finally:
+        context.destroy(linger=0)
