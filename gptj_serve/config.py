@@ -66,7 +66,10 @@ class PipelineConfig(_Part):
 class IngressConfig(_Part):
     num_replicas: PositiveInt = Field(1, description="Processes that speak HTTP and tokenize.")
     num_cpus: NonNegativeFloat = Field(0.1, description="CPUs that Ray reserves for each ingress process.")
-    max_ongoing_requests: PositiveInt = Field(1024, description="Requests in one ingress at a time; more get 503.")
+    max_ongoing_requests: PositiveInt = Field(1024, description="Requests that one ingress works on at a time.")
+    max_queued_requests: PositiveInt = Field(
+        256, description="Requests that wait in each proxy for a free ingress; more are refused with 503."
+    )
     max_body_bytes: PositiveInt = Field(1 << 20, description="Largest accepted HTTP body; a larger one gets 413.")
     max_batch_inputs: PositiveInt = Field(64, description="Longest list of inputs in one classify or QA request.")
 

@@ -85,7 +85,10 @@ class Engine:
         )
 
     async def run(self) -> None:
-        """Serve until cancelled. Raises `PipelineError` when the pipeline can't be recovered."""
+        """Serve until cancelled. Raises `PipelineError` when the pipeline can't be recovered.
+
+        What is unfinished then has no terminal event: whoever runs this knows whether it can go on elsewhere.
+        """
         try:
             while True:
                 self._fill_pipeline()
@@ -93,9 +96,6 @@ class Engine:
                     await self._wait_for_step_or_work()
                 except PipelineError as error:
                     await self._recover(error)
-        except BaseException as error:
-            self._publish(self._scheduler.fail_all(f"the engine stopped: {error!r}"))
-            raise
         finally:
             self._cancel_steps()
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 from gptj_serve.engine.engine import Engine, Pipeline
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.errors import PipelineError
-from gptj_serve.types import EngineRequest, Event, is_terminal
+from gptj_serve.types import EngineRequest, Event, FailureEvent, is_terminal
 
 
 class LocalEngine:
@@ -19,7 +19,7 @@ class LocalEngine:
         self._loop_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._loop_task = asyncio.create_task(self._engine.run())
+        self._loop_task = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -48,6 +48,12 @@ class LocalEngine:
 
     async def status(self) -> list[dict[str, Any]]:
         return [{"engine": self._engine.stats().as_dict()}]
+
+    async def _run(self) -> None:
+        try:
+            await self._engine.run()
+        finally:
+            self._deliver([FailureEvent(request_id, "the engine has stopped") for request_id in self._streams])
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:

@@ -44,6 +44,7 @@ def _ingress(config: ServiceConfig) -> serve.Deployment:
         name="Ingress",
         num_replicas=config.ingress.num_replicas,
         max_ongoing_requests=config.ingress.max_ongoing_requests,
+        max_queued_requests=config.ingress.max_queued_requests,
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
         max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,

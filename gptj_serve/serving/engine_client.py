@@ -12,14 +12,15 @@ import logging
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from gptj_serve.errors import GPTJServeError, OverloadedError, RequestFailedError
+from gptj_serve.errors import GPTJServeError, OverloadedError, PipelineError, RequestFailedError
 from gptj_serve.types import EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
 
 logger = logging.getLogger(__name__)
@@ -54,13 +55,14 @@ class ServeEngineClient:
                 request, request_id=f"{request.request_id}-{attempt}", output_token_ids=tokens.copy()
             )
             try:
-                async for event in self._attempt(attempt_request):
-                    if isinstance(event, TokenEvent):
-                        assert event.index == len(tokens), "a token was lost or repeated"
-                        tokens.append(event.token_id)
-                    yield event
-                    if is_terminal(event):
-                        return
+                async with aclosing(self._attempt(attempt_request)) as events:
+                    async for event in events:
+                        if isinstance(event, TokenEvent):
+                            assert event.index == len(tokens), "a token was lost or repeated"
+                            tokens.append(event.token_id)
+                        yield event
+                        if is_terminal(event):
+                            return
             except _ReplicaLostError as lost:
                 logger.warning(
                     "request %s goes to another pipeline after %d tokens: %s", request.request_id, len(tokens), lost
@@ -99,6 +101,7 @@ class ServeEngineClient:
         self, call: DeploymentResponseGenerator[str], request_id: str, inbox: asyncio.Queue[Event | Exception]
     ) -> None:
         """Follow the call of one request to its end, and report an end that is not the request's own."""
+        replica_id = None
         try:
             async for replica_id in call:
                 self._requests_at[replica_id].add(request_id)
@@ -107,11 +110,14 @@ class ServeEngineClient:
             message = "every pipeline has as many requests waiting as it accepts"
             inbox.put_nowait(OverloadedError(message, BACKPRESSURE_RETRY_AFTER_S))
         except RayTaskError as error:
-            cause = error.cause
-            is_ours = isinstance(cause, GPTJServeError)
-            inbox.put_nowait(cause if is_ours else RequestFailedError(f"the pipeline failed: {cause!r}"))
+            inbox.put_nowait(_what_went_wrong(error.cause))
         except (RayError, RayServeException) as error:
             inbox.put_nowait(_ReplicaLostError(_first_line(error)))
+            if isinstance(error, ActorDiedError) and replica_id in self._event_streams:
+                self._event_streams[replica_id].cancel()  # it may still wait to be routed there
+        except Exception as error:
+            logger.exception("request %s: its call failed", request_id)
+            inbox.put_nowait(RequestFailedError(f"the call to the pipeline failed: {error!r}"))
 
     def _ensure_event_stream(self, replica_id: str) -> None:
         if replica_id not in self._event_streams:
@@ -129,7 +135,9 @@ class ServeEngineClient:
                 for event in decoder.decode(batch):
                     if (inbox := self._inboxes.get(event.request_id)) is not None:
                         inbox.put_nowait(event)
-        except (RayError, RayServeException) as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if not isinstance(error, RayError | RayServeException | asyncio.CancelledError):
+                logger.exception("the event stream of pipeline %s failed", replica_id)
             for request_id in self._requests_at.pop(replica_id, ()):
                 if (inbox := self._inboxes.get(request_id)) is not None:
                     inbox.put_nowait(_ReplicaLostError(_first_line(error)))
@@ -141,5 +149,14 @@ class ServeEngineClient:
             self._requests_at.pop(replica_id, None)
 
 
-def _first_line(error: Exception) -> str:
+def _what_went_wrong(cause: BaseException) -> Exception:
+    """What a replica's exception means for the request: it may go elsewhere, was refused, or failed."""
+    if isinstance(cause, PipelineError):
+        return _ReplicaLostError(str(cause))
+    if isinstance(cause, GPTJServeError):
+        return cause
+    return RequestFailedError(f"the pipeline failed: {cause!r}")
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from gptj_serve.config import PipelineConfig, ServiceConfig
 from gptj_serve.engine.engine import Engine
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
-from gptj_serve.errors import RequestFailedError
+from gptj_serve.errors import PipelineError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.serving.logs import use_serve_logging
@@ -59,7 +59,7 @@ class Pipeline:
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         self._outboxes: dict[str, _Outbox] = {}
         self._outbox_of: dict[str, _Outbox] = {}  # by request id
-        self._finished: dict[str, asyncio.Event] = {}  # by request id
+        self._finished: dict[str, asyncio.Future[None]] = {}  # by request id
         group = ray.util.get_current_placement_group()
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
         await self._pipeline.start(stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids))
@@ -85,18 +85,23 @@ class Pipeline:
             )  # fmt: skip
 
     async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str]:
-        """Serve one request: yields this replica's id once it is taken, and ends when it has ended."""
+        """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
+
+        Raises `InvalidRequestError`, or `PipelineError` when the engine stops before: the request can go elsewhere.
+        """
         if self._engine_task.done():
-            raise RequestFailedError("this pipeline has stopped")
+            raise PipelineError("this pipeline has stopped")
         request = msgspec.msgpack.decode(encoded_request, type=EngineRequest)
         outbox = self._outboxes.setdefault(ingress_id, _Outbox())
         self._engine.add(request)
         self._outbox_of[request.request_id] = outbox
-        finished = self._finished[request.request_id] = asyncio.Event()
+        finished = self._finished[request.request_id] = asyncio.get_running_loop().create_future()
         outbox.num_requests += 1
         try:
             yield self._replica_id
-            await finished.wait()
+            await asyncio.wait({finished, self._engine_task}, return_when=asyncio.FIRST_COMPLETED)
+            if not finished.done():
+                raise PipelineError("this pipeline has stopped")
         finally:
             outbox.num_requests -= 1
             del self._outbox_of[request.request_id], self._finished[request.request_id]
@@ -143,7 +148,7 @@ class Pipeline:
             outbox.events.append(event)
             outbox.arrived.set()
             if is_terminal(event):
-                self._finished[event.request_id].set()
+                self._finished[event.request_id].set_result(None)
 
 
 def _num_kv_blocks(config: PipelineConfig, checkpoint: Checkpoint) -> int:

@@ -168,7 +168,8 @@ async def test_several_steps_lost_at_once_leave_no_trace_in_the_log(caplog):
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-async def test_pipeline_that_cannot_recover_ends_the_engine_and_every_request():
+async def test_pipeline_that_cannot_recover_ends_the_engine():
+    """It says so by raising, and leaves it to its owner whether the requests can go on elsewhere."""
     pipeline = FakePipeline(fails=lambda _: True)
     pipeline.can_recover = False
     emitted: list[Event] = []
@@ -177,7 +178,7 @@ async def test_pipeline_that_cannot_recover_ends_the_engine_and_every_request():
         engine.add(generate_request(str(i), [i]))
     with pytest.raises(PipelineError, match="no stage comes back"):
         await asyncio.wait_for(engine.run(), 10)
-    assert [(type(event), event.request_id) for event in emitted] == [(FailureEvent, str(i)) for i in range(3)]
+    assert emitted == []
     assert engine.stats().num_kv_blocks_used == 0
 
 
