@@ -5,9 +5,9 @@ Frozen pydantic models that refuse unknown keys. The fields' descriptions are th
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 DEMO_CHECKPOINT = "demo"
 
@@ -19,19 +19,27 @@ class _Part(BaseModel):
 class StageConfig(_Part):
     """Resources of one stage actor. All stages of a pipeline get the same."""
 
-    num_cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for each stage actor.")
-    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for each stage; 0 runs it on CPU.")
-    num_threads: PositiveInt | None = Field(
-        None, description="Torch threads per CPU stage. Default: the node's cores shared evenly among the stages."
+    num_cpus: float = Field(1.0, ge=0, allow_inf_nan=False, description="CPUs that Ray reserves for each stage actor.")
+    num_gpus: float = Field(
+        0.0, ge=0, le=1, description="The share of one GPU that Ray reserves for each stage; 0 runs it on CPU."
     )
+    num_threads: PositiveInt | None = Field(
+        None, description="Torch threads per CPU stage. Default: the cores the process may use, over num_stages."
+    )
+
+    @model_validator(mode="after")
+    def _reserves_something(self) -> Self:
+        if self.num_cpus == self.num_gpus == 0:
+            raise ValueError("num_cpus and num_gpus are both 0; Ray can't place a stage that needs nothing")
+        return self
 
 
 class KVCacheConfig(_Part):
     block_size: PositiveInt = Field(16, description="Tokens per KV block.")
     num_tokens: PositiveInt | None = Field(
         None,
-        description="Capacity of the pool in tokens, on every stage. Default: eight sequences of n_positions. Less "
-        "memory means more preemption, never another answer.",
+        description="Capacity of the pool in tokens, on every stage; at least n_positions. Default: eight sequences of "
+        "n_positions. A smaller pool means more preemption, never another answer.",
     )
 
 
@@ -60,7 +68,12 @@ class PipelineConfig(_Part):
     )
     engine_num_cpus: PositiveFloat = Field(0.1, description="CPUs that Ray reserves for the engine's process.")
     startup_timeout_s: PositiveFloat = Field(600.0, description="Longest time for all stages to load their weights.")
-    step_timeout_s: PositiveFloat = Field(60.0, description="A step that takes longer counts as a lost stage.")
+    step_timeout_s: PositiveFloat = Field(
+        120.0, description="Without a step's result for this time, while one is due, a stage counts as lost."
+    )
+    max_queued_requests: PositiveInt = Field(
+        4096, description="Requests on their way from each ingress to a pipeline; more are refused with 503."
+    )
 
 
 class IngressConfig(_Part):
@@ -68,10 +81,13 @@ class IngressConfig(_Part):
     num_cpus: NonNegativeFloat = Field(0.1, description="CPUs that Ray reserves for each ingress process.")
     max_ongoing_requests: PositiveInt = Field(1024, description="Requests that one ingress works on at a time.")
     max_queued_requests: PositiveInt = Field(
-        256, description="Requests that wait in each proxy for a free ingress; more are refused with 503."
+        4096, description="Requests on their way from each proxy to an ingress; more are refused with 503."
     )
     max_body_bytes: PositiveInt = Field(1 << 20, description="Largest accepted HTTP body; a larger one gets 413.")
-    max_batch_inputs: PositiveInt = Field(64, description="Longest list of inputs in one classify or QA request.")
+    max_batch_inputs: PositiveInt = Field(64, description="Longest list of inputs or prompts in one request.")
+    max_qa_windows: PositiveInt = Field(
+        256, description="Windows that the contexts of one QA request are cut into; each is a sequence for the model."
+    )
 
 
 class ServiceConfig(_Part):

@@ -51,9 +51,9 @@ class Window:
 
 
 def make_windows(
-    tokenizer: Tokenizer, question: str, context: Encoding, options: QAOptions, n_positions: int
+    tokenizer: Tokenizer, question: str, context: Encoding, options: QAOptions, n_positions: int, max_windows: int
 ) -> list[Window]:
-    """Cut the context into windows. Raises `InvalidRequestError` when the lengths leave no room."""
+    """Cut the context into windows. Raises `InvalidRequestError` when the lengths leave no room, or make too many."""
     max_seq_len = min(384, n_positions) if options.max_seq_len is None else options.max_seq_len
     if max_seq_len > n_positions:
         raise InvalidRequestError("max_seq_len", max_seq_len, f"the model's context is {n_positions} tokens")
@@ -73,6 +73,10 @@ def make_windows(
         raise InvalidRequestError("doc_stride", stride, f"must be less than the {room} context tokens of a window")
     length = len(context.token_ids)
     starts = range(0, max(length - stride, 1), room - stride)
+    if len(starts) > max_windows:
+        raise InvalidRequestError(
+            "context", f"{length} tokens", f"makes {len(starts)} windows; at most {max_windows} in one request"
+        )
     spans = [range(start, min(start + room, length)) for start in starts]
     return [Window(question_ids + context.token_ids[span.start : span.stop], len(question_ids), span) for span in spans]
 

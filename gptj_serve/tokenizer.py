@@ -29,6 +29,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_bytes = _token_bytes(backend)
+        self.max_token_bytes = max(map(len, self._token_bytes))
 
     @classmethod
     def from_directory(cls, directory: Path) -> Self:

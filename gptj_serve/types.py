@@ -157,7 +157,10 @@ class StepOutput(Struct, frozen=True, array_like=True):
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
-    """A snapshot of one engine; what `/status` shows and autoscaling reads."""
+    """A snapshot of one engine; what `/status` shows and autoscaling reads.
+
+    `num_requests_aborted` counts those ended from outside: the client left, or the text reached a stop string.
+    """
 
     num_running: int
     num_waiting: int

@@ -38,7 +38,7 @@ def _logits(window: Window, **peaks: tuple[int, float]) -> list[list[float]]:
 
 
 def _windows(context: str, options: QAOptions, question: str = QUESTION, n_positions: int = 64) -> list[Window]:
-    return make_windows(TOKENIZER, question, TOKENIZER.encode_with_offsets(context), options, n_positions)
+    return make_windows(TOKENIZER, question, TOKENIZER.encode_with_offsets(context), options, n_positions, 10**9)
 
 
 def _answers(context: str, windows: list[Window], logits: list[list[list[float]]], options: QAOptions) -> list[Answer]:
@@ -57,7 +57,7 @@ def test_windows_cover_the_context_with_the_stride_and_fit(
     assume(doc_stride < room)
     encoding = TOKENIZER.encode_with_offsets(context)
     options = QAOptions(max_seq_len=max_seq_len, doc_stride=doc_stride, max_question_len=max_question_len)
-    windows = make_windows(TOKENIZER, QUESTION, encoding, options, 64)
+    windows = make_windows(TOKENIZER, QUESTION, encoding, options, 64, 10**9)
     for window in windows:
         assert len(window.token_ids) <= max_seq_len
         assert window.num_question_tokens == len(question)
@@ -99,6 +99,15 @@ def test_lengths_that_leave_no_room_are_refused_by_name(
     with pytest.raises(InvalidRequestError) as error:
         _windows(context, QAOptions(**options), question)
     assert (error.value.field, error.value.value) == (field, value)
+
+
+def test_too_many_windows_are_refused_before_they_are_made() -> None:
+    encoding = TOKENIZER.encode_with_offsets("the fox " * 50)
+    options = QAOptions(max_seq_len=10, max_question_len=2, doc_stride=7)
+    windows = make_windows(TOKENIZER, QUESTION, encoding, options, 64, 10**9)
+    assert make_windows(TOKENIZER, QUESTION, encoding, options, 64, len(windows)) == windows
+    with pytest.raises(InvalidRequestError, match=f"makes {len(windows)} windows"):
+        make_windows(TOKENIZER, QUESTION, encoding, options, 64, len(windows) - 1)
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────

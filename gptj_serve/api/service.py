@@ -134,7 +134,8 @@ class Service:
         inputs = request.inputs if isinstance(request.inputs, list) else [request.inputs]
         self._check_batch(inputs)
         options = QAOptions(**request.parameters.model_dump())
-        return await run_all([self._answer_one(item, options) for item in inputs])
+        max_windows = max(1, self.config.ingress.max_qa_windows // len(inputs))
+        return await run_all([self._answer_one(item, options, max_windows) for item in inputs])
 
     def encode_prompt(
         self, prompt: str | Sequence[int], max_new_tokens: int, field: str, length_field: str
@@ -177,10 +178,13 @@ class Service:
                 raise InvalidRequestError(field, token_id, f"token ids are below {self.model.vocab_size}")
         return list(token_ids)
 
-    async def _answer_one(self, inputs: QAInputs, options: QAOptions) -> list[Answer]:
-        context = self.tokenizer.encode_with_offsets(inputs.context)
+    async def _answer_one(self, inputs: QAInputs, options: QAOptions, max_windows: int) -> list[Answer]:
+        # Contexts may be long; in a thread their tokenization holds up nobody else's tokens.
+        context = await asyncio.to_thread(self.tokenizer.encode_with_offsets, inputs.context)
         try:
-            windows = make_windows(self.tokenizer, inputs.question, context, options, self.model.n_positions)
+            windows = make_windows(
+                self.tokenizer, inputs.question, context, options, self.model.n_positions, max_windows
+            )
         except InvalidRequestError as error:
             parent = "parameters" if error.field in QAParameters.model_fields else "inputs"
             raise InvalidRequestError(f"{parent}.{error.field}", error.value, error.reason) from None
@@ -206,6 +210,10 @@ class Service:
                 yield event
 
     def _encode(self, text: str, field: str) -> list[int]:
+        longest = self.model.n_positions * self.tokenizer.max_token_bytes
+        if len(text) > longest:  # before spending time on it
+            reason = f"has {len(text)} characters; the model's context holds at most {longest}"
+            raise InvalidRequestError(field, text, reason)
         token_ids = self.tokenizer.encode(text)
         if not token_ids:
             raise InvalidRequestError(field, text, "must not be empty")

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 MAX_FUTILE_RECOVERIES = 3
 """After so many losses in a row without a finished step, what is being served is taken for the cause and failed."""
 
+MAX_RECOVERY_ATTEMPTS = 4
+RECOVERY_DELAY_S = 0.25
+"""Before the second attempt to bring the pipeline back; doubled before each later one."""
+
 
 class Pipeline(Protocol):
     """The one seam between engine and stages."""
@@ -128,7 +132,14 @@ class Engine:
         self._num_futile_recoveries += 1
         if self._num_futile_recoveries > MAX_FUTILE_RECOVERIES:
             self._publish(self._scheduler.fail_all(f"the pipeline failed again and again on these requests: {error}"))
-        await self._pipeline.recover()
+            self._num_futile_recoveries = 0
+        for attempt in range(MAX_RECOVERY_ATTEMPTS - 1):
+            try:
+                return await self._pipeline.recover()
+            except PipelineError as again:
+                logger.warning("the pipeline did not come back: %s", again)
+                await asyncio.sleep(RECOVERY_DELAY_S * 2**attempt)
+        return await self._pipeline.recover()
 
     def _publish(self, events: list[Event]) -> None:
         for event in events:

@@ -1,7 +1,7 @@
 """Attention over paged keys and values.
 
 A sequence's KV lies in blocks of `block_size` tokens, named by its block table. A microbatch packs rows of any
-length: those with one token (decode) attend together, padded to the longest context; longer ones (prompt chunks)
+length: those with one token (decode) attend together, in groups of similar context; longer ones (prompt chunks)
 attend one by one. Shapes: `T` packed tokens, `S` decode rows, `C` context length, `H` heads, `Dh` head_dim.
 """
 
@@ -65,6 +65,15 @@ class _Chunk:
     mask: Tensor | None  # [1, 1, num_tokens, C], True where a query may look; None: plain causal from position 0
 
 
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    """Rows of one token that attend together, padded to the longest context among them."""
+
+    tokens: Tensor  # [S], places among the packed tokens
+    tables: Tensor  # [S, blocks]
+    mask: Tensor  # [S, 1, 1, C], True where there is a token
+
+
 class PagedAttention:
     """The attention of one microbatch, planned once and used by every layer of the stage."""
 
@@ -76,25 +85,15 @@ class PagedAttention:
         # A block's last owner may have left NaN behind, which no mask hides: NaN times a weight of 0 is NaN.
         self._begun_blocks = (self._slots[self._slots % cache.block_size == 0]) // cache.block_size
         self._chunks: list[_Chunk] = []
-        decode_tokens: list[int] = []
-        decode_rows: list[PagedRow] = []
+        decoding: list[tuple[int, PagedRow]] = []  # (place among the packed tokens, row)
         offset = 0
         for row in rows:
             if row.num_tokens == 1:
-                decode_tokens.append(offset)
-                decode_rows.append(row)
+                decoding.append((offset, row))
             else:
                 self._chunks.append(_plan_chunk(row, offset, device))
             offset += row.num_tokens
-        if decode_rows:
-            self._decode_tokens = torch.tensor(decode_tokens, device=device)  # [S]
-            self._decode_tables = _padded([row.block_table for row in decode_rows], cache.padding_block).to(
-                device
-            )  # [S, blocks]
-            ends = torch.tensor([row.end for row in decode_rows])
-            width = self._decode_tables.shape[1] * cache.block_size
-            self._decode_mask = (torch.arange(width) < ends[:, None])[:, None, None, :].to(device)  # [S, 1, 1, C]
-        self._has_decode = bool(decode_rows)
+        self._decode_groups = [_plan_decode(group, cache) for group in _by_length(decoding)]
 
     def layer(self, index: int) -> AttentionFn:
         """The attention function of the stage's `index`-th layer; it writes k and v to the cache, then attends."""
@@ -109,10 +108,9 @@ class PagedAttention:
             for chunk in self._chunks:
                 key, value = (part[chunk.blocks].flatten(0, 1)[: chunk.end] for part in (keys, values))  # [C, H, Dh]
                 out[chunk.tokens] = _attend(q[None, chunk.tokens], key[None], value[None], chunk.mask)[0]
-            if self._has_decode:
-                key, value = (part[self._decode_tables].flatten(1, 2) for part in (keys, values))  # [S, C, H, Dh]
-                queries = q[self._decode_tokens].unsqueeze(1)  # [S, 1, H, Dh]
-                out[self._decode_tokens] = _attend(queries, key, value, self._decode_mask)[:, 0]
+            for group in self._decode_groups:
+                key, value = (part[group.tables].flatten(1, 2) for part in (keys, values))  # [S, C, H, Dh]
+                out[group.tokens] = _attend(q[group.tokens].unsqueeze(1), key, value, group.mask)[:, 0]
             return out
 
         return attend
@@ -125,6 +123,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         heads_first(q), heads_first(k), heads_first(v), attn_mask=mask, is_causal=mask is None
     )
     return out.transpose(1, 2).to(q.dtype)
+
+
+def _by_length(decoding: Sequence[tuple[int, PagedRow]]) -> list[list[tuple[int, PagedRow]]]:
+    """Rows whose block tables have the same length up to a factor of two: so padding at most doubles what is read,
+    and one long sequence among many short ones does not pad them all to its length."""
+    groups: dict[int, list[tuple[int, PagedRow]]] = {}
+    for entry in decoding:
+        groups.setdefault(len(entry[1].block_table).bit_length(), []).append(entry)
+    return list(groups.values())
+
+
+def _plan_decode(group: Sequence[tuple[int, PagedRow]], cache: KVCache) -> _DecodeGroup:
+    device = cache.keys.device
+    longest = max(len(row.block_table) for _, row in group)
+    tables = [[*row.block_table, *[cache.padding_block] * (longest - len(row.block_table))] for _, row in group]
+    ends = torch.tensor([row.end for _, row in group])
+    mask = torch.arange(longest * cache.block_size) < ends[:, None]
+    tokens = torch.tensor([place for place, _ in group], device=device)
+    return _DecodeGroup(tokens, torch.tensor(tables, device=device), mask[:, None, None, :].to(device))
 
 
 def _plan_chunk(row: PagedRow, offset: int, device: torch.device) -> _Chunk:
@@ -142,9 +159,3 @@ def _slots(rows: Sequence[PagedRow], block_size: int) -> Tensor:
         positions = torch.arange(row.start, row.end)
         parts.append(torch.tensor(row.block_table)[positions // block_size] * block_size + positions % block_size)
     return torch.cat(parts)
-
-
-def _padded(tables: Sequence[Sequence[int]], padding_block: int) -> Tensor:
-    """Block tables of different lengths as one [S, longest]."""
-    longest = max(map(len, tables))
-    return torch.tensor([[*table, *[padding_block] * (longest - len(table))] for table in tables])

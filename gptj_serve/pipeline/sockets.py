@@ -20,7 +20,7 @@ POLL_INTERVAL_MS = 100
 class CurveKeys:
     """One key pair per pipeline, known to its members only: knowing the public half is what admits a peer."""
 
-    public: bytes
+    public: bytes = field(repr=False)
     secret: bytes = field(repr=False)
 
     @classmethod

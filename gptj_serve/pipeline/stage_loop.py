@@ -9,7 +9,7 @@ import msgspec
 import zmq
 from torch import Tensor
 
-from gptj_serve.pipeline.handoff import ZmqHandoff
+from gptj_serve.pipeline.handoff import Handoff, ZmqHandoff
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
 from gptj_serve.pipeline.stage_runner import StageRunner
 from gptj_serve.types import MicroBatch, StepOutput
@@ -79,7 +79,8 @@ class StageLoop:
         stage = self._runner.stage
         encoder = msgspec.msgpack.Encoder()
         decoder = msgspec.msgpack.Decoder(MicroBatch)
-        from_previous, to_next = ZmqHandoff(self._hidden), ZmqHandoff(self._next)
+        from_previous: Handoff = ZmqHandoff(self._hidden)
+        to_next: Handoff = ZmqHandoff(self._next)
         while (frames := receive(self._steps, self._stopping.is_set)) is not None:
             microbatch = decoder.decode(frames[0].buffer)
             hidden: Tensor | None = None

@@ -24,6 +24,8 @@ class StepLinks:
         self._pending: dict[int, asyncio.Future[StepOutput]] = {}
         self._failure: PipelineError | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self._last_result_at = 0.0
+        self.timed_out = False
         self._encoder = msgspec.msgpack.Encoder()
 
     def bind(self, address: str) -> str:
@@ -42,16 +44,24 @@ class StepLinks:
         """Raises `PipelineError` when the links fail or the step exceeds its time."""
         if self._failure is not None:
             raise self._failure
-        future = self._pending[microbatch.microbatch_id] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[StepOutput] = loop.create_future()
+        self._pending[microbatch.microbatch_id] = future
+        sent_at = loop.time()
         try:
             message = self._encoder.encode(microbatch)
             for socket in self._stages:
                 socket.send(message, zmq.NOBLOCK)
-            return await asyncio.wait_for(future, self._step_timeout_s)
-        except TimeoutError:
-            raise PipelineError(
-                f"microbatch {microbatch.microbatch_id} is not back after step_timeout_s={self._step_timeout_s}"
-            ) from None
+            while not future.done():
+                # Steps in flight queue behind each other: the time counts from the last one that came back.
+                remaining_s = max(sent_at, self._last_result_at) + self._step_timeout_s - loop.time()
+                if remaining_s <= 0:
+                    self.timed_out = True
+                    raise PipelineError(
+                        f"microbatch {microbatch.microbatch_id} is not back after step_timeout_s={self._step_timeout_s}"
+                    )
+                await asyncio.wait({future}, timeout=remaining_s)
+            return future.result()
         except zmq.ZMQError as error:
             raise PipelineError(f"sending microbatch {microbatch.microbatch_id} failed: {error}") from error
         finally:
@@ -77,6 +87,7 @@ class StepLinks:
         try:
             while True:
                 output = decoder.decode(await self._results.recv())
+                self._last_result_at = asyncio.get_running_loop().time()
                 future = self._pending.get(output.microbatch_id)
                 if future is not None and not future.done():
                     future.set_result(output)

@@ -8,8 +8,8 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from gptj_serve.config import ServiceConfig
-from gptj_serve.errors import GPTJServeError
+from gptj_serve.config import DEMO_CHECKPOINT, ServiceConfig
+from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.serving.ingress import Ingress
@@ -29,13 +29,30 @@ def build(config: ServiceConfig) -> Application:
     `serve run` that has nothing else to serve then ends.
     """
     try:
-        checkpoint = Checkpoint.open(config.checkpoint_dir)
-        Tokenizer.from_directory(config.checkpoint_dir)
-        partition(checkpoint.config.n_layer, config.pipeline.num_stages, head_cost(checkpoint.config))
+        _check(config)
     except GPTJServeError as error:
         end_serve_run(f"{config.served_name} can't be served: {error}")
         raise
+    if config.checkpoint != DEMO_CHECKPOINT:  # the replicas' working directories may differ
+        config = config.model_copy(update={"checkpoint": str(config.checkpoint_dir.resolve())})
     return _ingress(config).bind(config, _pipeline(config).bind(config))
+
+
+def _check(config: ServiceConfig) -> None:
+    checkpoint = Checkpoint.open(config.checkpoint_dir)
+    model = checkpoint.config
+    num_token_ids = Tokenizer.from_directory(config.checkpoint_dir).num_token_ids
+    if num_token_ids > model.vocab_size:
+        raise CheckpointError(
+            f"{config.checkpoint_dir / 'tokenizer.json'}: has {num_token_ids} token ids, more than the "
+            f"vocab_size={model.vocab_size} of config.json"
+        )
+    partition(model.n_layer, config.pipeline.num_stages, head_cost(model))
+    num_kv_tokens = config.pipeline.kv_cache.num_tokens
+    if num_kv_tokens is not None and num_kv_tokens < model.n_positions:
+        raise ConfigError(
+            f"pipeline.kv_cache.num_tokens={num_kv_tokens}: must hold one sequence of n_positions={model.n_positions}"
+        )
 
 
 def _ingress(config: ServiceConfig) -> serve.Deployment:
@@ -60,6 +77,7 @@ def _pipeline(config: ServiceConfig) -> serve.Deployment:
         name="Pipeline",
         num_replicas=config.num_pipelines,
         max_ongoing_requests=pipeline.max_ongoing_requests,
+        max_queued_requests=pipeline.max_queued_requests,
         ray_actor_options={"num_cpus": pipeline.engine_num_cpus},
         placement_group_bundles=[{"CPU": pipeline.engine_num_cpus}] + [stage_bundle] * pipeline.num_stages,
         placement_group_strategy=pipeline.placement_strategy,

@@ -8,6 +8,7 @@ so the caller sees a pause and nothing else.
 
 import asyncio
 import contextvars
+import itertools
 import logging
 import secrets
 from collections import defaultdict
@@ -25,8 +26,15 @@ from gptj_serve.types import EngineRequest, Event, FailureEvent, TokenEvent, is_
 
 logger = logging.getLogger(__name__)
 
-MAX_REPLAYS = 5
-"""A request that has lost so many replicas is given up."""
+REPLAY_TIMEOUT_S = 120.0
+"""A request that loses its replica is given up when it gets no further on any other for this time."""
+
+REPLAY_DELAY_S = 0.1
+MAX_REPLAY_DELAY_S = 2.0
+"""Before going to another replica; doubled with each loss in a row."""
+
+EVENTS_TIMEOUT_S = 10.0
+"""A replica whose event stream does not open, or whose last events do not come, within this time counts as lost."""
 
 BACKPRESSURE_RETRY_AFTER_S = 1.0
 
@@ -49,7 +57,9 @@ class ServeEngineClient:
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
         tokens = list(request.output_token_ids)
-        for attempt in range(1 + MAX_REPLAYS):
+        clock = asyncio.get_running_loop().time
+        last_progress_at, delay_s = clock(), REPLAY_DELAY_S
+        for attempt in itertools.count():
             # Each attempt has an id of its own, so that nothing late from a lost replica is taken for this one's.
             attempt_request = msgspec.structs.replace(
                 request, request_id=f"{request.request_id}-{attempt}", output_token_ids=tokens.copy()
@@ -60,6 +70,7 @@ class ServeEngineClient:
                         if isinstance(event, TokenEvent):
                             assert event.index == len(tokens), "a token was lost or repeated"
                             tokens.append(event.token_id)
+                            last_progress_at, delay_s = clock(), REPLAY_DELAY_S
                         yield event
                         if is_terminal(event):
                             return
@@ -67,12 +78,19 @@ class ServeEngineClient:
                 logger.warning(
                     "request %s goes to another pipeline after %d tokens: %s", request.request_id, len(tokens), lost
                 )
-        yield FailureEvent(request.request_id, f"gave up after losing {1 + MAX_REPLAYS} pipelines")
+                if clock() - last_progress_at > REPLAY_TIMEOUT_S:
+                    break
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, MAX_REPLAY_DELAY_S)
+        yield FailureEvent(request.request_id, f"no pipeline took the request further for {REPLAY_TIMEOUT_S:.0f} s")
 
     async def status(self) -> list[dict[str, Any]]:
-        results: list[dict[str, Any]] = await self._pipelines.broadcast("status").results_async(
-            timeout_s=STATUS_TIMEOUT_S
-        )
+        call = self._pipelines.broadcast("status")
+        try:
+            results: list[dict[str, Any]] = await call.results_async(timeout_s=STATUS_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            message = f"a pipeline does not answer: {_first_line(error)}"
+            raise OverloadedError(message, STATUS_TIMEOUT_S) from error
         return results
 
     async def _attempt(self, request: EngineRequest) -> AsyncGenerator[Event]:
@@ -106,6 +124,8 @@ class ServeEngineClient:
             async for replica_id in call:
                 self._requests_at[replica_id].add(request_id)
                 self._ensure_event_stream(replica_id)
+            await asyncio.sleep(EVENTS_TIMEOUT_S)  # its last event ends this task
+            inbox.put_nowait(_ReplicaLostError("the request ended there, but its events did not come"))
         except BackPressureError:
             message = "every pipeline has as many requests waiting as it accepts"
             inbox.put_nowait(OverloadedError(message, BACKPRESSURE_RETRY_AFTER_S))
@@ -130,18 +150,22 @@ class ServeEngineClient:
     async def _read_events(self, replica_id: str) -> None:
         """Deliver a replica's events until its stream ends; it ends by itself when no request is left there."""
         decoder = msgspec.msgpack.Decoder(list[Event])
+        stream = self._pipelines.events.remote(self._ingress_id, replica_id=replica_id)
         try:
-            async for batch in self._pipelines.events.remote(self._ingress_id, replica_id=replica_id):
+            # A call that names a replica which is gone would wait in the router for ever, and block it for others.
+            await asyncio.wait_for(anext(stream), EVENTS_TIMEOUT_S)
+            async for batch in stream:
                 for event in decoder.decode(batch):
                     if (inbox := self._inboxes.get(event.request_id)) is not None:
                         inbox.put_nowait(event)
         except (Exception, asyncio.CancelledError) as error:
-            if not isinstance(error, RayError | RayServeException | asyncio.CancelledError):
+            if not isinstance(error, RayError | RayServeException | TimeoutError | asyncio.CancelledError):
                 logger.exception("the event stream of pipeline %s failed", replica_id)
             for request_id in self._requests_at.pop(replica_id, ()):
                 if (inbox := self._inboxes.get(request_id)) is not None:
                     inbox.put_nowait(_ReplicaLostError(_first_line(error)))
         finally:
+            stream.cancel()
             del self._event_streams[replica_id]
         if self._requests_at.get(replica_id):
             self._ensure_event_stream(replica_id)  # a request came while the stream was ending

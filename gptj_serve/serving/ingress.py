@@ -1,7 +1,7 @@
 """The `Ingress` deployment: HTTP and the Python handle, over the pipelines."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -14,6 +14,7 @@ from gptj_serve.api.errors import invalid_request, most_telling
 from gptj_serve.api.schemas import ClassifyRequest, GenerateRequest, QARequest
 from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
+from gptj_serve.errors import GPTJServeError, InvalidRequestError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.logs import use_serve_logging
@@ -26,8 +27,8 @@ class Ingress:
     """Serve calls its ASGI application for HTTP, and its methods for `serve.get_app_handle("gptj")`.
 
     The methods take the HTTP routes' bodies, as dicts or as models of `gptj_serve.api.schemas`, and answer with what
-    the routes answer, as plain dicts and lists, so that a caller needs nothing but Ray. They raise
-    `InvalidRequestError`, `OverloadedError` or `RequestFailedError`.
+    the routes answer, as plain dicts and lists, so that a caller needs nothing but Ray. For the same reason they raise
+    built-in exceptions: `ValueError` for a bad request, naming field and value, `RuntimeError` for a failed one.
     """
 
     def __init__(self, config: ServiceConfig, pipelines: DeploymentHandle) -> None:
@@ -42,22 +43,37 @@ class Ingress:
 
     async def generate(self, request: GenerateRequest | dict[str, Any]) -> dict[str, Any]:
         """As `POST /generate`."""
-        return await huggingface.generate_whole(self._service, _parse(GenerateRequest, request))
+        with _plain_errors():
+            return await huggingface.generate_whole(self._service, _parse(GenerateRequest, request))
 
     async def generate_stream(self, request: GenerateRequest | dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """As `POST /generate_stream`: an item per token. Call it on `handle.options(stream=True)`."""
-        body = _parse(GenerateRequest, request)
-        async with aclosing(huggingface.generate_stream(self._service, body)) as events:
-            async for event in events:
-                yield event
+        with _plain_errors():
+            body = _parse(GenerateRequest, request)
+            async with aclosing(huggingface.generate_stream(self._service, body)) as events:
+                async for event in events:
+                    yield event
 
     async def classify(self, request: ClassifyRequest | dict[str, Any]) -> list[list[dict[str, Any]]]:
         """As `POST /classify`."""
-        return await huggingface.classify_whole(self._service, _parse(ClassifyRequest, request))
+        with _plain_errors():
+            return await huggingface.classify_whole(self._service, _parse(ClassifyRequest, request))
 
     async def qa(self, request: QARequest | dict[str, Any]) -> Any:
         """As `POST /qa`."""
-        return await huggingface.answer_whole(self._service, _parse(QARequest, request))
+        with _plain_errors():
+            return await huggingface.answer_whole(self._service, _parse(QARequest, request))
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Our exceptions as built-in ones, which a caller without this package can unpickle."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise ValueError(str(error)) from None
+    except GPTJServeError as error:
+        raise RuntimeError(str(error)) from None
 
 
 def _parse(body: type[Body], request: Body | dict[str, Any]) -> Body:

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import logging
+import os
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,6 @@ from gptj_serve.config import PipelineConfig, ServiceConfig
 from gptj_serve.engine.engine import Engine
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
-from gptj_serve.errors import PipelineError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.serving.logs import use_serve_logging
@@ -74,8 +74,10 @@ class Pipeline:
             Scheduler(limits, blocks, checkpoint.config.eos_token_ids), self._pipeline, self._distribute
         )
         self._metrics = EngineMetrics(self._engine.stats)
+        self._closing = False
         background = contextvars.Context()  # outside any request: Serve cancels what is born inside one
         self._engine_task = asyncio.get_running_loop().create_task(self._engine.run(), context=background)
+        self._engine_task.add_done_callback(self._end_process)
         self._metrics_task = asyncio.get_running_loop().create_task(self._metrics.run(), context=background)
         for index, stage in enumerate(self._pipeline.descriptions):
             logger.info(
@@ -87,10 +89,8 @@ class Pipeline:
     async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str]:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
 
-        Raises `InvalidRequestError`, or `PipelineError` when the engine stops before: the request can go elsewhere.
+        Raises `InvalidRequestError`. When the engine stops, so does this process.
         """
-        if self._engine_task.done():
-            raise PipelineError("this pipeline has stopped")
         request = msgspec.msgpack.decode(encoded_request, type=EngineRequest)
         outbox = self._outboxes.setdefault(ingress_id, _Outbox())
         self._engine.add(request)
@@ -99,9 +99,7 @@ class Pipeline:
         outbox.num_requests += 1
         try:
             yield self._replica_id
-            await asyncio.wait({finished, self._engine_task}, return_when=asyncio.FIRST_COMPLETED)
-            if not finished.done():
-                raise PipelineError("this pipeline has stopped")
+            await finished
         finally:
             outbox.num_requests -= 1
             del self._outbox_of[request.request_id], self._finished[request.request_id]
@@ -111,6 +109,7 @@ class Pipeline:
         """All events for one ingress, batched; `replica_id` is for the router, which brings the call here."""
         assert replica_id == self._replica_id, "the router sent an event stream to the wrong replica"
         outbox = self._outboxes.setdefault(ingress_id, _Outbox())
+        yield msgspec.msgpack.encode([])  # "here": the ingress waits for it for a limited time
         while True:
             try:
                 await asyncio.wait_for(outbox.arrived.wait(), IDLE_STREAM_S)
@@ -131,14 +130,20 @@ class Pipeline:
             "engine": self._engine.stats().as_dict(),
         }
 
-    async def check_health(self) -> None:
-        """Serve replaces this replica when its engine has stopped."""
-        if self._engine_task.done():
-            raise RuntimeError("the engine has stopped") from self._engine_task.exception()
-
     def __del__(self) -> None:
+        self._closing = True
+        for task in ("_engine_task", "_metrics_task"):
+            if hasattr(self, task):
+                getattr(self, task).cancel()
         if hasattr(self, "_pipeline"):
             self._pipeline.close()
+
+    def _end_process(self, engine_task: asyncio.Task[None]) -> None:
+        """A replica without an engine must not look idle to the router until Serve's health check finds out."""
+        if not self._closing and not engine_task.cancelled():
+            logger.critical("the engine has stopped, ending this process: %r", engine_task.exception())
+            logging.shutdown()
+            os._exit(1)
 
     def _distribute(self, events: list[Event]) -> None:
         for event in events:

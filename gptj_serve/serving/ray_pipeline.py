@@ -2,13 +2,17 @@
 
 import asyncio
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
+import zmq
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
@@ -23,8 +27,10 @@ from gptj_serve.types import MicroBatch, StepOutput
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 5.0
-"""A stage whose loop does not stop within this time hangs, and is replaced."""
+HUNG_STOP_TIMEOUT_S = 5.0
+"""After a step that timed out, a stage whose loop does not stop within this time is the one that hangs."""
+
+DIRECTORY_PREFIX = "gptj_serve-"
 
 
 @dataclass(slots=True)
@@ -56,11 +62,9 @@ class RayPipeline:
         return [stage.description for stage in self._stages]
 
     async def start(self, settings: Sequence[StageSettings]) -> None:
-        """Start all stages, load them in parallel and link them. Raises what a stage's loading raised."""
-        actors = [self._create_actor(index, stage) for index, stage in enumerate(settings)]
-        loads = [actor.load.remote() for actor in actors]
-        descriptions = await asyncio.wait_for(asyncio.gather(*loads), self._config.startup_timeout_s)
-        self._stages = [_Stage(*parts) for parts in zip(settings, actors, descriptions, strict=True)]
+        """Start all stages, load them and link them. Raises what a stage's loading raised."""
+        self._stages = [_Stage(stage, self._create_actor(index, stage), {}) for index, stage in enumerate(settings)]
+        await self._load(self._stages)
         await self._link()
 
     async def run(self, microbatch: MicroBatch) -> StepOutput:
@@ -69,18 +73,19 @@ class RayPipeline:
 
     async def recover(self) -> None:
         """Close all links, replace the stages that are dead or hang, and link anew."""
+        step_hangs = self._links is not None and self._links.timed_out
+        timeout_s = HUNG_STOP_TIMEOUT_S if step_hangs else self._config.step_timeout_s
         self._close_links()
-        stopped = await asyncio.gather(*[self._has_stopped(stage) for stage in self._stages])
+        stopped = await asyncio.gather(*[self._has_stopped(stage, timeout_s) for stage in self._stages])
         for index, (stage, alive) in enumerate(zip(self._stages, stopped, strict=True)):
             if not alive:
-                logger.warning("replacing stage %d (layers %s)", index, stage.description["layers"])
+                logger.warning("replacing stage %d (layers %s)", index, stage.settings.layers)
                 ray.kill(stage.actor)
                 stage.actor = self._create_actor(index, stage.settings)
-        loads = [self._load(stage) for stage, alive in zip(self._stages, stopped, strict=True) if not alive]
         try:
-            await asyncio.wait_for(asyncio.gather(*loads), self._config.startup_timeout_s)
+            await self._load([stage for stage, alive in zip(self._stages, stopped, strict=True) if not alive])
             await self._link()
-        except (RayError, TimeoutError) as error:
+        except (RayError, zmq.ZMQError, OSError) as error:
             raise PipelineError(f"the pipeline could not be brought back: {error}") from error
 
     def close(self) -> None:
@@ -89,12 +94,20 @@ class RayPipeline:
         for stage in self._stages:
             ray.kill(stage.actor)
 
-    async def _load(self, stage: _Stage) -> None:
-        stage.description = await stage.actor.load.remote()
-
-    async def _has_stopped(self, stage: _Stage) -> bool:
+    async def _load(self, stages: Sequence[_Stage]) -> None:
+        """Load the stages' weights in parallel. Raises what a stage raised, or `PipelineError` after the time-out."""
+        loads = asyncio.gather(*[stage.actor.load.remote() for stage in stages])
         try:
-            await asyncio.wait_for(stage.actor.stop.remote(), STOP_TIMEOUT_S)
+            descriptions = await asyncio.wait_for(loads, self._config.startup_timeout_s)
+        except TimeoutError:
+            limit = self._config.startup_timeout_s
+            raise PipelineError(f"the stages were not loaded within startup_timeout_s={limit}") from None
+        for stage, description in zip(stages, descriptions, strict=True):
+            stage.description = description
+
+    async def _has_stopped(self, stage: _Stage, timeout_s: float) -> bool:
+        try:
+            await asyncio.wait_for(stage.actor.stop.remote(), timeout_s)
         except (RayError, TimeoutError):
             return False
         return True
@@ -104,7 +117,8 @@ class RayPipeline:
         on_one_node = len({stage.description["node_id"] for stage in self._stages} | {_own_node_id()}) == 1
         if on_one_node:
             keys = None
-            self._directory = tempfile.mkdtemp(prefix="gptj_serve-")  # mkdtemp makes it private (0700)
+            _remove_abandoned_directories()
+            self._directory = tempfile.mkdtemp(prefix=f"{DIRECTORY_PREFIX}{os.getpid()}-")  # private: mode 0700
             binds = [
                 stage.actor.bind.remote(f"ipc://{self._directory}/{index}", keys)
                 for index, stage in enumerate(self._stages)
@@ -130,7 +144,7 @@ class RayPipeline:
             await stage.actor.watch.remote()
         except RayError as error:
             reason = str(error).strip().splitlines()[0]
-            links.fail(PipelineError(f"stage {index} (layers {stage.description['layers']}) was lost: {reason}"))
+            links.fail(PipelineError(f"stage {index} (layers {stage.settings.layers}) was lost: {reason}"))
 
     def _close_links(self) -> None:
         for watcher in self._watchers:
@@ -158,6 +172,14 @@ class RayPipeline:
         }
         actor: ActorHandle = ray.remote(GPTJStage).options(**options).remote(settings)
         return actor
+
+
+def _remove_abandoned_directories() -> None:
+    """Remove what killed replicas left behind: the name holds the pid of the process that made it."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*-*"):
+        pid = directory.name.removeprefix(DIRECTORY_PREFIX).split("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _own_node_id() -> str:

@@ -31,7 +31,10 @@ def end_serve_run(message: str) -> None:
 
 
 def _is_serve_run(process: psutil.Process) -> bool:
-    words = [os.path.basename(word) for word in process.cmdline()]
+    try:
+        words = [os.path.basename(word) for word in process.cmdline()]
+    except psutil.Error:
+        return False
     return any(pair == ("serve", "run") for pair in itertools.pairwise(words))
 
 

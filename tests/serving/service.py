@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,9 @@ STARTUP_TIMEOUT_S = 120
 class ServeRun:
     """`serve run <config>`; `output` is what the terminal showed so far, without colours."""
 
-    def __init__(self, config: Path, log_file: Path) -> None:
+    def __init__(self, config: Path, log_file: Path, port: int = 8000) -> None:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is taken by another service"
         self._log_file = log_file
         self.started_at = time.monotonic()
         with log_file.open("w") as log:

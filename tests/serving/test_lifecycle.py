@@ -108,6 +108,7 @@ async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int
     os.kill(stage["pid"], signal.SIGKILL)
     assert await asyncio.gather(*streams) == undisturbed
     status = await pipeline_status(http)
+    assert status["engine"]["num_recoveries"] > 0
     assert status["stages"][victim]["pid"] != stage["pid"]
     assert status["stages"][1 - victim]["pid"] != stage["pid"]
     assert status["engine"]["num_kv_blocks_used"] == 0
@@ -119,9 +120,11 @@ async def test_killed_pipeline_replica_is_only_a_pause(http: httpx.AsyncClient, 
     started = asyncio.Event()
     stream = asyncio.create_task(stream_tokens(http, body, started))
     await started.wait()
+    replica_id = (await pipeline_status(http))["replica_id"]
     replicas = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "ServeReplica:gptj:Pipeline")])
     os.kill(replicas[0].pid, signal.SIGKILL)
     assert await stream == undisturbed
+    assert (await pipeline_status(http))["replica_id"] != replica_id
 
 
 @pytest.mark.timeout(120)
@@ -135,7 +138,7 @@ def test_broken_checkpoint_ends_serve_run(tmp_path: Path, demo: Path) -> None:
     (tmp_path / "broken.yaml").write_text(
         config.replace("checkpoint: demo", f"checkpoint: {broken}").replace("port: 8000", "port: 8011")
     )
-    run = ServeRun(tmp_path / "broken.yaml", tmp_path / "output.log")
+    run = ServeRun(tmp_path / "broken.yaml", tmp_path / "output.log", port=8011)
     try:
         run.process.wait(90)
     finally:

@@ -1,0 +1,121 @@
+"""`ServeEngineClient` over a handle that misbehaves as replicas do; no cluster."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import msgspec
+import pytest
+from ray.exceptions import ActorUnavailableError
+
+from gptj_serve.errors import OverloadedError
+from gptj_serve.serving import engine_client
+from gptj_serve.serving.engine_client import ServeEngineClient
+from gptj_serve.types import EngineRequest, FailureEvent, FinishReason, SamplingParams, Task, TokenEvent
+
+NUM_TOKENS = 6
+REQUEST = EngineRequest(
+    request_id="r", task=Task.GENERATE, prompt_token_ids=[1], sampling=SamplingParams(max_new_tokens=NUM_TOKENS)
+)
+
+
+class Call:
+    """What a streaming handle call returns."""
+
+    def __init__(self, stream: AsyncGenerator[Any]) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> "Call":
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._stream)
+
+    def cancel(self) -> None:
+        pass
+
+
+class Method:
+    def __init__(self, stream: Callable[..., AsyncGenerator[Any]]) -> None:
+        self._stream = stream
+
+    def remote(self, *args: Any, **kwargs: Any) -> Call:
+        return Call(self._stream(*args, **kwargs))
+
+
+class FakePipelines:
+    """Replicas "0", "1", … in turn: each attempt of a request goes to the next one. `lives` says how many tokens each
+    replica gives before it is lost; the last replica gives all."""
+
+    def __init__(self, *lives: int, loses_events: bool = False) -> None:
+        self.lives = [*lives, 10**9]
+        self.loses_events = loses_events
+        self.attempts: list[EngineRequest] = []
+        self.outboxes: dict[str, asyncio.Queue[bytes | Exception]] = {}
+        self.run, self.events = Method(self._run), Method(self._events)
+
+    def options(self, **_: Any) -> "FakePipelines":
+        return self
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        replica_id = str(len(self.attempts))
+        request = msgspec.msgpack.decode(encoded, type=EngineRequest)
+        self.attempts.append(request)
+        outbox = self.outboxes[replica_id] = asyncio.Queue()
+        yield replica_id
+        for life, index in enumerate(range(len(request.output_token_ids), NUM_TOKENS)):
+            if life == self.lives[min(int(replica_id), len(self.lives) - 1)]:
+                outbox.put_nowait(ActorUnavailableError("gone", None))
+                raise ActorUnavailableError("gone", None)
+            reason = FinishReason.LENGTH if index == NUM_TOKENS - 1 else None
+            event = TokenEvent(request.request_id, index, 100 + index, -1.0, reason)
+            if not (self.loses_events and replica_id == "0"):
+                outbox.put_nowait(msgspec.msgpack.encode([event]))
+            await asyncio.sleep(0.001)
+
+    async def _events(self, _ingress: str, *, replica_id: str) -> AsyncGenerator[bytes]:
+        yield msgspec.msgpack.encode([])
+        while True:
+            item = await self.outboxes[replica_id].get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+async def collect(pipelines: FakePipelines) -> list[Any]:
+    client = ServeEngineClient(pipelines)  # type: ignore[arg-type]
+    return [event async for event in client.submit(REQUEST)]
+
+
+async def test_lost_replicas_are_only_pauses() -> None:
+    pipelines = FakePipelines(2, 0, 3)
+    events = await asyncio.wait_for(collect(pipelines), 10)
+    assert [(event.index, event.token_id) for event in events] == [(i, 100 + i) for i in range(NUM_TOKENS)]
+    assert [len(attempt.output_token_ids) for attempt in pipelines.attempts] == [0, 2, 2, 5]
+    assert len({attempt.request_id for attempt in pipelines.attempts}) == 4
+
+
+async def test_request_that_gets_no_further_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "REPLAY_TIMEOUT_S", 0.3)
+    events = await asyncio.wait_for(collect(FakePipelines(*[0] * 50)), 20)
+    assert [type(event) for event in events] == [FailureEvent]
+
+
+async def test_request_whose_events_do_not_come_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "EVENTS_TIMEOUT_S", 0.2)
+    pipelines = FakePipelines(loses_events=True)
+    events = await asyncio.wait_for(collect(pipelines), 10)
+    assert [event.index for event in events] == list(range(NUM_TOKENS))
+    assert len(pipelines.attempts) == 2
+
+
+async def test_silent_pipelines_make_status_an_error_worth_another_try() -> None:
+    class Silent(FakePipelines):
+        def broadcast(self, _method: str) -> "Silent":
+            return self
+
+        async def results_async(self, *, timeout_s: float) -> list[Any]:
+            raise TimeoutError("Timed out waiting for broadcast results.")
+
+    with pytest.raises(OverloadedError, match="does not answer"):
+        await ServeEngineClient(Silent()).status()  # type: ignore[arg-type]

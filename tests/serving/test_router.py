@@ -1,0 +1,32 @@
+"""`PipelineRouter` by itself; it needs no cluster."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gptj_serve.serving.router import PipelineRouter
+
+REPLICAS = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
+
+
+async def choose(**kwargs: Any) -> tuple[list[str], bool]:
+    """The chosen replicas' ids, and whether Serve will pause before it asks again."""
+    router = PipelineRouter.__new__(PipelineRouter)  # its constructor wants a running Serve
+    pending = SimpleNamespace(kwargs=kwargs, routing_context=SimpleNamespace(should_backoff=False))
+    (chosen,) = await router.choose_replicas(REPLICAS, pending)
+    return [replica.replica_id.unique_id for replica in chosen], pending.routing_context.should_backoff
+
+
+async def test_named_replica_alone_is_chosen() -> None:
+    assert await choose(replica_id="b") == (["b"], True)
+
+
+async def test_absent_replica_is_waited_for_with_pauses() -> None:
+    assert await choose(replica_id="gone") == ([], True)
+
+
+@pytest.mark.parametrize("_", range(20))
+async def test_otherwise_two_different_ones(_: int) -> None:
+    chosen, _ = await choose()
+    assert len(set(chosen)) == 2

@@ -1,0 +1,55 @@
+"""The demo folder: config.json, model.safetensors and the tokenizer's two files, written and read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from gptj_serve.model.config import GPTJConfig
+from training.network import DemoModel
+from training.tokenizer import save_tokenizer
+
+DTYPE = torch.float16  # keeps three bits more than bfloat16 of weights that are all far below 65,504
+
+
+def export_demo(model: DemoModel, tokenizer: Tokenizer, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: to_stored(name, tensor) for name, tensor in model.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # save_file leaves it to its owner alone
+    (out / "config.json").write_text(json.dumps(config_json(model.config), indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(tokenizer, out, model.config.n_positions)
+
+
+def to_stored(name: str, tensor: Tensor) -> Tensor:
+    stored = tensor.detach().cpu().to(DTYPE).contiguous()
+    if not stored.isfinite().all():
+        raise ValueError(f"{name}: not finite in {DTYPE}; the run has diverged or needs another dtype")
+    return stored
+
+
+def config_json(config: GPTJConfig) -> dict[str, Any]:
+    labels = config.id2label
+    return {
+        "architectures": ["GPTJForCausalLM"],
+        "model_type": "gptj",
+        "dtype": str(DTYPE).removeprefix("torch."),
+        **config.model_dump(exclude={"id2label", "problem_type"}),
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "id2label": {str(number): label for number, label in labels.items()},
+        "label2id": {label: number for number, label in labels.items()},
+    }
+
+
+def load_demo(directory: Path, device: torch.device) -> tuple[DemoModel, Tokenizer]:
+    """The exported weights, computed with in fp32."""
+    model = DemoModel(GPTJConfig.from_file(directory / "config.json"))
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()})
+    return model.to(device).eval(), Tokenizer.from_file(str(directory / "tokenizer.json"))
