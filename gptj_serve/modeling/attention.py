@@ -45,7 +45,9 @@ class PaddedAttention:
         return attend
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self.keep_weights and not self.dropout:
+        # The fused kernel's gradient is wrong for queries whose keys are all masked, as those of left padding are.
+        is_sound = self.mask is None or not q.requires_grad
+        if is_sound and not self.keep_weights and not self.dropout:
             fused = F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), attn_mask=self.mask, is_causal=self.mask is None
             )
