@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from gptj_serve.errors import CheckpointError
+
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Encoding(NamedTuple):
@@ -20,7 +23,7 @@ class Encoding(NamedTuple):
 
 
 class Tokenizer:
-    """GPT-J's byte-level BPE, from a checkpoint's `tokenizer.json`. Nothing is added around the text."""
+    """GPT-J's byte-level BPE, from a checkpoint's directory. Nothing is added around the text."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
@@ -33,19 +36,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Self:
-        """Load `tokenizer.json`. Raises `CheckpointError` if it is absent, damaged or not a byte-level BPE."""
-        file = directory / "tokenizer.json"
-        try:
-            text = file.read_text(encoding="utf-8")
-            backend = tokenizers.Tokenizer.from_str(text)
-            decoder = json.loads(text).get("decoder") or {}
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: no such file") from None
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
-        if decoder.get("type") != "ByteLevel":
-            raise CheckpointError(f"{file}: decoder {decoder.get('type')!r}, but GPT-J's tokenizer is ByteLevel")
-        return cls(backend)
+        """Raises `CheckpointError` if there is no tokenizer, or one that is damaged or not a byte-level BPE."""
+        return cls(backend_from_directory(directory))
 
     @property
     def num_token_ids(self) -> int:
@@ -122,6 +114,53 @@ class StopStringScanner:
         """At the end of the sequence: what was held back and became no stop string."""
         released, self._held = self._held, ""
         return released
+
+
+def backend_from_directory(directory: Path) -> tokenizers.Tokenizer:
+    """From `tokenizer.json`, or if there is none the same from `vocab.json`, `merges.txt` and `added_tokens.json`.
+
+    Raises `CheckpointError` if what is there is incomplete, damaged or not a byte-level BPE.
+    """
+    file = directory / "tokenizer.json"
+    if not file.exists() and (directory / "vocab.json").exists():
+        return _backend_from_vocabulary(directory)
+    try:
+        text = file.read_text(encoding="utf-8")
+        backend = tokenizers.Tokenizer.from_str(text)
+        decoder = json.loads(text).get("decoder") or {}
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file") from None
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+    if decoder.get("type") != "ByteLevel":
+        raise CheckpointError(f"{file}: decoder {decoder.get('type')!r}, but GPT-J's tokenizer is ByteLevel")
+    return backend
+
+
+def _backend_from_vocabulary(directory: Path) -> tokenizers.Tokenizer:
+    """The files of the slow GPT-2 tokenizer, with one special token as in GPT-J's tokenizer.json."""
+    vocabulary, merges, added = (directory / name for name in ("vocab.json", "merges.txt", "added_tokens.json"))
+    try:
+        model = models.BPE.from_file(str(vocabulary), str(merges))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{vocabulary}, {merges.name}: not a vocabulary with its merges: {error}") from error
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    if backend.token_to_id(END_OF_TEXT) is not None:
+        backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=True)])
+    try:
+        ids: dict[str, int] = json.loads(added.read_text(encoding="utf-8")) if added.exists() else {}
+        in_order = sorted(ids.items(), key=lambda item: item[1])
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{added}: not a mapping of tokens to ids: {error}") from error
+    for token, token_id in in_order:
+        is_special = token == END_OF_TEXT
+        backend.add_tokens([tokenizers.AddedToken(token, special=is_special, normalized=True)])
+        if backend.token_to_id(token) != token_id:
+            raise CheckpointError(f"{added}: {token!r} is {token_id}, but its turn is {backend.token_to_id(token)}")
+    return backend
 
 
 def _longest_prefix_at_end(text: str, stop: str) -> int:

@@ -34,6 +34,7 @@ LAYERS = [
     ours("types", "errors", "config"),
     ours("tokenizer", "extractive_qa", "model", "engine"),
     ours("pipeline"),
+    ours("modeling"),
     ours("api"),
     ours("serving"),
     ours("cli"),
@@ -57,6 +58,12 @@ RULES = [
     Rule("the engine does not know the model", ours("engine"), ours("model")),
     Rule("the engine holds no tensors but in its sampler", ours("engine"), ("torch",), exempt=ours("engine.sampling")),
     Rule("the API knows the engine only as a Protocol", ours("api"), ("torch", *ours("engine", "pipeline", "serving"))),
+    Rule("the model classes are for people: nothing builds on them", ours("api", "serving", "cli"), ours("modeling")),
+    Rule(
+        "a tokenizer is to be had without torch",
+        ours("modeling.tokenization", "modeling.special_tokens", "modeling.hub"),
+        ("torch", *ours("model", "engine", "pipeline")),
+    ),
     Rule("only cli builds on serving", (PACKAGE,), ours("serving"), exempt=ours("serving", "cli")),
     Rule("a checkpoint can be refused without torch", ours("model.config", "model.checkpoint"), ("torch",)),
 ]
@@ -110,6 +117,9 @@ def test_rule_holds(rule: Rule):
         ("model/attention.py", "from ..pipeline.in_process import InProcessPipeline"),
         ("pipeline/zmq.py", "from gptj_serve.serving import stage_actor"),
         ("model/config.py", "import torch.nn"),
+        ("pipeline/stage_loop.py", "from gptj_serve.modeling.cache import DynamicCache"),
+        ("api/app.py", "from gptj_serve.modeling.heads import GPTJForCausalLM"),
+        ("modeling/heads.py", "from gptj_serve.serving import app"),
     ],
 )
 def test_a_planted_wrong_import_is_found(tmp_path: Path, importer: str, source: str):
@@ -125,3 +135,14 @@ def test_the_http_side_starts_without_torch_and_ray():
     code = "import sys, gptj_serve.api.app, gptj_serve.tokenizer; print({'torch', 'ray'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_the_public_names_are_imported_when_asked_for():
+    code = (
+        "import sys, gptj_serve; from gptj_serve import AutoTokenizer, GPTJConfig; print({'torch'} & set(sys.modules));"
+        "print([n for n in gptj_serve.__all__ if getattr(gptj_serve, n).__name__ != n or n not in dir(gptj_serve)])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["set()", "[]"]
+    with pytest.raises(AttributeError, match="GPTJForTokenClassification"):
+        gptj_serve.GPTJForTokenClassification  # noqa: B018

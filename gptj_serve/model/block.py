@@ -6,6 +6,7 @@ rotated q, k and v to the attention function that it is given. Shapes: `...` the
 """
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,12 @@ class RotaryTable(nn.Module):
         self.register_buffer("sin", angles.sin().to(device), persistent=False)
         self.register_buffer("cos", angles.cos().to(device), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a module to another device, never to another dtype."""
+        device = fn(torch.empty(0, device=self.sin.device)).device
+        self.sin, self.cos = self.sin.to(device), self.cos.to(device)
+        return self
+
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [...] → (sin, cos), each [..., 1, R/2]: one row for all heads of a token."""
         return self.sin[positions].unsqueeze(-2), self.cos[positions].unsqueeze(-2)
@@ -68,6 +75,7 @@ class GPTJAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.resid_pdrop = config.resid_pdrop
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: AttentionFn) -> Tensor:
         heads = (self.num_heads, -1)
@@ -75,7 +83,7 @@ class GPTJAttention(nn.Module):
         k = rotate(self.k_proj(x).unflatten(-1, heads), *rotary)
         v = self.v_proj(x).unflatten(-1, heads)
         out: Tensor = self.out_proj(attention(q, k, v).flatten(-2))
-        return out
+        return F.dropout(out, self.resid_pdrop) if self.training else out
 
 
 class GPTJMLP(nn.Module):
@@ -84,10 +92,11 @@ class GPTJMLP(nn.Module):
         self.fc_in = nn.Linear(config.n_embd, config.inner_dim)
         self.fc_out = nn.Linear(config.inner_dim, config.n_embd)
         self.activation = ACTIVATIONS[config.activation_function]
+        self.resid_pdrop = config.resid_pdrop
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc_out(self.activation(self.fc_in(x)))
-        return out
+        return F.dropout(out, self.resid_pdrop) if self.training else out
 
 
 class GPTJBlock(nn.Module):

@@ -86,3 +86,44 @@ def test_config_that_is_no_json_object(tmp_path: Path, content: bytes):
 def test_missing_config(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         GPTJConfig.from_file(tmp_path / "config.json")
+
+
+def test_parameters_set_by_hand():
+    config = GPTJConfig(hidden_size=64, num_attention_heads=4, rotary_dim=8, num_labels=3)
+    assert (config.n_embd, config.num_hidden_layers, config.max_position_embeddings) == (64, 28, 2048)
+    assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    config.num_labels = 1
+    config.hidden_size = 32
+    assert (config.id2label, config.n_embd) == ({0: "LABEL_0"}, 32)
+    assert GPTJConfig(label2id={"yes": 0, "no": 1}).id2label == {0: "yes", 1: "no"}
+    assert config.changed(num_labels=4, pad_token_id=7).to_dict() == {
+        **config.to_dict(),
+        "pad_token_id": 7,
+        **GPTJConfig(num_labels=4).model_dump(include={"id2label", "label2id"}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"n_layers": 3}, "n_layers"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder=True"),
+        ({"chunk_size_feed_forward": 8}, "chunk_size_feed_forward=8"),
+        ({"num_labels": 0}, "num_labels=0"),
+        ({"num_labels": 2, "id2label": {0: "a"}}, "num_labels=2"),
+        ({"problem_type": "ranking"}, "problem_type"),
+        ({"num_labels": 1, "problem_type": "single_label_classification"}, "num_labels > 1"),
+        ({"attn_pdrop": 1.5}, "attn_pdrop"),
+    ],
+    ids=str,
+)
+def test_parameter_set_by_hand_is_refused_by_name(values: dict[str, Any], told: str):
+    with pytest.raises(ValueError, match=told):
+        GPTJConfig(**values)
+
+
+def test_refused_assignment_leaves_the_config_as_it_was():
+    config = GPTJConfig()
+    with pytest.raises(ValueError, match="n_head=5"):
+        config.n_head = 5
+    assert config == GPTJConfig()
