@@ -33,7 +33,7 @@ def ours(*names: str) -> tuple[str, ...]:
 LAYERS = [
     ours("types", "errors", "config"),
     ours("tokenizer", "extractive_qa", "model", "engine"),
-    ours("pipeline"),
+    ours("pipeline", "planner"),
     ours("api"),
     ours("serving"),
     ours("cli"),
@@ -51,7 +51,10 @@ RULES = [
         for level, layer in enumerate(LAYERS)
     ),
     Rule(
-        "the partition is arithmetic", ours("pipeline.partition"), ("torch", *ours("engine", "model.stage", "pipeline"))
+        "partition and plan are arithmetic",
+        ours("pipeline.partition", "planner"),
+        ("torch", *ours("engine", "model.stage", "model.weights", "pipeline")),
+        allowed=ours("pipeline.partition"),
     ),
     Rule("the model does not know the engine", ours("model"), ours("engine")),
     Rule("the engine does not know the model", ours("engine"), ours("model")),
@@ -110,6 +113,7 @@ def test_rule_holds(rule: Rule):
         ("model/attention.py", "from ..pipeline.in_process import InProcessPipeline"),
         ("pipeline/zmq.py", "from gptj_serve.serving import stage_actor"),
         ("model/config.py", "import torch.nn"),
+        ("planner.py", "from gptj_serve.pipeline.stage_runner import StageRunner"),
     ],
 )
 def test_a_planted_wrong_import_is_found(tmp_path: Path, importer: str, source: str):

@@ -11,7 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
-from gptj_serve.pipeline.partition import head_cost, partition
+from gptj_serve.planner import plan_service
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
 from gptj_serve.serving.serve_run import end_serve_run
@@ -31,7 +31,7 @@ def build(config: ServiceConfig) -> Application:
     try:
         checkpoint = Checkpoint.open(config.checkpoint_dir)
         Tokenizer.from_directory(config.checkpoint_dir)
-        partition(checkpoint.config.n_layer, config.pipeline.num_stages, head_cost(checkpoint.config))
+        plan_service(config.pipeline, checkpoint)
     except GPTJServeError as error:
         end_serve_run(f"{config.served_name} can't be served: {error}")
         raise
