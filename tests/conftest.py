@@ -74,3 +74,11 @@ def _save_random_gptj(config: dict[str, Any], directory: Path) -> None:
         tensors[name] = scale * noise + name.endswith(("ln_1.weight", "ln_f.weight"))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(directory)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `large` run only when asked for: `pytest -m large`."""
+    if "large" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.skip(reason="needs -m large"))

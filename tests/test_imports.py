@@ -33,7 +33,7 @@ def ours(*names: str) -> tuple[str, ...]:
 LAYERS = [
     ours("types", "errors", "config"),
     ours("tokenizer", "extractive_qa", "model", "engine"),
-    ours("pipeline"),
+    ours("pipeline", "planner"),
     ours("modeling"),
     ours("api"),
     ours("serving"),
@@ -52,7 +52,10 @@ RULES = [
         for level, layer in enumerate(LAYERS)
     ),
     Rule(
-        "the partition is arithmetic", ours("pipeline.partition"), ("torch", *ours("engine", "model.stage", "pipeline"))
+        "partition and plan are arithmetic",
+        ours("pipeline.partition", "planner"),
+        ("torch", *ours("engine", "model.stage", "model.weights", "pipeline")),
+        allowed=ours("pipeline.partition"),
     ),
     Rule("the model does not know the engine", ours("model"), ours("engine")),
     Rule("the engine does not know the model", ours("engine"), ours("model")),
@@ -120,6 +123,7 @@ def test_rule_holds(rule: Rule):
         ("pipeline/stage_loop.py", "from gptj_serve.modeling.cache import DynamicCache"),
         ("api/app.py", "from gptj_serve.modeling.heads import GPTJForCausalLM"),
         ("modeling/heads.py", "from gptj_serve.serving import app"),
+        ("planner.py", "from gptj_serve.pipeline.stage_runner import StageRunner"),
     ],
 )
 def test_a_planted_wrong_import_is_found(tmp_path: Path, importer: str, source: str):

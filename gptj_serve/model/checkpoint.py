@@ -6,6 +6,7 @@ stage exists. Tensor names are canonical: those of transformers without the `tra
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -58,15 +59,22 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint directory")
         config = GPTJConfig.from_file(directory / "config.json")
+        files = weight_files(directory, SINGLE_FILE, INDEX_FILE)
+        if not files:
+            raise CheckpointError(_no_weights(directory))
+        return cls.checked(directory, config, (info for file in files for info in _read_header(file)))
+
+    @classmethod
+    def checked(cls, directory: Path, config: GPTJConfig, found: Iterable[TensorInfo]) -> Self:
+        """What was found, without the mask buffers of old checkpoints, if it is a whole GPT-J and nothing else."""
         tensors: dict[str, TensorInfo] = {}
-        for file in _weight_files(directory):
-            for info in _read_header(file):
-                name = info.stored_name.removeprefix(PREFIX)
-                if _MASK_BUFFER.fullmatch(name):
-                    continue
-                if name in tensors:
-                    raise CheckpointError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
-                tensors[name] = info
+        for info in found:
+            name = info.stored_name.removeprefix(PREFIX)
+            if _MASK_BUFFER.fullmatch(name):
+                continue
+            if name in tensors:
+                raise CheckpointError(f"{info.file}: tensor {name!r} is also in {tensors[name].file.name}")
+            tensors[name] = info
         checkpoint = cls(directory, config, tensors)
         checkpoint._check_tensors()
         return checkpoint
@@ -135,26 +143,31 @@ def head_shapes(config: GPTJConfig, head: str) -> dict[str, tuple[int, ...]]:
     return shapes[head]
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
+def weight_files(directory: Path, single_file: str, index_file: str) -> list[Path]:
+    """The single file, or else those that the index names, or none. Raises `CheckpointError` for a bad index."""
+    index, single = directory / index_file, directory / single_file
     if single.is_file():
         return [single]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
-                raise CheckpointError(f"{index}: names the file {name!r}, which is not in {directory}")
-        return [directory / name for name in names]
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: not an index of shards: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
+            raise CheckpointError(f"{index}: names the file {name!r}, which is not in {directory}")
+    return [directory / name for name in names]
+
+
+def _no_weights(directory: Path) -> str:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickles:
-        raise CheckpointError(
-            f"{directory / pickles[0]}: is a pickle, which can run code when it is read; save the model as "
-            f"{SINGLE_FILE} (transformers: save_pretrained)"
+        return (
+            f"{directory / pickles[0]}: is a pickle, which can run code when it is read; make a checkpoint of it that "
+            f"can't: gptj-serve convert {directory} NEW_DIRECTORY"
         )
-    raise CheckpointError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    return f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}"
 
 
 def _read_header(file: Path) -> list[TensorInfo]:

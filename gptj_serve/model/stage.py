@@ -6,12 +6,12 @@ It knows nothing of requests, caches or neighbours. Shapes: `T` packed tokens, `
 from collections.abc import Callable
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from gptj_serve.model.block import AttentionFn, GPTJBlock, RotaryTable
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.config import GPTJConfig
+from gptj_serve.model.weights import pieces
 
 
 class GPTJStage(nn.Module):
@@ -27,7 +27,9 @@ class GPTJStage(nn.Module):
         self.is_first = span.start == 0
         self.is_last = span.stop == config.n_layer
         if self.is_first:
-            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            # with a weight given there is nothing to initialize: on meta that alone would import 75 MB of Python
+            size = (config.vocab_size, config.n_embd)
+            self.wte = nn.Embedding(*size, _weight=torch.empty(size))
         self.h = nn.ModuleDict({str(layer): GPTJBlock(config) for layer in span})
         if self.is_last:
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -58,17 +60,17 @@ class GPTJStage(nn.Module):
 def load_stage(checkpoint: Checkpoint, span: range, dtype: torch.dtype, device: torch.device) -> GPTJStage:
     """The span's weights in `dtype` on `device`.
 
-    Each parameter is allocated once, at its destination, and filled from a mapping of its file that is closed at
-    once, so the peak is the span's own size and one tensor more.
+    Each parameter is allocated once, at its destination, and filled piece by piece, so the peak is the span's own
+    size and one piece more.
     """
     with torch.device("meta"):
         stage = GPTJStage(checkpoint.config, span, checkpoint.heads)
     for name, placeholder in list(stage.named_parameters()):
         tied = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings
         info = checkpoint.tensors["wte.weight" if tied else name]
-        with safe_open(info.file, framework="pt") as file:
-            parameter = torch.empty(placeholder.shape, dtype=dtype, device=device)
-            parameter.copy_(file.get_tensor(info.stored_name))
+        parameter = torch.empty(placeholder.shape, dtype=dtype, device=device)
+        for rows, piece in pieces(info):
+            parameter[rows].copy_(piece)
         owner, _, attribute = name.rpartition(".")
         setattr(stage.get_submodule(owner), attribute, nn.Parameter(parameter, requires_grad=False))
     stage.attach_rotary(device)

@@ -11,7 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from gptj_serve.config import DEMO_CHECKPOINT, ServiceConfig
 from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
-from gptj_serve.pipeline.partition import head_cost, partition
+from gptj_serve.planner import plan_service
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
 from gptj_serve.serving.serve_run import end_serve_run
@@ -47,7 +47,7 @@ def _check(config: ServiceConfig) -> None:
             f"{config.checkpoint_dir / 'tokenizer.json'}: has {num_token_ids} token ids, more than the "
             f"vocab_size={model.vocab_size} of config.json"
         )
-    partition(model.n_layer, config.pipeline.num_stages, head_cost(model))
+    plan_service(config.pipeline, checkpoint)
     num_kv_tokens = config.pipeline.kv_cache.num_tokens
     if num_kv_tokens is not None and num_kv_tokens < model.n_positions:
         raise ConfigError(

@@ -18,7 +18,7 @@ from gptj_serve.engine.engine import Engine
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.model.checkpoint import Checkpoint
-from gptj_serve.pipeline.partition import head_cost, partition
+from gptj_serve.planner import plan_service
 from gptj_serve.serving.logs import use_serve_logging
 from gptj_serve.serving.metrics import EngineMetrics
 from gptj_serve.serving.ray_pipeline import RayPipeline
@@ -27,9 +27,6 @@ from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import EngineRequest, Event, is_terminal
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_KV_SEQUENCES = 8
-"""The KV pool's default capacity, in sequences of full length."""
 
 IDLE_STREAM_S = 1.0
 """An event stream without requests ends after this time, so that it never delays a replica's shutdown."""
@@ -62,8 +59,9 @@ class Pipeline:
         self._finished: dict[str, asyncio.Future[None]] = {}  # by request id
         group = ray.util.get_current_placement_group()
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
-        await self._pipeline.start(stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids))
-        blocks = KVBlocks(_num_kv_blocks(config.pipeline, checkpoint), config.pipeline.kv_cache.block_size)
+        settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids)
+        await self._pipeline.start(settings)
+        blocks = KVBlocks(settings[0].num_kv_blocks, settings[0].block_size)
         limits = SchedulerLimits(
             num_stages=config.pipeline.num_stages,
             max_num_sequences=config.pipeline.scheduler.max_num_sequences,
@@ -156,33 +154,19 @@ class Pipeline:
                 self._finished[event.request_id].set_result(None)
 
 
-def _num_kv_blocks(config: PipelineConfig, checkpoint: Checkpoint) -> int:
-    num_tokens = config.kv_cache.num_tokens or DEFAULT_KV_SEQUENCES * checkpoint.config.n_positions
-    return -(-num_tokens // config.kv_cache.block_size)
-
-
 def stage_settings(config: PipelineConfig, checkpoint: Checkpoint, num_token_ids: int) -> list[StageSettings]:
-    spans = partition(checkpoint.config.n_layer, config.num_stages, head_cost(checkpoint.config))
-    uses_gpu = config.stage.num_gpus > 0
+    plan = plan_service(config, checkpoint)
     return [
         StageSettings(
             checkpoint_dir=str(Path(checkpoint.directory).resolve()),
-            layers=(span.start, span.stop),
-            num_kv_blocks=_num_kv_blocks(config, checkpoint),
-            block_size=config.kv_cache.block_size,
-            dtype=_dtype(config, checkpoint, uses_gpu),
+            layers=(stage.layers.start, stage.layers.stop),
+            num_kv_blocks=plan.num_kv_blocks,
+            block_size=plan.resources.block_size,
+            dtype=plan.resources.dtype,
             num_token_ids=min(num_token_ids, checkpoint.config.vocab_size),
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
-            uses_gpu=uses_gpu,
+            uses_gpu=config.stage.num_gpus > 0,
         )
-        for span in spans
+        for stage in plan.stages
     ]
-
-
-def _dtype(config: PipelineConfig, checkpoint: Checkpoint, uses_gpu: bool) -> str:
-    """`auto` is float32 on CPUs, where half precision gains little and may lack kernels; on GPUs as stored."""
-    if config.dtype != "auto":
-        return config.dtype
-    stored = {"BF16": "bfloat16", "F16": "float16"}.get(checkpoint.stored_dtype, "float32")
-    return stored if uses_gpu else "float32"

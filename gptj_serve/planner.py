@@ -1,0 +1,224 @@
+"""`plan`: what a pipeline needs and what fits, by arithmetic over shapes alone. Needs no weights and no torch.
+
+`gptj-serve plan` prints it; the service takes its partition and its KV pool from it (`plan_service`), so what is
+printed is what runs. Bytes are bytes, a GiB is 2**30 of them; bandwidth is in bytes per second.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil, prod
+
+from gptj_serve.config import PipelineConfig
+from gptj_serve.errors import ConfigError
+from gptj_serve.model.checkpoint import Checkpoint, backbone_shapes, head_shapes
+from gptj_serve.model.config import GPTJConfig
+from gptj_serve.pipeline.partition import head_cost, partition
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DEFAULT_KV_SEQUENCES = 8
+"""The KV pool's default capacity where no memory is given, in sequences of full length."""
+
+NAMED_CONFIGS = {"gpt-j-6b": GPTJConfig()}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is to be served."""
+
+    config: GPTJConfig
+    heads: tuple[str, ...] = ("lm_head",)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(map(prod, self.shapes(range(self.config.n_layer)).values()))
+
+    def shapes(self, span: range) -> dict[str, tuple[int, ...]]:
+        """Name → shape of all that a stage with the layers `span` holds; a tied LM head is a second copy there."""
+        is_first, is_last = span.start == 0, span.stop == self.config.n_layer
+        prefixes = tuple(f"h.{layer}." for layer in span) + ("wte.",) * is_first + ("ln_f.",) * is_last
+        shapes = {name: s for name, s in backbone_shapes(self.config).items() if name.startswith(prefixes)}
+        if is_last:
+            for head in self.heads:
+                shapes |= head_shapes(self.config, head)
+            if "lm_head" in self.heads:
+                shapes["lm_head.weight"] = (self.config.vocab_size, self.config.n_embd)
+        return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What it is to be served with. `num_kv_tokens` or else `device_memory_bytes` sets the KV pool's size."""
+
+    num_stages: int = 1
+    dtype: str = "float16"
+    block_size: int = 16
+    num_kv_tokens: int | None = None
+    device_memory_bytes: int | None = None
+    memory_utilization: float = 0.9  # the rest is for the CUDA context, activations and fragmentation
+    bandwidth_bytes_s: float | None = None  # of one device's memory
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage. `num_kv_tokens` is what would fit beside its weights; None where the memory isn't known."""
+
+    stage_index: int
+    layers: range
+    weight_bytes: int
+    read_bytes: int  # weights that a decode step reads: all but the embedding, of which it reads one row
+    kv_bytes_per_token: int
+    num_kv_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A pipeline: its stages and the pool that all of them share. Lengths are in tokens."""
+
+    resources: Resources
+    num_parameters: int
+    stages: tuple[StagePlan, ...]
+    num_kv_blocks: int
+    context: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(stage.weight_bytes for stage in self.stages)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(stage.kv_bytes_per_token for stage in self.stages)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_kv_blocks * self.resources.block_size
+
+    @property
+    def fits(self) -> bool:
+        """Every stage's weights, and the KV of at least one sequence of `context` tokens."""
+        return self.max_batch(self.context) >= 1 and all(
+            stage.num_kv_tokens is None or stage.num_kv_tokens >= self.num_kv_tokens for stage in self.stages
+        )
+
+    @property
+    def min_token_latency_s(self) -> float | None:
+        """No sequence gets tokens faster: each has to pass every stage, which reads its weights for it."""
+        bandwidth = self.resources.bandwidth_bytes_s
+        return None if bandwidth is None else sum(stage.read_bytes for stage in self.stages) / bandwidth
+
+    @property
+    def min_step_interval_s(self) -> float | None:
+        """No pipeline finishes microbatches faster: the slowest stage reads its weights for each."""
+        bandwidth = self.resources.bandwidth_bytes_s
+        return None if bandwidth is None else max(stage.read_bytes for stage in self.stages) / bandwidth
+
+    def kv_pool_bytes(self, stage: StagePlan) -> int:
+        """A stage's KV tensors: the pool and one block of padding."""
+        return (self.num_kv_blocks + 1) * self.resources.block_size * stage.kv_bytes_per_token
+
+    def max_batch(self, num_tokens: int) -> int:
+        """Sequences of `num_tokens` each that the KV pool holds at the same time."""
+        return self.num_kv_blocks // -(-num_tokens // self.resources.block_size)
+
+
+def plan(model: Model, resources: Resources, context: int | None = None) -> Plan:
+    """Split the model over the stages and size the KV pool. Raises `ConfigError` for values that can't work."""
+    config = model.config
+    context = config.n_positions if context is None else context
+    if not 1 <= context <= config.n_positions:
+        raise ConfigError(f"context={context}: must be from 1 to the model's n_positions={config.n_positions}")
+    if resources.dtype not in DTYPE_BYTES:
+        raise ConfigError(f"dtype={resources.dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
+    spans = partition(config.n_layer, resources.num_stages, head_cost(config))
+    stages = tuple(_stage_plan(model, resources, index, span) for index, span in enumerate(spans))
+    if resources.num_kv_tokens is not None:
+        num_kv_tokens = resources.num_kv_tokens
+    elif resources.device_memory_bytes is not None:
+        num_kv_tokens = min(stage.num_kv_tokens or 0 for stage in stages)
+    else:
+        num_kv_tokens = DEFAULT_KV_SEQUENCES * config.n_positions
+    num_kv_blocks = -(-num_kv_tokens // resources.block_size)
+    return Plan(resources, model.num_parameters, stages, num_kv_blocks, context)
+
+
+def plan_service(config: PipelineConfig, checkpoint: Checkpoint) -> Plan:
+    """The plan by which a pipeline of the service runs. Raises `ConfigError`."""
+    resources = Resources(
+        num_stages=config.num_stages,
+        dtype=resolve_dtype(config.dtype, checkpoint.stored_dtype, uses_gpu=config.stage.num_gpus > 0),
+        block_size=config.kv_cache.block_size,
+        num_kv_tokens=config.kv_cache.num_tokens,
+    )
+    return plan(Model(checkpoint.config, checkpoint.heads), resources)
+
+
+def resolve_dtype(requested: str, stored: str, *, uses_gpu: bool) -> str:
+    """`auto` is float32 on CPUs, where half precision gains little and may lack kernels; on GPUs as stored.
+
+    `stored` is safetensors' name of a dtype; there is no serving in a precision above float32.
+    """
+    if requested != "auto":
+        return requested
+    return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32") if uses_gpu else "float32"
+
+
+def remedies(model: Model, resources: Resources, context: int) -> list[str]:
+    """Changes that would each, alone, make a plan fit that doesn't; the first two together if neither is enough."""
+
+    def fits(num_stages: int, dtype: str) -> bool:
+        return plan(model, replace(resources, num_stages=num_stages, dtype=dtype), context).fits
+
+    def fewest_stages(dtype: str) -> int | None:
+        num_layers = model.config.n_layer
+        return next((n for n in range(resources.num_stages + 1, num_layers + 1) if fits(n, dtype)), None)
+
+    pool = ""
+    if resources.num_kv_tokens is not None and resources.num_kv_tokens < context:
+        pool = f" --kv-tokens {context}"
+        resources = replace(resources, num_kv_tokens=context)
+        if plan(model, resources, context).fits:
+            return [f"a KV pool that holds one sequence:{pool}"]
+    found = []
+    halves = DTYPE_BYTES[resources.dtype] > 2
+    if halves and fits(resources.num_stages, "float16"):
+        found.append("fewer bytes per weight: --dtype float16 (or bfloat16)")
+    if (num_stages := fewest_stages(resources.dtype)) is not None:
+        found.append(f"more stages: --stages {num_stages}")
+    if not found and halves and (num_stages := fewest_stages("float16")) is not None:
+        found.append(f"fewer bytes per weight and more stages: --dtype float16 --stages {num_stages}")
+    room = min((stage.num_kv_tokens or 0) for stage in plan(model, resources, context).stages)
+    if resources.num_kv_tokens is not None and room >= context:
+        found.append(f"less KV: --kv-tokens {room}")
+    elif 0 < room < context and resources.num_kv_tokens is None:
+        found.append(f"less KV: --context {room}")
+    found.append(f"more memory per device: --device-memory-gib {_memory_that_fits(model, resources, context):.1f}")
+    return [advice + pool for advice in found]
+
+
+def _stage_plan(model: Model, resources: Resources, index: int, span: range) -> StagePlan:
+    width = DTYPE_BYTES[resources.dtype]
+    num_bytes = {name: prod(shape) * width for name, shape in model.shapes(span).items()}
+    idle = ("wte.", "score.", "qa_outputs.")
+    kv_bytes_per_token = 2 * len(span) * model.config.n_embd * width
+    stage = StagePlan(
+        stage_index=index,
+        layers=span,
+        weight_bytes=sum(num_bytes.values()),
+        read_bytes=sum(size for name, size in num_bytes.items() if not name.startswith(idle)),
+        kv_bytes_per_token=kv_bytes_per_token,
+        num_kv_tokens=None,
+    )
+    if resources.device_memory_bytes is None:
+        return stage
+    room = int(resources.device_memory_bytes * resources.memory_utilization) - stage.weight_bytes
+    num_blocks = max(0, room // (kv_bytes_per_token * resources.block_size) - 1)  # one block is padding
+    return replace(stage, num_kv_tokens=num_blocks * resources.block_size)
+
+
+def _memory_that_fits(model: Model, resources: Resources, context: int) -> float:
+    """GiB per device, up to the next tenth."""
+    block_size = resources.block_size
+    num_blocks = -(-max(context, resources.num_kv_tokens or 0) // block_size) + 1
+    needed = max(
+        stage.weight_bytes + num_blocks * block_size * stage.kv_bytes_per_token
+        for stage in plan(model, resources, context).stages
+    )
+    return ceil(needed / resources.memory_utilization / 2**30 * 10 + 1e-6) / 10
