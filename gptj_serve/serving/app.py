@@ -11,6 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import open_heads
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
@@ -31,6 +32,7 @@ def build(config: ServiceConfig) -> Application:
     try:
         checkpoint = Checkpoint.open(config.checkpoint_dir)
         Tokenizer.from_directory(config.checkpoint_dir)
+        open_heads(config.head_dirs, checkpoint)
         partition(checkpoint.config.n_layer, config.pipeline.num_stages, head_cost(checkpoint.config))
     except GPTJServeError as error:
         end_serve_run(f"{config.served_name} can't be served: {error}")

@@ -62,7 +62,8 @@ class Pipeline:
         self._finished: dict[str, asyncio.Event] = {}  # by request id
         group = ray.util.get_current_placement_group()
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
-        await self._pipeline.start(stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids))
+        heads = {name: str(path.resolve()) for name, path in config.head_dirs.items()}
+        await self._pipeline.start(stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads))
         blocks = KVBlocks(_num_kv_blocks(config.pipeline, checkpoint), config.pipeline.kv_cache.block_size)
         limits = SchedulerLimits(
             num_stages=config.pipeline.num_stages,
@@ -151,7 +152,9 @@ def _num_kv_blocks(config: PipelineConfig, checkpoint: Checkpoint) -> int:
     return -(-num_tokens // config.kv_cache.block_size)
 
 
-def stage_settings(config: PipelineConfig, checkpoint: Checkpoint, num_token_ids: int) -> list[StageSettings]:
+def stage_settings(
+    config: PipelineConfig, checkpoint: Checkpoint, num_token_ids: int, heads: dict[str, str] | None = None
+) -> list[StageSettings]:
     spans = partition(checkpoint.config.n_layer, config.num_stages, head_cost(checkpoint.config))
     uses_gpu = config.stage.num_gpus > 0
     return [
@@ -165,6 +168,7 @@ def stage_settings(config: PipelineConfig, checkpoint: Checkpoint, num_token_ids
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
             uses_gpu=uses_gpu,
+            heads=heads or {},
         )
         for span in spans
     ]
