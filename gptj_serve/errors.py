@@ -3,6 +3,7 @@
 GPTJServeError
 ├── ConfigError             a configuration value, or a model's config.json, can't be used
 ├── CheckpointError         a checkpoint directory is incomplete, damaged or not of this architecture
+├── DataError               a file of examples can't be used; the message names file, line and field
 ├── InvalidRequestError     the request itself is at fault; carries the field and its value
 ├── OverloadedError         the service can't take the request now; worth another try later
 ├── RequestFailedError      the request was accepted and then could not be finished
@@ -24,6 +25,10 @@ class ConfigError(GPTJServeError):
 
 class CheckpointError(GPTJServeError):
     """A checkpoint can't be loaded; the message names the file and, where there is one, the tensor."""
+
+
+class DataError(GPTJServeError):
+    """A file of examples can't be used; the message names file, line and field."""
 
 
 class InvalidRequestError(GPTJServeError):

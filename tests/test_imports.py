@@ -34,9 +34,9 @@ LAYERS = [
     ours("types", "errors", "config"),
     ours("tokenizer", "extractive_qa", "model", "engine"),
     ours("pipeline"),
-    ours("api"),
+    ours("api", "fit"),
     ours("serving"),
-    ours("cli"),
+    ours("cli", "fit_cli"),
 ]
 
 RULES = [
