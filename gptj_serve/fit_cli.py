@@ -18,6 +18,7 @@ from gptj_serve.fit.examples import read_questions, read_texts
 from gptj_serve.fit.features import FeatureConfig
 from gptj_serve.fit.job import FitJob
 from gptj_serve.fit.qa import fit_qa_head
+from gptj_serve.types import Pooling
 
 app = typer.Typer(
     name="fit",
@@ -31,6 +32,11 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class ClassifierPooling(StrEnum):
+    MEAN = "mean"
+    LAST = "last"
 
 
 ExamplesOption = Annotated[Path, typer.Argument(help="The labelled examples.")]
@@ -63,6 +69,10 @@ def classifier(
     label_separator: Annotated[
         str | None, typer.Option(help="The label column has several labels, separated by this: multi-label.")
     ] = None,
+    pooling: Annotated[
+        ClassifierPooling,
+        typer.Option(help="What the head looks at: the mean of the hidden states, or (as in transformers) the last."),
+    ] = ClassifierPooling.MEAN,
     weight_decay: Annotated[
         float | None, typer.Option(min=0, help="Default: the best of several on the validation part.")
     ] = None,
@@ -88,7 +98,7 @@ def classifier(
         assert texts is not None
         job = FitJob.open(
             _checkpoint_dir(checkpoint), output, cache_dir=cache,
-            features=_features(num_stages, num_threads, dtype, device),
+            features=_features(num_stages, num_threads, dtype, device, Pooling(pooling)),
             holdout=holdout, validation=validation, seed=seed, replace=force,
         )  # fmt: skip
         return await fit_classifier_head(job, texts, test_texts, weight_decay)
@@ -132,9 +142,11 @@ def _checkpoint_dir(checkpoint: str) -> Path:
     return Path(str(files("gptj_serve") / "demo")) if checkpoint == DEMO_CHECKPOINT else Path(checkpoint).expanduser()
 
 
-def _features(num_stages: int, num_threads: int | None, dtype: Dtype, device: str) -> FeatureConfig:
+def _features(
+    num_stages: int, num_threads: int | None, dtype: Dtype, device: str, pooling: Pooling = Pooling.ALL
+) -> FeatureConfig:
     torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // num_stages))
-    return FeatureConfig(num_stages=num_stages, dtype=getattr(torch, dtype), device=device)
+    return FeatureConfig(num_stages=num_stages, dtype=getattr(torch, dtype), device=device, pooling=pooling)
 
 
 def _report(run: Coroutine[Any, Any, dict[str, Any]], output: Path) -> None:

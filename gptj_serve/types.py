@@ -75,7 +75,7 @@ class Task(StrEnum):
 
 
 class Pooling(StrEnum):
-    """Which of a sequence's last hidden states (after ln_f) an EMBED request returns."""
+    """Which of a sequence's last hidden states (after ln_f) EMBED returns and CLASSIFY looks at."""
 
     LAST = "last"  # the last token's
     MEAN = "mean"  # the mean over all tokens
@@ -87,7 +87,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
 
     `output_token_ids` are tokens that an earlier attempt already produced: the engine goes on after them. That is
     how a request moves to another pipeline (replay). `sampling` is set exactly when the task is GENERATE,
-    `continuation_token_ids` exactly when it is SCORE. `head` matters to CLASSIFY and QA, `pooling` to EMBED.
+    `continuation_token_ids` exactly when it is SCORE. `head` matters to CLASSIFY and QA, `pooling` to CLASSIFY
+    (where ALL is not allowed) and EMBED.
     """
 
     request_id: str
@@ -148,6 +149,7 @@ class RowOutput(StrEnum):
     NOTHING = "nothing"  # a prompt chunk that is not the last
     SAMPLE = "sample"
     CLASSIFY = "classify"
+    CLASSIFY_SUM = "classify_sum"  # the sum of all tokens' logits: the head is linear, so they add up to a mean's
     QA = "qa"
     HIDDEN_LAST = "hidden_last"  # the last token's hidden state
     HIDDEN_SUM = "hidden_sum"  # the sum over the row's tokens: chunks add up to a mean

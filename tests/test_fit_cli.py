@@ -1,5 +1,6 @@
 """`fit classifier` and `fit qa` from the command line: to a head that the service's stages load and answer with."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -7,12 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fakes import small_backend_json, small_tokenizer
 from typer.testing import CliRunner, Result
 
+from gptj_serve.api.schemas import ClassifyRequest
+from gptj_serve.api.service import Service
+from gptj_serve.config import IngressConfig, ServiceConfig
+from gptj_serve.engine.kv_blocks import KVBlocks
+from gptj_serve.engine.local import LocalEngine
+from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.fit.examples import read_texts
 from gptj_serve.fit_cli import app
 from gptj_serve.model.checkpoint import Checkpoint
-from gptj_serve.model.heads import HeadCheckpoint, HeadKind
+from gptj_serve.model.heads import HeadCheckpoint, HeadKind, open_heads
+from gptj_serve.pipeline.in_process import InProcessPipeline
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.tokenizer import Tokenizer
 
 NUM_TEXTS = 240
 ANIMALS, PLANTS = ["fox", "dog", "cat", "horse"], ["rose", "oak", "fern", "tulip"]
@@ -49,7 +61,9 @@ def figures(output: Path) -> dict[str, Any]:
 
 def test_classifier(checkpoint_dir: Path, texts: Path, tmp_path: Path):
     output = tmp_path / "kingdom"
-    arguments = ("classifier", texts, "-o", output, "--checkpoint", checkpoint_dir, "--num-stages", 2)
+    arguments = (
+        "classifier", texts, "-o", output, "--checkpoint", checkpoint_dir, "--num-stages", 2, "--pooling", "last",
+    )  # fmt: skip
     result = fit(*arguments)
     assert result.exit_code == 0, result.output
     report = figures(output)
@@ -65,6 +79,30 @@ def test_classifier(checkpoint_dir: Path, texts: Path, tmp_path: Path):
     again = fit(*arguments, "--force", "--seed", 0)
     assert again.exit_code == 0, again.output
     np.testing.assert_array_equal(HeadCheckpoint.open(output, Checkpoint.open(checkpoint_dir)).weight, head.weight)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+async def test_the_service_answers_as_was_reported(checkpoint_dir: Path, texts: Path, tmp_path: Path, pooling: str):
+    output = tmp_path / "kingdom"
+    arguments = ("classifier", texts, "-o", output, "--checkpoint", checkpoint_dir, "--pooling", pooling)
+    result = await asyncio.to_thread(fit, *arguments)
+    assert result.exit_code == 0, result.output
+    checkpoint = Checkpoint.open(checkpoint_dir)
+    heads = open_heads({"kingdom": output}, checkpoint)
+    model = checkpoint.config
+    spec = StageSpec(range(model.n_layer), 60, 16, torch.float32, torch.device("cpu"), model.vocab_size)
+    pipeline = InProcessPipeline([StageRunner.load(checkpoint, spec, heads)])
+    scheduler = Scheduler(SchedulerLimits(1, 64, 128, model.n_positions), KVBlocks(60, 16), frozenset())
+    async with LocalEngine(scheduler, pipeline) as engine:
+        infos = {name: head.info for name, head in heads.items()}
+        config = ServiceConfig(ingress=IngressConfig(max_batch_inputs=NUM_TEXTS))
+        service = Service(config, model, checkpoint.heads, Tokenizer.from_directory(checkpoint_dir), engine, infos)
+        examples = read_texts(texts).examples
+        request = ClassifyRequest(inputs=[example.text for example in examples], model="kingdom")
+        answers = await service.classify(request)
+    pipeline.close()
+    right = [answer[0].label == example.labels[0] for answer, example in zip(answers, examples, strict=True)]
+    assert sum(right) / len(right) > 0.95
 
 
 def test_several_labels_and_a_test_file(checkpoint_dir: Path, texts: Path, tmp_path: Path):

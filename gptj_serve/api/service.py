@@ -35,6 +35,7 @@ from gptj_serve.types import (
     FinishReason,
     HeadEvent,
     Matrix,
+    Pooling,
     SamplingParams,
     Task,
     TokenEvent,
@@ -101,6 +102,7 @@ class _Head:
     name: str
     labels: Sequence[str]
     problem_type: str | None
+    pooling: Pooling = Pooling.LAST
 
 
 class Service:
@@ -165,7 +167,9 @@ class Service:
         self._check_batch(inputs)
         prompts = [self._encode(text, "inputs") for text in inputs]
         prompts = [self._without_trailing_pads(ids) for ids in prompts]
-        logits = await run_all([self._values(Task.CLASSIFY, ids, head=head.name) for ids in prompts])
+        logits = await run_all(
+            [self._values(Task.CLASSIFY, ids, head=head.name, pooling=head.pooling) for ids in prompts]
+        )
         return [self._label_scores(matrix.rows()[0], request.parameters, head) for matrix in logits]
 
     async def classify_zero_shot(self, request: ClassifyRequest) -> list[ZeroShotResult]:
@@ -281,13 +285,20 @@ class Service:
         return float(values.array.sum(dtype="float64"))
 
     async def _values(
-        self, task: Task, token_ids: list[int], *, head: str = DEFAULT_HEAD, continuation: Sequence[int] = ()
+        self,
+        task: Task,
+        token_ids: list[int],
+        *,
+        head: str = DEFAULT_HEAD,
+        pooling: Pooling = Pooling.LAST,
+        continuation: Sequence[int] = (),
     ) -> Matrix:
         request = EngineRequest(
             request_id=_new_request_id(),
             task=task,
             prompt_token_ids=token_ids,
             head=head,
+            pooling=pooling,
             continuation_token_ids=list(continuation),
         )
         async with aclosing(self._events(request)) as events:
@@ -328,7 +339,7 @@ class Service:
     def _classifier(self, name: str) -> _Head:
         if name != DEFAULT_HEAD:
             info = self.named_heads[name]
-            return _Head(name, info.labels, info.problem_type)
+            return _Head(name, info.labels, info.problem_type, Pooling(info.pooling))
         labels = [self.model.id2label[index] for index in range(self.model.num_labels)]
         return _Head(name, labels, self.model.problem_type)
 

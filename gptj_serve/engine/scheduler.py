@@ -22,6 +22,7 @@ from gptj_serve.types import (
     FailureEvent,
     HeadValues,
     MicroBatch,
+    Pooling,
     Row,
     RowFailure,
     RowOutput,
@@ -90,6 +91,8 @@ class Scheduler:
         num_prompt = len(request.prompt_token_ids)
         num_new = request.sampling.max_new_tokens if request.sampling is not None else 0
         num_new += len(request.continuation_token_ids)
+        if request.task is Task.CLASSIFY and request.pooling is Pooling.ALL:
+            raise InvalidRequestError("pooling", request.pooling.value, "gives classify no single state to look at")
         if (request.task is Task.SCORE) != bool(request.continuation_token_ids):
             raise InvalidRequestError("continuation_token_ids", request.continuation_token_ids, "go with task score")
         new_field = "max_new_tokens" if request.sampling is not None else "continuation_token_ids"

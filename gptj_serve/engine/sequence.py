@@ -99,7 +99,7 @@ class Sequence:
         """Keep what a chunk returned; the request's event once all of it is here."""
         if row.output in _FINAL_ONLY:
             return HeadEvent(self.request_id, values)
-        if row.output is RowOutput.HIDDEN_SUM:
+        if row.output in (RowOutput.HIDDEN_SUM, RowOutput.CLASSIFY_SUM):
             total = self._sum.add(row.start, row.end, values.array)
             return None if total is None else HeadEvent(self.request_id, Matrix.of(total / len(self.token_ids)))
         array = values.array
@@ -117,7 +117,7 @@ class Sequence:
             case Task.GENERATE:
                 return RowOutput.SAMPLE
             case Task.CLASSIFY:
-                return RowOutput.CLASSIFY
+                return RowOutput.CLASSIFY_SUM if self.request.pooling is Pooling.MEAN else RowOutput.CLASSIFY
             case Task.QA:
                 return RowOutput.QA
             case Task.EMBED:

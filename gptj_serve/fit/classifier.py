@@ -12,14 +12,12 @@ from gptj_serve.fit.job import FitJob, check_parts
 from gptj_serve.fit.linear import Part, fit_classifier
 from gptj_serve.fit.metrics import Flags, accuracy, macro_f1, majority
 from gptj_serve.model.heads import HeadKind
-from gptj_serve.types import Pooling
 
 
 async def fit_classifier_head(
     job: FitJob, texts: LabelledTexts, test: LabelledTexts | None = None, weight_decay: float | None = None
 ) -> dict[str, Any]:
     """Fit on a part of `texts`, stop by another, report on `test` or a third; returns the report."""
-    job = job.pooled(Pooling.LAST)
     labels = texts.labels
     examples = texts.examples
     token_ids = [_encode(job, e.text, e.source) for e in [*examples, *(test.examples if test else [])]]
@@ -60,7 +58,9 @@ async def fit_classifier_head(
         "majority_macro_f1": round(macro_f1(baseline, flags[held_out]), 4),
     }
     problem_type = f"{'multi' if texts.is_multi_label else 'single'}_label_classification"
-    return job.save(HeadKind.CLASSIFIER, fitted, figures, labels=labels, problem_type=problem_type)
+    return job.save(
+        HeadKind.CLASSIFIER, fitted, figures, labels=labels, problem_type=problem_type, pooling=job.features.pooling
+    )
 
 
 def _check_test(texts: LabelledTexts, test: LabelledTexts) -> None:

@@ -71,6 +71,7 @@ class FitJob:
         *,
         labels: Sequence[str] = (),
         problem_type: str | None = None,
+        pooling: Pooling = Pooling.LAST,
     ) -> dict[str, Any]:
         """Write the head; returns its figures."""
         figures = figures | {
@@ -86,6 +87,7 @@ class FitJob:
                 "name": self.output.name,
                 "labels": list(labels),
                 "problem_type": problem_type,
+                "pooling": pooling,
                 "backbone": fingerprint(self.checkpoint),
                 "figures": figures,
             }

@@ -143,7 +143,10 @@ def _batches(windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
 def _pointer_loss(weight: Tensor, bias: Tensor, scale: Tensor, batch: Sequence[Window]) -> Tensor:
     """Mean over the windows of the cross-entropies of start and end."""
     states = [torch.from_numpy(window.load()) for window in batch]
-    logits = F.linear(torch.nn.utils.rnn.pad_sequence(states, batch_first=True) / scale, weight, bias)  # [B, L, 2]
+    packed = F.linear(torch.cat(states), weight / scale, bias)  # [tokens of all windows, 2]
+    logits = torch.nn.utils.rnn.pad_sequence(
+        list(torch.split(packed, [len(part) for part in states])), batch_first=True
+    )  # [B, L, 2]
     is_candidate = torch.zeros(logits.shape[:2], dtype=torch.bool)
     for row, window in enumerate(batch):
         is_candidate[row, torch.from_numpy(window.candidates)] = True

@@ -43,6 +43,7 @@ class HeadInfo(BaseModel):
     name: Annotated[str, Field(min_length=1)]
     labels: list[Annotated[str, Field(min_length=1)]] = []
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = None
+    pooling: Literal["last", "mean"] = "last"  # which hidden state a classifier looks at
     backbone: str  # `fingerprint` of the checkpoint that it was fitted on
     figures: dict[str, Any] = {}  # what fitting it reported: for people
 

@@ -106,6 +106,9 @@ class StageRunner:
                     sampled.append((index, row, end - 1))
                 case RowOutput.CLASSIFY:
                     results[index] = _values(self._heads[row.output, row.head](hidden[end - 1 : end]))
+                case RowOutput.CLASSIFY_SUM:
+                    logits = self._heads[RowOutput.CLASSIFY, row.head](hidden[first:end])
+                    results[index] = _values(logits.double().sum(dim=0, keepdim=True))
                 case RowOutput.QA:
                     results[index] = _values(self._heads[row.output, row.head](hidden[first:end]))
                 case RowOutput.HIDDEN_LAST:

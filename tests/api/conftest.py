@@ -18,6 +18,7 @@ NAMED_HEADS = {
         name="tone",
         labels=["angry", "calm", "sad"],
         problem_type="multi_label_classification",
+        pooling="mean",
         backbone="-",
     ),
     "reader": HeadInfo(kind=HeadKind.QA, name="reader", backbone="-"),

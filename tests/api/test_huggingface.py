@@ -16,7 +16,7 @@ from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.extractive_qa import QAOptions
-from gptj_serve.types import SamplingParams, Task
+from gptj_serve.types import Pooling, SamplingParams, Task
 
 
 async def _post(client: httpx.AsyncClient, path: str, body: Any) -> Any:
@@ -338,7 +338,7 @@ async def test_any_text_is_generated_from_and_classified(text: str) -> None:
 
 async def test_a_named_head_classifies_with_its_own_labels(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     (labels,) = await _post(client, "/classify", {"inputs": "The fox", "model": "tone"})
-    assert engine.requests[0].head == "tone"
+    assert (engine.requests[0].head, engine.requests[0].pooling) == ("tone", Pooling.MEAN)
     (logits,) = engine.head_logits(engine.requests[0])
     expected = dict(zip(["angry", "calm", "sad"], [1 / (1 + math.exp(-x)) for x in logits], strict=True))
     assert {item["label"]: pytest.approx(item["score"]) for item in labels} == expected  # each for itself: multi-label

@@ -80,6 +80,7 @@ def head_request(
 
 HEAD_TASKS = [
     (Task.CLASSIFY, Pooling.LAST),
+    (Task.CLASSIFY, Pooling.MEAN),
     (Task.QA, Pooling.LAST),
     (Task.EMBED, Pooling.LAST),
     (Task.EMBED, Pooling.MEAN),
@@ -127,6 +128,8 @@ class FakeStages:
                 return _sampled(context, row.sampling, row.suppressed_token_ids)
             case RowOutput.CLASSIFY:
                 return HeadValues(Matrix.of(values[-1:]))
+            case RowOutput.CLASSIFY_SUM:
+                return HeadValues(Matrix.of(np.sum(values, axis=0, keepdims=True)))
             case RowOutput.QA:
                 return HeadValues(Matrix.of(values))
             case RowOutput.HIDDEN_LAST:
@@ -146,6 +149,9 @@ class FakeStages:
 def expected_events(request: EngineRequest) -> list[Event]:
     """The right answer, from the definition of the request alone."""
     tokens = [*request.prompt_token_ids, *request.output_token_ids]
+    if request.task is Task.CLASSIFY and request.pooling is Pooling.MEAN:
+        logits = [_class_logits(_context(tokens[: i + 1])) for i in range(len(tokens))]
+        return [HeadEvent(request.request_id, Matrix.of(np.mean(logits, axis=0, keepdims=True)))]
     if request.task is Task.CLASSIFY:
         return [HeadEvent(request.request_id, Matrix.of([_class_logits(_context(tokens))]))]
     if request.task is Task.QA:

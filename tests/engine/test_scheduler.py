@@ -133,6 +133,11 @@ def test_chunks_return_what_adds_up_to_the_pooled_hidden_states():
         assert [scheduled(scheduler).rows[0].output for _ in range(2)] == outputs
 
 
+def test_classify_with_every_state_is_refused():
+    with pytest.raises(InvalidRequestError, match="pooling='all'"):
+        make_scheduler().add(head_request("a", Task.CLASSIFY, range(6), Pooling.ALL))
+
+
 def test_only_the_tokens_before_a_continuation_s_are_scored():
     scheduler = make_scheduler(max_microbatch_tokens=4)
     scheduler.add(head_request("a", Task.SCORE, range(6), continuation=[7, 8, 9, 10]))

@@ -292,7 +292,13 @@ async def test_rows_of_different_heads_mix_in_a_microbatch(directory: Path, prom
     ]  # fmt: skip
     async with LocalEngine(scheduler, pipeline) as engine:
         requests = [
-            EngineRequest(request_id=f"{i}-{task}-{name}", task=task, prompt_token_ids=prompts[i], head=name)
+            EngineRequest(
+                request_id=f"{i}-{task}-{name}",
+                task=task,
+                prompt_token_ids=prompts[i],
+                head=name,
+                pooling=Pooling.MEAN if name == "topic" else Pooling.LAST,
+            )
             for i in range(6)
             for task, name in kinds
         ]
@@ -303,7 +309,10 @@ async def test_rows_of_different_heads_mix_in_a_microbatch(directory: Path, prom
     for request, answer in zip(requests, answers, strict=True):
         with torch.inference_mode():
             hidden = model(torch.tensor([request.prompt_token_ids])).last_hidden_state[0]
-        hidden = hidden[-1:] if request.task is Task.CLASSIFY else hidden
+        if request.pooling is Pooling.MEAN:
+            hidden = hidden.mean(dim=0, keepdim=True)
+        elif request.task is Task.CLASSIFY:
+            hidden = hidden[-1:]
         if request.head == "default":
             stage = runners[-1].stage
             expected = (stage.score if request.task is Task.CLASSIFY else stage.qa_outputs)(hidden)
