@@ -1,12 +1,15 @@
 """The fits find the optimum, and stop by the validation part."""
 
 import numpy as np
+import pytest
 import torch
 
 from gptj_serve.fit.linear import MAX_ROUNDS, Part, Window, fit_classifier, fit_pointers
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-def blobs(seed: int, count: int = 300) -> Part:
+
+def blobs(seed: int, count: int = 200) -> Part:
     """Three clouds in eight dimensions of very different scale."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(3, size=count)
@@ -54,15 +57,15 @@ def make_window(rng: np.random.Generator) -> Window:
     states = rng.normal(size=(int(rng.integers(8, 20)), 6)).astype(np.float32)
     start = int(rng.integers(4, len(states)))
     end = int(rng.integers(start, len(states)))
-    states[start, 0] += 6
-    states[end, 1] += 6
+    states[start, 0] += 12
+    states[end, 1] += 12
     states[1] += 40  # a token of the question: not a candidate
     return Window(lambda: states, np.array([0, *range(3, len(states))]), start, end)
 
 
 def test_pointers_find_first_and_last_token():
     rng = np.random.default_rng(0)
-    train, validation = [[make_window(rng) for _ in range(count)] for count in (300, 40)]
+    train, validation = [[make_window(rng) for _ in range(count)] for count in (64, 40)]
     fitted = fit_pointers(train, validation, width=6, seed=0)
     again = fit_pointers(train, validation, width=6, seed=0)
     np.testing.assert_array_equal(fitted.weight, again.weight)
