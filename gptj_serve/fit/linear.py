@@ -22,7 +22,7 @@ MAX_ROUNDS = 60
 PATIENCE = 4
 """Rounds, or epochs, without a better validation loss before fitting stops."""
 
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 3e-3
 BATCH_WINDOWS = 16
 MAX_EPOCHS = 100
 POINTER_WEIGHT_DECAY = 0.1
