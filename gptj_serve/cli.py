@@ -1,9 +1,11 @@
-"""The command line: `gptj-serve convert | plan`. What a command needs is imported inside it, so that --help is quick.
+"""The command line: `gptj-serve convert | plan | fit`.
 
+What a command needs is imported inside it, so that the others need not wait for it.
 An error of this package ends as one line on stderr and exit status 1.
 """
 
 import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +35,11 @@ class Dtype(StrEnum):
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point `gptj-serve`."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("fit", "--help"):  # it needs torch, which the other commands shall not wait for
+        from gptj_serve import fit_cli
+
+        app.add_typer(fit_cli.app, name="fit")
     try:
         app(arguments)
     except GPTJServeError as error:

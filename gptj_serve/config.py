@@ -7,7 +7,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from gptj_serve.types import DEFAULT_HEAD
 
 DEMO_CHECKPOINT = "demo"
 
@@ -99,9 +110,25 @@ class ServiceConfig(_Part):
     model_name: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="The name in /v1/models. Default: the checkpoint directory's name."
     )
+    heads: dict[Annotated[str, Field(min_length=1)], str] = Field(
+        {},
+        description="Task heads beside the checkpoint's own: name → directory made by `fit`. Requests choose one by "
+        "`model`; 'default' is the checkpoint's own.",
+    )
     pipeline: PipelineConfig = PipelineConfig()
     num_pipelines: PositiveInt = Field(1, description="Replicas of the whole pipeline.")
     ingress: IngressConfig = IngressConfig()
+
+    @field_validator("heads")
+    @classmethod
+    def _default_is_taken(cls, heads: dict[str, str]) -> dict[str, str]:
+        if DEFAULT_HEAD in heads:
+            raise ValueError(f"{DEFAULT_HEAD!r} is the name of the checkpoint's own heads; choose another")
+        return heads
+
+    @property
+    def head_dirs(self) -> dict[str, Path]:
+        return {name: Path(directory).expanduser() for name, directory in self.heads.items()}
 
     @property
     def checkpoint_dir(self) -> Path:

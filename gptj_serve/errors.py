@@ -4,6 +4,7 @@ GPTJServeError
 ├── ConfigError             a configuration value, or a model's config.json, can't be used
 ├── CheckpointError         a checkpoint directory is incomplete, damaged or not of this architecture
 │   └── ConversionError     a sound checkpoint can't be written elsewhere as asked
+├── DataError               a file of examples can't be used; the message names file, line and field
 ├── InvalidRequestError     the request itself is at fault; carries the field and its value
 ├── OverloadedError         the service can't take the request now; worth another try later
 ├── RequestFailedError      the request was accepted and then could not be finished
@@ -29,6 +30,10 @@ class CheckpointError(GPTJServeError):
 
 class ConversionError(CheckpointError):
     """A checkpoint can't be converted: its destination, the disk or the chosen dtype is at fault."""
+
+
+class DataError(GPTJServeError):
+    """A file of examples can't be used; the message names file, line and field."""
 
 
 class InvalidRequestError(GPTJServeError):

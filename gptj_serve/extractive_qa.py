@@ -51,7 +51,12 @@ class Window:
 
 
 def make_windows(
-    tokenizer: Tokenizer, question: str, context: Encoding, options: QAOptions, n_positions: int, max_windows: int
+    tokenizer: Tokenizer,
+    question: str,
+    context: Encoding,
+    options: QAOptions,
+    n_positions: int,
+    max_windows: int | None = None,
 ) -> list[Window]:
     """Cut the context into windows. Raises `InvalidRequestError` when the lengths leave no room, or make too many."""
     max_seq_len = min(384, n_positions) if options.max_seq_len is None else options.max_seq_len
@@ -73,7 +78,7 @@ def make_windows(
         raise InvalidRequestError("doc_stride", stride, f"must be less than the {room} context tokens of a window")
     length = len(context.token_ids)
     starts = range(0, max(length - stride, 1), room - stride)
-    if len(starts) > max_windows:
+    if max_windows is not None and len(starts) > max_windows:
         raise InvalidRequestError(
             "context", f"{length} tokens", f"makes {len(starts)} windows; at most {max_windows} in one request"
         )

@@ -5,9 +5,11 @@ Decoding checks every type and bound; nothing here is ever pickled by us.
 """
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
+import numpy as np
 from msgspec import Meta, Struct
+from numpy.typing import ArrayLike, NDArray
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Position = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -16,6 +18,32 @@ Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 MAX_FRAME_BYTES = 1 << 30
 """No frame on any link is larger; a ZeroMQ peer that sends one is cut off."""
+
+
+DEFAULT_HEAD = "default"
+"""The name of the checkpoint's own head of a kind; heads from elsewhere have the names that the service gives them."""
+
+
+class Matrix(Struct, frozen=True, array_like=True):
+    """Rows of float32 numbers as raw little-endian bytes, which cost a copy where lists cost an object per number."""
+
+    num_columns: Annotated[int, Meta(ge=1)]
+    data: bytes
+
+    @classmethod
+    def of(cls, rows: ArrayLike) -> Self:
+        """From anything that NumPy takes for a two-dimensional array."""
+        array = np.ascontiguousarray(rows, dtype="<f4")
+        return cls(array.shape[1], array.tobytes())
+
+    @property
+    def array(self) -> NDArray[np.float32]:
+        """[num_rows, num_columns], read-only. Raises `ValueError` if the bytes don't make whole rows."""
+        return np.frombuffer(self.data, dtype="<f4").reshape(-1, self.num_columns)
+
+    def rows(self) -> list[list[float]]:
+        values: list[list[float]] = self.array.tolist()
+        return values
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True):
@@ -42,13 +70,25 @@ class Task(StrEnum):
     GENERATE = "generate"
     CLASSIFY = "classify"
     QA = "qa"
+    EMBED = "embed"
+    SCORE = "score"
+
+
+class Pooling(StrEnum):
+    """Which of a sequence's last hidden states (after ln_f) EMBED returns and CLASSIFY looks at."""
+
+    LAST = "last"  # the last token's
+    MEAN = "mean"  # the mean over all tokens
+    ALL = "all"  # every token's
 
 
 class EngineRequest(Struct, frozen=True, kw_only=True):
     """A validated, tokenized request.
 
     `output_token_ids` are tokens that an earlier attempt already produced: the engine goes on after them. That is
-    how a request moves to another pipeline (replay). `sampling` is set exactly when the task is GENERATE.
+    how a request moves to another pipeline (replay). `sampling` is set exactly when the task is GENERATE,
+    `continuation_token_ids` exactly when it is SCORE. `head` matters to CLASSIFY and QA, `pooling` to CLASSIFY
+    (where ALL is not allowed) and EMBED.
     """
 
     request_id: str
@@ -56,6 +96,9 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)]
     output_token_ids: list[TokenId] = []
     sampling: SamplingParams | None = None
+    head: str = DEFAULT_HEAD
+    pooling: Pooling = Pooling.LAST
+    continuation_token_ids: list[TokenId] = []  # follow the prompt; each one's log-probability is the answer
 
 
 class FinishReason(StrEnum):
@@ -75,10 +118,14 @@ class TokenEvent(Struct, frozen=True, array_like=True, tag="token"):
 
 
 class HeadEvent(Struct, frozen=True, array_like=True, tag="head"):
-    """The only event of a classify request ([1][num_labels] logits) or a QA request ([num_tokens][2] logits)."""
+    """The only event of a request that doesn't generate.
+
+    `values` are the logits of CLASSIFY [1, num_labels] or QA [num_tokens, 2], the hidden states of EMBED
+    [1 or num_tokens, n_embd], or SCORE's log-probabilities [num_continuation_tokens, 1].
+    """
 
     request_id: str
-    logits: list[list[float]]
+    values: Matrix
 
 
 class FailureEvent(Struct, frozen=True, array_like=True, tag="failure"):
@@ -102,7 +149,12 @@ class RowOutput(StrEnum):
     NOTHING = "nothing"  # a prompt chunk that is not the last
     SAMPLE = "sample"
     CLASSIFY = "classify"
+    CLASSIFY_SUM = "classify_sum"  # the sum of all tokens' logits: the head is linear, so they add up to a mean's
     QA = "qa"
+    HIDDEN_LAST = "hidden_last"  # the last token's hidden state
+    HIDDEN_SUM = "hidden_sum"  # the sum over the row's tokens: chunks add up to a mean
+    HIDDEN_ALL = "hidden_all"
+    LOGPROBS = "logprobs"  # of `target_token_ids`
 
 
 class Row(Struct, frozen=True, array_like=True):
@@ -114,6 +166,8 @@ class Row(Struct, frozen=True, array_like=True):
     output: RowOutput = RowOutput.NOTHING
     sampling: SamplingParams | None = None  # set exactly when output is SAMPLE
     suppressed_token_ids: list[TokenId] = []  # may not be sampled now: end tokens before min_new_tokens
+    head: str = DEFAULT_HEAD  # of CLASSIFY and QA
+    target_token_ids: list[TokenId] = []  # of LOGPROBS: the tokens after the row's last len(target_token_ids) ones
 
     @property
     def end(self) -> int:
@@ -136,8 +190,10 @@ class SampledToken(Struct, frozen=True, array_like=True, tag="token"):
     logprob: float
 
 
-class HeadLogits(Struct, frozen=True, array_like=True, tag="logits"):
-    values: list[list[float]]
+class HeadValues(Struct, frozen=True, array_like=True, tag="values"):
+    """A row's logits, hidden states or log-probabilities."""
+
+    values: Matrix
 
 
 class RowFailure(Struct, frozen=True, array_like=True, tag="failure"):
@@ -146,7 +202,7 @@ class RowFailure(Struct, frozen=True, array_like=True, tag="failure"):
     message: str
 
 
-RowResult = SampledToken | HeadLogits | RowFailure | None
+RowResult = SampledToken | HeadValues | RowFailure | None
 
 
 class StepOutput(Struct, frozen=True, array_like=True):

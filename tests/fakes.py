@@ -12,11 +12,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import (
+    DEFAULT_HEAD,
     EngineRequest,
     Event,
     FailureEvent,
     FinishReason,
     HeadEvent,
+    Matrix,
     SamplingParams,
     Task,
     TokenEvent,
@@ -122,7 +124,7 @@ class FakeEngine:
             if isinstance(failure, str):
                 yield FailureEvent(request.request_id, failure)
             else:
-                yield HeadEvent(request.request_id, self.head_logits(request))
+                yield HeadEvent(request.request_id, Matrix.of(self.head_logits(request)))
             return
         assert request.sampling is not None
         scripted = self._scripted(request)
@@ -173,10 +175,15 @@ class FakeEngine:
     def _pseudo_random_logits(self, request: EngineRequest) -> list[list[float]]:
         """[1][num_labels] or [num_tokens][2], each in [0, 8)."""
 
-        def logit(*key: int) -> float:
+        salt = () if request.head == DEFAULT_HEAD else (request.head,)
+
+        def logit(*key: object) -> float:
+            key = (*key, *salt)
             return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]) / 2**29
 
         ids = request.prompt_token_ids
+        if request.task is Task.SCORE:
+            return [[-logit(token_id, *ids)] for token_id in request.continuation_token_ids]
         if request.task is Task.CLASSIFY:
             return [[logit(label, *ids) for label in range(self.model.num_labels)]]
         return [[logit(0, i, token_id), logit(1, i, token_id)] for i, token_id in enumerate(ids)]

@@ -114,6 +114,15 @@ def test_checkpoint_dir_knows_home_and_the_working_directory(monkeypatch: pytest
     assert ServiceConfig(checkpoint=".").served_name == tmp_path.name
 
 
+def test_heads_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = ServiceConfig.model_validate({"heads": {"spam": "~/spam", "tone": "/heads/tone"}})
+    assert config.head_dirs == {"spam": Path("/home/somebody/spam"), "tone": Path("/heads/tone")}
+    for heads, message in (({"default": "a"}, "'default' is the name of the checkpoint's own"), ({"": "a"}, "heads")):
+        with pytest.raises(ValidationError, match=message):
+            ServiceConfig.model_validate({"heads": heads})
+
+
 def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str | None]]:
     """All settings with their descriptions, as (dotted name, description)."""
     found: list[tuple[str, str | None]] = []

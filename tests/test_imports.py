@@ -35,9 +35,9 @@ LAYERS = [
     ours("tokenizer", "extractive_qa", "model", "engine"),
     ours("pipeline", "planner"),
     ours("modeling"),
-    ours("api"),
+    ours("api", "fit"),
     ours("serving"),
-    ours("cli"),
+    ours("cli", "fit_cli"),
 ]
 
 RULES = [

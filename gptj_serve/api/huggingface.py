@@ -41,7 +41,11 @@ async def generate_streamed(body: GenerateRequest, request: Request) -> Response
 
 @router.post("/classify", summary="Classify texts")
 async def classify(body: ClassifyRequest, request: Request) -> Response:
-    """Labels with scores, best first: one list per input, also for a single input (as Hugging Face's API answers)."""
+    """Labels with scores, best first: one list per input, also for a single input (as Hugging Face's API answers).
+
+    With `candidate_labels`, zero-shot: for a single input its labels with scores, which is what Hugging Face's API
+    answers; for a list `{"sequence", "labels", "scores"}` per input, which is what transformers' pipeline returns.
+    """
     return JSONResponse(await classify_whole(request.app.state.service, body))
 
 
@@ -81,7 +85,13 @@ async def generate_stream(service: Service, body: GenerateRequest) -> AsyncGener
             }
 
 
-async def classify_whole(service: Service, body: ClassifyRequest) -> list[list[dict[str, Any]]]:
+async def classify_whole(service: Service, body: ClassifyRequest) -> Any:
+    if body.parameters.candidate_labels is not None:
+        results = await service.classify_zero_shot(body)
+        if isinstance(body.inputs, list):
+            return [asdict(result) for result in results]
+        pairs = zip(results[0].labels, results[0].scores, strict=True)
+        return [{"label": label, "score": score} for label, score in pairs]
     return [[asdict(label) for label in labels] for labels in await service.classify(body)]
 
 

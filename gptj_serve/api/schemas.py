@@ -78,14 +78,18 @@ class GenerateRequest(_Body):
 
 
 class ClassifyParameters(_Body):
-    """Those of transformers' text-classification pipeline."""
+    """Those of transformers' text-classification pipeline; with `candidate_labels`, of its zero-shot pipeline."""
 
     top_k: Annotated[int, Field(ge=1)] | None = None
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+    candidate_labels: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+    hypothesis_template: NonEmpty | None = None
+    multi_label: bool | None = None
 
 
 class ClassifyRequest(_Body):
     inputs: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
+    model: NonEmpty | None = None  # the name of a head
     parameters: ClassifyParameters = ClassifyParameters()
 
 
@@ -108,6 +112,7 @@ class QAParameters(_Body):
 
 class QARequest(_Body):
     inputs: QAInputs | Annotated[list[QAInputs], Field(min_length=1)]
+    model: NonEmpty | None = None  # the name of a head
     parameters: QAParameters = QAParameters()
 
 

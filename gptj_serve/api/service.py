@@ -7,11 +7,12 @@ protocol, so it may be in this process or behind Ray Serve.
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from gptj_serve import zero_shot
 from gptj_serve.api.schemas import (
     ClassifyParameters,
     ClassifyRequest,
@@ -24,19 +25,26 @@ from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import InvalidRequestError, RequestFailedError
 from gptj_serve.extractive_qa import Answer, QAOptions, best_answers, make_windows
 from gptj_serve.model.config import GPTJConfig
+from gptj_serve.model.heads import HeadInfo, HeadKind
 from gptj_serve.tokenizer import IncrementalDetokenizer, StopStringScanner, Tokenizer
 from gptj_serve.types import (
+    DEFAULT_HEAD,
     EngineRequest,
     Event,
     FailureEvent,
     FinishReason,
     HeadEvent,
+    Matrix,
+    Pooling,
     SamplingParams,
     Task,
     TokenEvent,
 )
 
 Result = TypeVar("Result")
+
+MAX_ZERO_SHOT_PAIRS = 1024
+"""Inputs times candidate labels of one request."""
 
 
 class EngineClient(Protocol):
@@ -78,23 +86,53 @@ class LabelScore:
     score: float
 
 
+@dataclass(frozen=True, slots=True)
+class ZeroShotResult:
+    """The labels, best first, and their scores: what transformers' zero-shot pipeline returns."""
+
+    sequence: str
+    labels: list[str]
+    scores: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """A classification head as requests see it."""
+
+    name: str
+    labels: Sequence[str]
+    problem_type: str | None
+    pooling: Pooling = Pooling.LAST
+
+
 class Service:
     """Serves one model. All methods raise `InvalidRequestError`, `OverloadedError` or `RequestFailedError`."""
 
     def __init__(
-        self, config: ServiceConfig, model: GPTJConfig, heads: Sequence[str], tokenizer: Tokenizer, engine: EngineClient
+        self,
+        config: ServiceConfig,
+        model: GPTJConfig,
+        heads: Sequence[str],
+        tokenizer: Tokenizer,
+        engine: EngineClient,
+        named_heads: Mapping[str, HeadInfo] | None = None,
     ) -> None:
         self.config = config
         self.model = model
         self.heads = heads
         self.tokenizer = tokenizer
         self.engine = engine
+        self.named_heads = named_heads or {}
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that the checkpoint has a head for."""
-        heads = {"lm_head": Task.GENERATE, "score": Task.CLASSIFY, "qa_outputs": Task.QA}
-        return [task.value for head, task in heads.items() if head in self.heads]
+        available = {
+            Task.GENERATE: "lm_head" in self.heads,
+            Task.CLASSIFY: bool(self._head_names("score")),
+            Task.QA: bool(self._head_names("qa_outputs")),
+        }
+        return [task.value for task, is_available in available.items() if is_available]
 
     async def generate(self, token_ids: list[int], params: GenerationParams) -> AsyncGenerator[TextChunk]:
         """Stream the completion of a prompt that `encode_prompt` has checked."""
@@ -120,22 +158,77 @@ class Service:
                     return
 
     async def classify(self, request: ClassifyRequest) -> list[list[LabelScore]]:
-        """Per input its labels, best first. The labels are those of the checkpoint's config.json."""
-        self._require_head("score", "classification")
+        """Per input its labels, best first: those of the checkpoint's config.json, or of the head that is asked for."""
+        for name in ("hypothesis_template", "multi_label"):
+            if (value := getattr(request.parameters, name)) is not None:
+                raise InvalidRequestError(f"parameters.{name}", value, "goes with candidate_labels only")
+        head = self._classifier(self._choose_head(request.model, "score", "classification"))
         inputs = [request.inputs] if isinstance(request.inputs, str) else request.inputs
         self._check_batch(inputs)
         prompts = [self._encode(text, "inputs") for text in inputs]
-        logits = await self._gather(Task.CLASSIFY, [self._without_trailing_pads(ids) for ids in prompts])
-        return [self._label_scores(rows[0], request.parameters) for rows in logits]
+        prompts = [self._without_trailing_pads(ids) for ids in prompts]
+        logits = await run_all(
+            [self._values(Task.CLASSIFY, ids, head=head.name, pooling=head.pooling) for ids in prompts]
+        )
+        return [self._label_scores(matrix.rows()[0], request.parameters, head) for matrix in logits]
+
+    async def classify_zero_shot(self, request: ClassifyRequest) -> list[ZeroShotResult]:
+        """Per input its candidate labels, best first, by their likelihood through the LM head."""
+        self._require_head("lm_head", "zero-shot classification")
+        parameters = request.parameters
+        for field, value in (
+            ("model", request.model),
+            ("parameters.top_k", parameters.top_k),
+            ("parameters.function_to_apply", parameters.function_to_apply),
+        ):
+            if value is not None:
+                raise InvalidRequestError(field, value, "has no meaning with candidate_labels")
+        inputs = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+        self._check_batch(inputs)
+        template = parameters.hypothesis_template or zero_shot.DEFAULT_HYPOTHESIS_TEMPLATE
+        try:
+            labels = zero_shot.parse_labels(parameters.candidate_labels or [])
+            hypotheses = [zero_shot.make_hypothesis(template, label) for label in labels]
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"parameters.{error.field}", error.value, error.reason) from None
+        if len(inputs) * len(labels) > MAX_ZERO_SHOT_PAIRS:
+            raise InvalidRequestError(
+                "parameters.candidate_labels",
+                len(labels),
+                f"{len(inputs)} inputs with {len(labels)} labels each: over the limit of {MAX_ZERO_SHOT_PAIRS} pairs",
+            )
+        bos = self.model.bos_token_id
+        neutral = [zero_shot.neutral_prompt(self.tokenizer, hypothesis, bos) for hypothesis in hypotheses]
+        given = [zero_shot.prompt(self.tokenizer, text, hypothesis) for text in inputs for hypothesis in hypotheses]
+        continuations = [zero_shot.continuation(self.tokenizer, hypothesis) for hypothesis in hypotheses]
+        pairs = list(zip([*neutral, *given], continuations * (1 + len(inputs)), strict=True))
+        for index, (prompt, continuation) in enumerate(pairs):
+            if len(prompt) + len(continuation) > self.model.n_positions:
+                text = inputs[max(0, index // len(labels) - 1)]
+                raise InvalidRequestError(
+                    "inputs",
+                    text,
+                    f"{len(prompt)} tokens + {len(continuation)} of a label exceed the model's context of "
+                    f"{self.model.n_positions}",
+                )
+        scores = await run_all([self._log_likelihood(prompt, continuation) for prompt, continuation in pairs])
+        multi_label = bool(parameters.multi_label)
+        results = []
+        for index, text in enumerate(inputs, 1):
+            likelihoods = scores[index * len(labels) : (index + 1) * len(labels)]
+            values = zero_shot.label_probabilities(likelihoods, scores[: len(labels)], multi_label=multi_label)
+            ranked = sorted(zip(labels, values, strict=True), key=lambda pair: -pair[1])
+            results.append(ZeroShotResult(text, [label for label, _ in ranked], [value for _, value in ranked]))
+        return results
 
     async def answer(self, request: QARequest) -> list[list[Answer]]:
         """Per question its answers, best first."""
-        self._require_head("qa_outputs", "question answering")
+        head = self._choose_head(request.model, "qa_outputs", "question answering")
         inputs = request.inputs if isinstance(request.inputs, list) else [request.inputs]
         self._check_batch(inputs)
         options = QAOptions(**request.parameters.model_dump())
         max_windows = max(1, self.config.ingress.max_qa_windows // len(inputs))
-        return await run_all([self._answer_one(item, options, max_windows) for item in inputs])
+        return await run_all([self._answer_one(item, options, head, max_windows) for item in inputs])
 
     def encode_prompt(
         self, prompt: str | Sequence[int], max_new_tokens: int, field: str, length_field: str
@@ -178,7 +271,7 @@ class Service:
                 raise InvalidRequestError(field, token_id, f"token ids are below {self.model.vocab_size}")
         return list(token_ids)
 
-    async def _answer_one(self, inputs: QAInputs, options: QAOptions, max_windows: int) -> list[Answer]:
+    async def _answer_one(self, inputs: QAInputs, options: QAOptions, head: str, max_windows: int) -> list[Answer]:
         # Contexts may be long; in a thread their tokenization holds up nobody else's tokens.
         context = await asyncio.to_thread(self.tokenizer.encode_with_offsets, inputs.context)
         try:
@@ -188,18 +281,34 @@ class Service:
         except InvalidRequestError as error:
             parent = "parameters" if error.field in QAParameters.model_fields else "inputs"
             raise InvalidRequestError(f"{parent}.{error.field}", error.value, error.reason) from None
-        logits = await self._gather(Task.QA, [window.token_ids for window in windows])
-        return best_answers(inputs.context, context, windows, logits, options)
+        logits = await run_all([self._values(Task.QA, window.token_ids, head=head) for window in windows])
+        return best_answers(inputs.context, context, windows, [matrix.rows() for matrix in logits], options)
 
-    async def _gather(self, task: Task, prompts: Sequence[list[int]]) -> list[list[list[float]]]:
-        return await run_all([self._head_logits(task, token_ids) for token_ids in prompts])
+    async def _log_likelihood(self, prompt: list[int], continuation: list[int]) -> float:
+        values = await self._values(Task.SCORE, prompt, continuation=continuation)
+        return float(values.array.sum(dtype="float64"))
 
-    async def _head_logits(self, task: Task, token_ids: list[int]) -> list[list[float]]:
-        request = EngineRequest(request_id=_new_request_id(), task=task, prompt_token_ids=token_ids)
+    async def _values(
+        self,
+        task: Task,
+        token_ids: list[int],
+        *,
+        head: str = DEFAULT_HEAD,
+        pooling: Pooling = Pooling.LAST,
+        continuation: Sequence[int] = (),
+    ) -> Matrix:
+        request = EngineRequest(
+            request_id=_new_request_id(),
+            task=task,
+            prompt_token_ids=token_ids,
+            head=head,
+            pooling=pooling,
+            continuation_token_ids=list(continuation),
+        )
         async with aclosing(self._events(request)) as events:
             async for event in events:
                 assert isinstance(event, HeadEvent)
-                return event.logits
+                return event.values
         raise AssertionError("a stream of events ends with a terminal one")
 
     async def _events(self, request: EngineRequest) -> AsyncGenerator[Event]:
@@ -230,15 +339,35 @@ class Service:
             length -= 1
         return token_ids[:length]
 
-    def _label_scores(self, logits: Sequence[float], parameters: ClassifyParameters) -> list[LabelScore]:
-        scores = _apply_function(logits, parameters.function_to_apply or self._default_function())
-        labels = [LabelScore(self.model.id2label[index], score) for index, score in enumerate(scores)]
+    def _label_scores(self, logits: Sequence[float], parameters: ClassifyParameters, head: _Head) -> list[LabelScore]:
+        scores = _apply_function(logits, parameters.function_to_apply or _default_function(head))
+        labels = [LabelScore(label, score) for label, score in zip(head.labels, scores, strict=True)]
         return sorted(labels, key=lambda label: -label.score)[: parameters.top_k]
 
-    def _default_function(self) -> str:
-        """As in transformers' pipeline: sigmoid for several independent labels or a single one, else softmax."""
-        multi_label = self.model.problem_type == "multi_label_classification"
-        return "sigmoid" if multi_label or self.model.num_labels == 1 else "softmax"
+    def _classifier(self, name: str) -> _Head:
+        if name != DEFAULT_HEAD:
+            info = self.named_heads[name]
+            return _Head(name, info.labels, info.problem_type, Pooling(info.pooling))
+        labels = [self.model.id2label[index] for index in range(self.model.num_labels)]
+        return _Head(name, labels, self.model.problem_type)
+
+    def _head_names(self, kind: str) -> list[str]:
+        """The heads of a kind ("score" or "qa_outputs"), the checkpoint's own first."""
+        wanted = HeadKind.CLASSIFIER if kind == "score" else HeadKind.QA
+        own = [DEFAULT_HEAD] if kind in self.heads else []
+        return own + [name for name, info in self.named_heads.items() if info.kind is wanted]
+
+    def _choose_head(self, name: str | None, kind: str, task: str) -> str:
+        """The head of that name; without one the checkpoint's own, or the only one that there is."""
+        names = self._head_names(kind)
+        if name is None and not names:
+            self._require_head(kind, task)
+        if name is None and (names[0] == DEFAULT_HEAD or len(names) == 1):
+            return names[0]
+        if name is None or name not in names:
+            reason = "choose a head" if name is None else f"there is no such {task} head"
+            raise InvalidRequestError("model", name, f"{reason}; this service has {', '.join(map(repr, names))}")
+        return name
 
     def _check_batch(self, inputs: Sequence[Any]) -> None:
         limit = self.config.ingress.max_batch_inputs
@@ -274,6 +403,12 @@ def new_seed() -> int:
 
 def _new_request_id() -> str:
     return secrets.token_hex(8)
+
+
+def _default_function(head: _Head) -> str:
+    """As in transformers' pipeline: sigmoid for several independent labels or a single one, else softmax."""
+    multi_label = head.problem_type == "multi_label_classification"
+    return "sigmoid" if multi_label or len(head.labels) == 1 else "softmax"
 
 
 def _apply_function(logits: Sequence[float], function: str) -> list[float]:

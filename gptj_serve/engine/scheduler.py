@@ -20,9 +20,9 @@ from gptj_serve.types import (
     EngineRequest,
     Event,
     FailureEvent,
-    HeadEvent,
-    HeadLogits,
+    HeadValues,
     MicroBatch,
+    Pooling,
     Row,
     RowFailure,
     RowOutput,
@@ -90,9 +90,15 @@ class Scheduler:
         limit = min(self.limits.max_sequence_tokens, self.blocks.num_blocks * self.blocks.block_size)
         num_prompt = len(request.prompt_token_ids)
         num_new = request.sampling.max_new_tokens if request.sampling is not None else 0
+        num_new += len(request.continuation_token_ids)
+        if request.task is Task.CLASSIFY and request.pooling is Pooling.ALL:
+            raise InvalidRequestError("pooling", request.pooling.value, "gives classify no single state to look at")
+        if (request.task is Task.SCORE) != bool(request.continuation_token_ids):
+            raise InvalidRequestError("continuation_token_ids", request.continuation_token_ids, "go with task score")
+        new_field = "max_new_tokens" if request.sampling is not None else "continuation_token_ids"
         if num_prompt + num_new > limit:
             raise InvalidRequestError(
-                "prompt" if num_prompt > limit else "max_new_tokens",
+                "prompt" if num_prompt > limit else new_field,
                 num_prompt if num_prompt > limit else num_new,
                 f"{num_prompt} prompt tokens + {num_new} new tokens exceed the limit of {limit}",
             )
@@ -209,6 +215,8 @@ class Scheduler:
             output=output,
             sampling=sequence.request.sampling if sampled else None,
             suppressed_token_ids=sequence.suppressed_token_ids() if sampled else [],
+            head=sequence.request.head,
+            target_token_ids=sequence.targets_after(num_tokens) if output is RowOutput.LOGPROBS else [],
         )
         sequence.num_computed = end
         rows.append(_InFlightRow(sequence, row))
@@ -218,10 +226,8 @@ class Scheduler:
         match result:
             case SampledToken() if row.end == len(sequence.token_ids):
                 return sequence.append(result)
-            case HeadLogits(values) if sequence.request.task is Task.QA:
-                return sequence.add_qa_logits(row.start, values)
-            case HeadLogits(values):
-                return HeadEvent(sequence.request_id, values)
+            case HeadValues(values):
+                return sequence.add_values(row, values)
             case RowFailure(message):
                 return FailureEvent(sequence.request_id, message)
         return None  # a token that a preempted sequence already has

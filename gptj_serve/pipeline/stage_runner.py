@@ -1,15 +1,30 @@
 """`StageRunner`: one stage at work: its layers, its KV cache, and on the last stage heads and sampler."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptj_serve.engine.sampling import sample
 from gptj_serve.model.attention import KVCache, PagedAttention, PagedRow
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import HeadCheckpoint, HeadKind
 from gptj_serve.model.stage import GPTJStage, load_stage
-from gptj_serve.types import HeadLogits, MicroBatch, Row, RowFailure, RowOutput, RowResult, StepOutput
+from gptj_serve.types import (
+    DEFAULT_HEAD,
+    HeadValues,
+    Matrix,
+    MicroBatch,
+    Row,
+    RowFailure,
+    RowOutput,
+    RowResult,
+    StepOutput,
+)
+
+MAX_SCORED_ROWS = 128
+"""Rows of logits, each as wide as the vocabulary, that exist at once while a continuation is scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +46,29 @@ class StageRunner:
     later one.
     """
 
-    def __init__(self, stage: GPTJStage, spec: StageSpec) -> None:
+    def __init__(self, stage: GPTJStage, spec: StageSpec, heads: dict[str, HeadCheckpoint] | None = None) -> None:
         self.stage = stage
         self.spec = spec
         self._cache = KVCache(
             stage.config, len(spec.span), spec.num_kv_blocks, spec.block_size, spec.dtype, spec.device
         )
         self._last_microbatch_id: int | None = None
+        self._heads: dict[tuple[RowOutput, str], nn.Linear] = {}
+        if hasattr(stage, "score"):
+            self._heads[RowOutput.CLASSIFY, DEFAULT_HEAD] = stage.score
+        if hasattr(stage, "qa_outputs"):
+            self._heads[RowOutput.QA, DEFAULT_HEAD] = stage.qa_outputs
+        if stage.is_last:
+            for name, head in (heads or {}).items():
+                output = RowOutput.CLASSIFY if head.info.kind is HeadKind.CLASSIFIER else RowOutput.QA
+                self._heads[output, name] = _linear(head, spec)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, spec: StageSpec) -> "StageRunner":
-        return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device), spec)
+    def load(
+        cls, checkpoint: Checkpoint, spec: StageSpec, heads: dict[str, HeadCheckpoint] | None = None
+    ) -> "StageRunner":
+        """Load the span; the last stage also takes `heads`, by the names that rows call them."""
+        return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device), spec, heads)
 
     @property
     def weight_bytes(self) -> int:
@@ -78,9 +105,20 @@ class StageRunner:
                 case RowOutput.SAMPLE:
                     sampled.append((index, row, end - 1))
                 case RowOutput.CLASSIFY:
-                    results[index] = _head_logits(self.stage.score(hidden[end - 1 : end]))
+                    results[index] = _values(self._heads[row.output, row.head](hidden[end - 1 : end]))
+                case RowOutput.CLASSIFY_SUM:
+                    logits = self._heads[RowOutput.CLASSIFY, row.head](hidden[first:end])
+                    results[index] = _values(logits.double().sum(dim=0, keepdim=True))
                 case RowOutput.QA:
-                    results[index] = _head_logits(self.stage.qa_outputs(hidden[first:end]))
+                    results[index] = _values(self._heads[row.output, row.head](hidden[first:end]))
+                case RowOutput.HIDDEN_LAST:
+                    results[index] = _values(hidden[end - 1 : end])
+                case RowOutput.HIDDEN_SUM:
+                    results[index] = _values(hidden[first:end].double().sum(dim=0, keepdim=True))
+                case RowOutput.HIDDEN_ALL:
+                    results[index] = _values(hidden[first:end])
+                case RowOutput.LOGPROBS:
+                    results[index] = self._logprobs(hidden[first:end], row.target_token_ids)
             first = end
         if sampled:
             logits = self.stage.lm_head(hidden[[last for _, _, last in sampled]])[:, : self.spec.num_token_ids]
@@ -95,14 +133,38 @@ class StageRunner:
                 results[index] = result
         return results
 
+    def _logprobs(self, hidden: Tensor, targets: Sequence[int]) -> HeadValues | RowFailure:
+        """Of each target, after each of the last tokens of `hidden` [T, D]; only those rows go through the LM head."""
+        if max(targets) >= self.spec.num_token_ids:
+            return RowFailure(f"token id {max(targets)} has no logit: the model's are below {self.spec.num_token_ids}")
+        states = hidden[-len(targets) :]
+        wanted = torch.tensor(targets, device=hidden.device)
+        parts = []
+        for first in range(0, len(targets), MAX_SCORED_ROWS):
+            part = slice(first, first + MAX_SCORED_ROWS)
+            logits = self.stage.lm_head(states[part])[:, : self.spec.num_token_ids].float()
+            parts.append(logits.gather(-1, wanted[part, None]) - logits.logsumexp(dim=-1, keepdim=True))
+        return _values(torch.cat(parts))
+
     def _check_order(self, microbatch_id: int) -> None:
         expected = microbatch_id if self._last_microbatch_id is None else self._last_microbatch_id + 1
         assert microbatch_id == expected, f"microbatch {microbatch_id} came when {expected} was due"
         self._last_microbatch_id = microbatch_id
 
 
-def _head_logits(logits: Tensor) -> HeadLogits | RowFailure:
-    values: Tensor = logits.float()
+def _values(values: Tensor) -> HeadValues | RowFailure:
+    """[rows, columns] for the wire."""
+    values = values.float()
     if not values.isfinite().all():
         return RowFailure("the model's logits hold NaN or infinity")
-    return HeadLogits(values.tolist())
+    return HeadValues(Matrix.of(values.cpu().numpy()))
+
+
+def _linear(head: HeadCheckpoint, spec: StageSpec) -> nn.Linear:
+    num_outputs, width = head.weight.shape
+    linear = nn.Linear(width, num_outputs, bias=head.bias is not None, device=spec.device, dtype=spec.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(head.weight))
+        if head.bias is not None:
+            linear.bias.copy_(torch.from_numpy(head.bias))
+    return linear.requires_grad_(False)

@@ -11,6 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from gptj_serve.config import DEMO_CHECKPOINT, ServiceConfig
 from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
@@ -35,6 +36,7 @@ def build(config: ServiceConfig) -> Application:
         raise
     if config.checkpoint != DEMO_CHECKPOINT:  # the replicas' working directories may differ
         config = config.model_copy(update={"checkpoint": str(config.checkpoint_dir.resolve())})
+    config = config.model_copy(update={"heads": {name: str(d.resolve()) for name, d in config.head_dirs.items()}})
     return _ingress(config).bind(config, _pipeline(config).bind(config))
 
 
@@ -47,6 +49,7 @@ def _check(config: ServiceConfig) -> None:
             f"{config.checkpoint_dir / 'tokenizer.json'}: has {num_token_ids} token ids, more than the "
             f"vocab_size={model.vocab_size} of config.json"
         )
+    open_heads(config.head_dirs, checkpoint)
     plan_service(config.pipeline, checkpoint)
     num_kv_tokens = config.pipeline.kv_cache.num_tokens
     if num_kv_tokens is not None and num_kv_tokens < model.n_positions:

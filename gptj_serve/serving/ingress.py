@@ -16,6 +16,7 @@ from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError, InvalidRequestError
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import open_heads
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.logs import use_serve_logging
 from gptj_serve.tokenizer import Tokenizer
@@ -36,7 +37,8 @@ class Ingress:
         checkpoint = Checkpoint.open(config.checkpoint_dir)
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         engine = ServeEngineClient(pipelines)
-        self._service = Service(config, checkpoint.config, checkpoint.heads, tokenizer, engine)
+        named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
+        self._service = Service(config, checkpoint.config, checkpoint.heads, tokenizer, engine, named_heads)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
@@ -54,7 +56,7 @@ class Ingress:
                 async for event in events:
                     yield event
 
-    async def classify(self, request: ClassifyRequest | dict[str, Any]) -> list[list[dict[str, Any]]]:
+    async def classify(self, request: ClassifyRequest | dict[str, Any]) -> Any:
         """As `POST /classify`."""
         with _plain_errors():
             return await huggingface.classify_whole(self._service, _parse(ClassifyRequest, request))

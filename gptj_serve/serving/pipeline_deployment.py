@@ -59,7 +59,8 @@ class Pipeline:
         self._finished: dict[str, asyncio.Future[None]] = {}  # by request id
         group = ray.util.get_current_placement_group()
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
-        settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids)
+        heads = {name: str(path.resolve()) for name, path in config.head_dirs.items()}
+        settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads)
         await self._pipeline.start(settings)
         blocks = KVBlocks(settings[0].num_kv_blocks, settings[0].block_size)
         limits = SchedulerLimits(
@@ -154,7 +155,9 @@ class Pipeline:
                 self._finished[event.request_id].set_result(None)
 
 
-def stage_settings(config: PipelineConfig, checkpoint: Checkpoint, num_token_ids: int) -> list[StageSettings]:
+def stage_settings(
+    config: PipelineConfig, checkpoint: Checkpoint, num_token_ids: int, heads: dict[str, str] | None = None
+) -> list[StageSettings]:
     plan = plan_service(config, checkpoint)
     return [
         StageSettings(
@@ -167,6 +170,7 @@ def stage_settings(config: PipelineConfig, checkpoint: Checkpoint, num_token_ids
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
             uses_gpu=config.stage.num_gpus > 0,
+            heads=heads or {},
         )
         for stage in plan.stages
     ]

@@ -29,6 +29,7 @@ class StageSettings(NamedTuple):
     num_stages: int
     num_threads: int | None
     uses_gpu: bool
+    heads: dict[str, str]  # name → directory
 
 
 class GPTJStage:
@@ -44,6 +45,7 @@ class GPTJStage:
         import torch
 
         from gptj_serve.model.checkpoint import Checkpoint
+        from gptj_serve.model.heads import open_heads
         from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
 
         settings = self._settings
@@ -57,7 +59,9 @@ class GPTJStage:
             device=device,
             num_token_ids=settings.num_token_ids,
         )
-        self._runner = StageRunner.load(Checkpoint.open(Path(settings.checkpoint_dir)), spec)
+        checkpoint = Checkpoint.open(Path(settings.checkpoint_dir))
+        heads = open_heads({name: Path(directory) for name, directory in settings.heads.items()}, checkpoint)
+        self._runner = StageRunner.load(checkpoint, spec, heads)
         return {
             "layers": list(settings.layers),
             "device": str(device),

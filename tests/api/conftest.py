@@ -10,7 +10,19 @@ from fastapi import FastAPI
 from gptj_serve.api.app import create_app
 from gptj_serve.api.service import Service
 from gptj_serve.config import IngressConfig, ServiceConfig
+from gptj_serve.model.heads import HeadInfo, HeadKind
 
+NAMED_HEADS = {
+    "tone": HeadInfo(
+        kind=HeadKind.CLASSIFIER,
+        name="tone",
+        labels=["angry", "calm", "sad"],
+        problem_type="multi_label_classification",
+        pooling="mean",
+        backbone="-",
+    ),
+    "reader": HeadInfo(kind=HeadKind.QA, name="reader", backbone="-"),
+}
 HEADS = ("lm_head", "score", "qa_outputs")
 
 
@@ -22,7 +34,7 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def service(engine: FakeEngine) -> Service:
     config = ServiceConfig(model_name="tiny", ingress=IngressConfig(max_body_bytes=4096, max_batch_inputs=4))
-    return Service(config, engine.model, HEADS, engine.tokenizer, engine)
+    return Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS)
 
 
 @pytest.fixture

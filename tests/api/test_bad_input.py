@@ -96,6 +96,31 @@ HUGGING_FACE: list[tuple[str, Any, str, Any]] = [  # path, body, field, value
     ("/classify", _classify(function_to_apply="tanh"), "parameters.function_to_apply", "tanh"),
     ("/classify", _classify(return_all_scores=True), "parameters.return_all_scores", True),
     ("/classify", {"inputs": "a", "stream": True}, "stream", True),
+    ("/classify", {"inputs": "a", "model": "tune"}, "model", "tune"),
+    ("/classify", {"inputs": "a", "model": "reader"}, "model", "reader"),
+    ("/classify", {"inputs": "a", "model": ""}, "model", ""),
+    ("/classify", _classify(hypothesis_template="{}"), "parameters.hypothesis_template", "{}"),
+    ("/classify", _classify(multi_label=True), "parameters.multi_label", True),
+    ("/classify", _classify(candidate_labels=[]), "parameters.candidate_labels", []),
+    ("/classify", _classify(candidate_labels=" , ,"), "parameters.candidate_labels", " , ,"),
+    ("/classify", _classify(candidate_labels=["a", ""]), "parameters.candidate_labels.1", ""),
+    ("/classify", _classify(candidate_labels=["a"], hypothesis_template="a"), "parameters.hypothesis_template", "a"),
+    ("/classify", _classify(candidate_labels=["a"], top_k=1), "parameters.top_k", 1),
+    (
+        "/classify",
+        _classify(candidate_labels=["a"], function_to_apply="none"),
+        "parameters.function_to_apply",
+        "none",
+    ),
+    ("/classify", {"model": "tone", **_classify(candidate_labels=["a"])}, "model", "tone"),
+    (
+        "/classify",
+        {"inputs": ["a"] * 4, "parameters": {"candidate_labels": ["a"] * 257}},
+        "parameters.candidate_labels",
+        257,
+    ),
+    ("/classify", {"inputs": LONG, "parameters": {"candidate_labels": "a"}}, "inputs", LONG),
+    ("/qa", {"inputs": {"question": "a", "context": "b"}, "model": "tone"}, "model", "tone"),
     ("/qa", {"inputs": "Where?"}, "inputs", "Where?"),
     ("/qa", {"inputs": {"question": "Where?"}}, "inputs.context", None),
     ("/qa", {"inputs": {"question": "Where?", "context": 5}}, "inputs.context", 5),
@@ -327,6 +352,7 @@ async def test_a_body_at_the_limit_is_accepted(client: httpx.AsyncClient) -> Non
 )
 async def test_a_checkpoint_without_the_head(service: Service, head: str, path: str, body: Any, task: str) -> None:
     service.heads = [h for h in service.heads if h != head]
+    service.named_heads = {}
     transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         response = await client.post(path, json=body)

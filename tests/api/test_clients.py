@@ -126,6 +126,18 @@ def test_hugging_face_text_classification(url: str) -> None:
     assert client.text_classification("The fox", top_k=1) == labels[:1]
 
 
+def test_hugging_face_zero_shot_classification(url: str) -> None:
+    client = InferenceClient(model=f"{url}/classify")
+    one = client.zero_shot_classification("The fox", ["animal", "plant"])
+    assert {label.label for label in one} == {"animal", "plant"}
+    assert sum(label.score for label in one) == pytest.approx(1)
+    assert one[0].score >= one[1].score
+    many = client.zero_shot_classification("The fox", ["animal", "plant"], multi_label=True)
+    assert sum(label.score for label in many) != pytest.approx(1)
+    other = client.zero_shot_classification("The fox", ["animal", "plant"], hypothesis_template="About {}")
+    assert other != one
+
+
 def test_hugging_face_question_answering(url: str) -> None:
     client = InferenceClient(model=f"{url}/qa")
     context = "Žofka lives in 東京 with 👩🏽‍🚀 Ana."

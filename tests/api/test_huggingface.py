@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptj_serve.api.app import create_app
-from gptj_serve.api.schemas import QAParameters
+from gptj_serve.api.schemas import ClassifyRequest, QAParameters
 from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
+from gptj_serve.errors import InvalidRequestError
 from gptj_serve.extractive_qa import QAOptions
-from gptj_serve.types import SamplingParams, Task
+from gptj_serve.types import Pooling, SamplingParams, Task
 
 
 async def _post(client: httpx.AsyncClient, path: str, body: Any) -> Any:
@@ -330,3 +331,98 @@ async def test_any_text_is_generated_from_and_classified(text: str) -> None:
         await _post(client, "/classify", {"inputs": [text]})
     for request in engine.requests:
         assert engine.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False) == text
+
+
+# ── heads by name ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_named_head_classifies_with_its_own_labels(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    (labels,) = await _post(client, "/classify", {"inputs": "The fox", "model": "tone"})
+    assert (engine.requests[0].head, engine.requests[0].pooling) == ("tone", Pooling.MEAN)
+    (logits,) = engine.head_logits(engine.requests[0])
+    expected = dict(zip(["angry", "calm", "sad"], [1 / (1 + math.exp(-x)) for x in logits], strict=True))
+    assert {item["label"]: pytest.approx(item["score"]) for item in labels} == expected  # each for itself: multi-label
+    own = await _post(client, "/classify", {"inputs": "The fox", "model": "default"})
+    assert own == await _post(client, "/classify", {"inputs": "The fox"})
+    assert {item["label"] for item in own[0]} == {"bad", "good", "neither"}
+
+
+async def test_a_named_head_answers_questions(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    body = {"inputs": {"question": "Where?", "context": "The fox is here."}}
+    own, named = [await _post(client, "/qa", body | extra) for extra in ({}, {"model": "reader"})]
+    assert [request.head for request in engine.requests] == ["default", "reader"]
+    assert own != named
+
+
+async def test_an_unknown_head_is_refused_with_those_that_exist(client: httpx.AsyncClient) -> None:
+    response = await client.post("/classify", json={"inputs": "The fox", "model": "tune"})
+    assert response.status_code == 422
+    reason = "there is no such classification head; this service has 'default', 'tone'"
+    assert response.json()["error"] == f"model='tune': {reason}"
+
+
+async def test_without_heads_of_its_own_the_only_named_one_is_meant(service: Service, engine: FakeEngine) -> None:
+    named = dict(service.named_heads)
+    bare = Service(service.config, engine.model, ["lm_head"], engine.tokenizer, engine, named)
+    assert bare.tasks == ["generate", "classify", "qa"]
+    await bare.classify(ClassifyRequest(inputs="The fox"))
+    assert engine.requests[0].head == "tone"
+    two = Service(
+        service.config, engine.model, ["lm_head"], engine.tokenizer, engine, named | {"second": named["tone"]}
+    )
+    with pytest.raises(InvalidRequestError, match="choose a head; this service has 'tone', 'second'"):
+        await two.classify(ClassifyRequest(inputs="The fox"))
+
+
+# ── zero-shot ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _zero_shot(text: str | list[str], labels: list[str] | str, **parameters: Any) -> dict[str, Any]:
+    return {"inputs": text, "parameters": {"candidate_labels": labels, **parameters}}
+
+
+async def test_zero_shot_asks_for_each_label_with_and_without_the_text(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    answer = await _post(client, "/classify", _zero_shot("The fox", "animal, plant"))
+    encode, (bos,) = engine.tokenizer.encode, engine.tokenizer.special_token_ids
+    neutral, given = [bos, *encode("\nThis example is")], encode("The fox\nThis example is")
+    assert [(r.task, r.prompt_token_ids, r.continuation_token_ids) for r in engine.requests] == [
+        (Task.SCORE, prompt, encode(label)) for prompt in (neutral, given) for label in (" animal.", " plant.")
+    ]
+    sums = [sum(row[0] for row in engine.head_logits(request)) for request in engine.requests]
+    odds = [math.exp(sums[2] - sums[0]), math.exp(sums[3] - sums[1])]
+    expected = [
+        {"label": label, "score": odd / sum(odds)} for label, odd in zip(["animal", "plant"], odds, strict=True)
+    ]
+    expected.sort(key=lambda item: -item["score"])
+    assert answer == [item | {"score": pytest.approx(item["score"], rel=1e-5)} for item in expected]
+
+
+async def test_zero_shot_with_several_true_labels_scores_each_alone(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    many = await _post(client, "/classify", _zero_shot("The fox", ["animal", "plant"], multi_label=True))
+    alone = [await _post(client, "/classify", _zero_shot("The fox", [label])) for label in ("animal", "plant")]
+    assert sorted(many, key=lambda item: item["label"]) == [answer[0] for answer in alone]
+    assert all(0 < item["score"] < 1 for item in many)
+
+
+async def test_zero_shot_of_a_list_answers_as_the_pipeline_does(client: httpx.AsyncClient) -> None:
+    texts = ["The fox", "The dog"]
+    body = _zero_shot(texts, ["animal", "plant", "stone"], hypothesis_template="{} is what this is about")
+    answers = await _post(client, "/classify", body)
+    assert [answer["sequence"] for answer in answers] == texts
+    for answer in answers:
+        assert sorted(answer["labels"]) == ["animal", "plant", "stone"]
+        assert answer["scores"] == sorted(answer["scores"], reverse=True)
+        assert sum(answer["scores"]) == pytest.approx(1)
+    one = await _post(client, "/classify", body | {"inputs": "The dog"})
+    assert [item["label"] for item in one] == answers[1]["labels"]
+
+
+async def test_zero_shot_needs_the_lm_head(service: Service, engine: FakeEngine) -> None:
+    bare = Service(service.config, engine.model, ["score"], engine.tokenizer, engine)
+    body = ClassifyRequest.model_validate(_zero_shot("The fox", "animal"))
+    with pytest.raises(InvalidRequestError, match="no zero-shot classification head"):
+        await bare.classify_zero_shot(body)

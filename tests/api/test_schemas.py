@@ -40,6 +40,11 @@ HAS_EFFECT: dict[str, tuple[Any, dict[str, Any]]] = {  # field → another value
     "ClassifyRequest.inputs": ("The dog", {}),
     "ClassifyRequest.parameters.top_k": (1, {}),
     "ClassifyRequest.parameters.function_to_apply": ("sigmoid", {}),
+    "ClassifyRequest.model": ("tone", {}),
+    "ClassifyRequest.parameters.candidate_labels": (["animal", "plant"], {}),
+    "ClassifyRequest.parameters.hypothesis_template": ("{}!", {"parameters.candidate_labels": "animal, plant"}),
+    "ClassifyRequest.parameters.multi_label": (True, {"parameters.candidate_labels": "animal, plant"}),
+    "QARequest.model": ("reader", {}),
     "QARequest.inputs.question": ("Where is the dog?", {}),
     "QARequest.inputs.context": ("The dog is here.", {}),
     "QARequest.parameters.top_k": (2, {}),
@@ -128,7 +133,7 @@ async def _observe(client: httpx.AsyncClient, engine: FakeEngine, path: str, bod
         if isinstance(part, dict):
             part.pop("id", None)
             part.pop("created", None)
-    asked = [(r.task, r.prompt_token_ids, r.sampling) for r in engine.requests]
+    asked = [(r.task, r.prompt_token_ids, r.continuation_token_ids, r.head, r.sampling) for r in engine.requests]
     return streamed, answer, asked
 
 

@@ -8,6 +8,8 @@ with `expected_events`, which knows neither blocks nor batches, fails.
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.types import (
@@ -15,8 +17,10 @@ from gptj_serve.types import (
     Event,
     FinishReason,
     HeadEvent,
-    HeadLogits,
+    HeadValues,
+    Matrix,
     MicroBatch,
+    Pooling,
     Row,
     RowOutput,
     RowResult,
@@ -58,8 +62,32 @@ def generate_request(
     )
 
 
-def head_request(request_id: str, task: Task, prompt: Iterable[int]) -> EngineRequest:
-    return EngineRequest(request_id=request_id, task=task, prompt_token_ids=list(prompt))
+def head_request(
+    request_id: str,
+    task: Task,
+    prompt: Iterable[int],
+    pooling: Pooling = Pooling.LAST,
+    continuation: Iterable[int] = (),
+) -> EngineRequest:
+    return EngineRequest(
+        request_id=request_id,
+        task=task,
+        prompt_token_ids=list(prompt),
+        pooling=pooling,
+        continuation_token_ids=list(continuation),
+    )
+
+
+HEAD_TASKS = [
+    (Task.CLASSIFY, Pooling.LAST),
+    (Task.CLASSIFY, Pooling.MEAN),
+    (Task.QA, Pooling.LAST),
+    (Task.EMBED, Pooling.LAST),
+    (Task.EMBED, Pooling.MEAN),
+    (Task.EMBED, Pooling.ALL),
+    (Task.SCORE, Pooling.LAST),
+]
+"""All that ends without a token, with what distinguishes it."""
 
 
 class FakeStages:
@@ -93,25 +121,54 @@ class FakeStages:
 
     def _answer(self, row: Row) -> RowResult:
         context = [self._slots.get(self._slot(row, position), (-1, -1, -1)) for position in range(row.end)]
+        values = [_class_logits(context[: i + 1]) for i in range(row.start, row.end)]
         match row.output:
             case RowOutput.SAMPLE:
                 assert row.sampling is not None
                 return _sampled(context, row.sampling, row.suppressed_token_ids)
             case RowOutput.CLASSIFY:
-                return HeadLogits([_class_logits(context)])
+                return HeadValues(Matrix.of(values[-1:]))
+            case RowOutput.CLASSIFY_SUM:
+                return HeadValues(Matrix.of(np.sum(values, axis=0, keepdims=True)))
             case RowOutput.QA:
-                return HeadLogits([_class_logits(context[: i + 1]) for i in range(row.start, row.end)])
+                return HeadValues(Matrix.of(values))
+            case RowOutput.HIDDEN_LAST:
+                return HeadValues(Matrix.of(_hidden(values[-1:])))
+            case RowOutput.HIDDEN_SUM:
+                return HeadValues(Matrix.of(_hidden(values).sum(axis=0, keepdims=True)))
+            case RowOutput.HIDDEN_ALL:
+                return HeadValues(Matrix.of(_hidden(values)))
+            case RowOutput.LOGPROBS:
+                first = row.end - len(row.target_token_ids)
+                return HeadValues(
+                    Matrix.of([_logprob(context[:end], t) for end, t in enumerate(row.target_token_ids, first + 1)])
+                )
         return None
 
 
 def expected_events(request: EngineRequest) -> list[Event]:
     """The right answer, from the definition of the request alone."""
     tokens = [*request.prompt_token_ids, *request.output_token_ids]
+    if request.task is Task.CLASSIFY and request.pooling is Pooling.MEAN:
+        logits = [_class_logits(_context(tokens[: i + 1])) for i in range(len(tokens))]
+        return [HeadEvent(request.request_id, Matrix.of(np.mean(logits, axis=0, keepdims=True)))]
     if request.task is Task.CLASSIFY:
-        return [HeadEvent(request.request_id, [_class_logits(_context(tokens))])]
+        return [HeadEvent(request.request_id, Matrix.of([_class_logits(_context(tokens))]))]
     if request.task is Task.QA:
         logits = [_class_logits(_context(tokens[: i + 1])) for i in range(len(tokens))]
-        return [HeadEvent(request.request_id, logits)]
+        return [HeadEvent(request.request_id, Matrix.of(logits))]
+    if request.task is Task.EMBED:
+        hidden = _hidden([_class_logits(_context(tokens[: i + 1])) for i in range(len(tokens))])
+        pooled = {
+            Pooling.LAST: hidden[-1:],
+            Pooling.MEAN: hidden.mean(axis=0, keepdims=True),
+            Pooling.ALL: hidden,
+        }
+        return [HeadEvent(request.request_id, Matrix.of(pooled[request.pooling]))]
+    if request.task is Task.SCORE:
+        whole = [*tokens, *request.continuation_token_ids]
+        logprobs = [_logprob(_context(whole[:i]), whole[i]) for i in range(len(tokens), len(whole))]
+        return [HeadEvent(request.request_id, Matrix.of(logprobs))]
     sampling = request.sampling
     assert sampling is not None
     events: list[Event] = []
@@ -129,6 +186,14 @@ def expected_events(request: EngineRequest) -> list[Event]:
             reason = FinishReason.STOP
         events.append(TokenEvent(request.request_id, index, result.token_id, result.logprob, reason))
     return events
+
+
+def _hidden(values: list[list[float]]) -> np.ndarray:
+    return np.array(values) * 3 + 1  # unlike the logits
+
+
+def _logprob(context: list[Entry], target: int) -> list[float]:
+    return [-float(hash((target, *context)) % 1000)]
 
 
 def _context(tokens: list[int]) -> list[Entry]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 
 import pytest
-from fake_stages import FakeStages, expected_events, generate_request, head_request, make_scheduler
+from fake_stages import HEAD_TASKS, FakeStages, expected_events, generate_request, head_request, make_scheduler
 
 from gptj_serve.engine.engine import MAX_FUTILE_RECOVERIES, Engine
 from gptj_serve.engine.local import LocalEngine
@@ -74,7 +74,8 @@ def mixed_requests(count: int) -> list[EngineRequest]:
     for i in range(count):
         prompt = [rng.randrange(11) for _ in range(rng.randint(1, 12))]
         if i % 5 == 4:
-            requests.append(head_request(str(i), rng.choice([Task.CLASSIFY, Task.QA]), prompt))
+            task, pooling = HEAD_TASKS[i // 5 % len(HEAD_TASKS)]
+            requests.append(head_request(str(i), task, prompt, pooling, prompt[::-1] if task is Task.SCORE else []))
         else:
             requests.append(generate_request(str(i), prompt, max_new_tokens=rng.randint(1, 12), seed=i))
     return requests
@@ -97,7 +98,7 @@ async def turns(count: int = 20) -> None:
 async def test_all_answers_are_right_and_the_counters_agree(num_stages: int):
     pipeline = FakePipeline()
     requests = mixed_requests(30)
-    scheduler = make_scheduler(num_stages=num_stages, num_blocks=16, max_microbatch_tokens=16)
+    scheduler = make_scheduler(num_stages=num_stages, num_blocks=12, max_microbatch_tokens=16)
     async with LocalEngine(scheduler, pipeline) as engine:
         answers = await asyncio.gather(*(collect(engine, request) for request in requests))
         after = await stats(engine)

@@ -11,6 +11,7 @@ from gptj_serve.types import (
     FailureEvent,
     FinishReason,
     MicroBatch,
+    Pooling,
     RowFailure,
     RowOutput,
     Task,
@@ -119,6 +120,46 @@ def test_every_chunk_of_a_qa_request_returns_its_logits_and_the_last_of_a_classi
         scheduler.add(head_request("a", task, range(6)))
         assert [scheduled(scheduler).rows[0].output for _ in range(2)] == outputs
         assert scheduler.schedule() is None
+
+
+def test_chunks_return_what_adds_up_to_the_pooled_hidden_states():
+    for pooling, outputs in (
+        (Pooling.LAST, [RowOutput.NOTHING, RowOutput.HIDDEN_LAST]),
+        (Pooling.MEAN, [RowOutput.HIDDEN_SUM, RowOutput.HIDDEN_SUM]),
+        (Pooling.ALL, [RowOutput.HIDDEN_ALL, RowOutput.HIDDEN_ALL]),
+    ):
+        scheduler = make_scheduler(max_microbatch_tokens=4)
+        scheduler.add(head_request("a", Task.EMBED, range(6), pooling))
+        assert [scheduled(scheduler).rows[0].output for _ in range(2)] == outputs
+
+
+def test_classify_with_every_state_is_refused():
+    with pytest.raises(InvalidRequestError, match="pooling='all'"):
+        make_scheduler().add(head_request("a", Task.CLASSIFY, range(6), Pooling.ALL))
+
+
+def test_only_the_tokens_before_a_continuation_s_are_scored():
+    scheduler = make_scheduler(max_microbatch_tokens=4)
+    scheduler.add(head_request("a", Task.SCORE, range(6), continuation=[7, 8, 9, 10]))
+    rows = [scheduled(scheduler).rows[0] for _ in range(3)]
+    assert scheduler.schedule() is None  # the continuation's last token is not computed
+    assert [row.token_ids for row in rows] == [[0, 1, 2, 3], [4, 5, 7, 8], [9]]
+    assert [(row.output, row.target_token_ids) for row in rows] == [
+        (RowOutput.NOTHING, []),
+        (RowOutput.LOGPROBS, [7, 8, 9]),
+        (RowOutput.LOGPROBS, [10]),
+    ]
+
+
+def test_a_continuation_counts_for_the_length_and_goes_with_score_alone():
+    scheduler = make_scheduler(max_sequence_tokens=8)
+    with pytest.raises(InvalidRequestError, match="continuation_token_ids=4: 5 prompt tokens"):
+        scheduler.add(head_request("a", Task.SCORE, range(5), continuation=range(4)))
+    with pytest.raises(InvalidRequestError, match="continuation_token_ids"):
+        scheduler.add(head_request("a", Task.SCORE, range(5)))
+    with pytest.raises(InvalidRequestError, match="continuation_token_ids"):
+        scheduler.add(head_request("a", Task.CLASSIFY, range(5), continuation=[1]))
+    scheduler.add(head_request("a", Task.SCORE, range(5), continuation=range(3)))
 
 
 def test_max_num_sequences_is_the_most_that_hold_blocks():

@@ -2,13 +2,21 @@
 
 import random
 
-from fake_stages import VOCAB_SIZE, FakeStages, expected_events, generate_request, head_request, make_scheduler
+from fake_stages import (
+    HEAD_TASKS,
+    VOCAB_SIZE,
+    FakeStages,
+    expected_events,
+    generate_request,
+    head_request,
+    make_scheduler,
+)
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gptj_serve.errors import InvalidRequestError
-from gptj_serve.types import EngineRequest, Event, StepOutput, Task, TokenEvent, is_terminal
+from gptj_serve.types import EngineRequest, Event, Pooling, StepOutput, Task, TokenEvent, is_terminal
 
 MAX_TOKENS = 16
 prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6)
@@ -49,12 +57,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             earlier = [event.token_id for event in expected_events(request)[:-1] if isinstance(event, TokenEvent)]
             self._add(generate_request(request_id, prompt, output=earlier[:num_replayed], **sampling))
 
-    @rule(prompt=prompts, task=st.sampled_from([Task.CLASSIFY, Task.QA]))
-    def add_head(self, prompt: list[int], task: Task) -> None:
-        self._add(head_request(str(len(self.expected)), task, prompt))
+    @rule(prompt=prompts, kind=st.sampled_from(HEAD_TASKS), continuation=prompts)
+    def add_head(self, prompt: list[int], kind: tuple[Task, Pooling], continuation: list[int]) -> None:
+        task, pooling = kind
+        continuation = continuation if task is Task.SCORE else []
+        self._add(head_request(str(len(self.expected)), task, prompt, pooling, continuation))
 
     def _add(self, request: EngineRequest) -> None:
         num_new = request.sampling.max_new_tokens if request.sampling else 0
+        num_new += len(request.continuation_token_ids)
         fits = len(request.prompt_token_ids) + num_new <= self.capacity
         try:
             self.scheduler.add(request)

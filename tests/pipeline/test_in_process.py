@@ -7,15 +7,17 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
+from transformers import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification, GPTJModel
 
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.errors import PipelineError
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import HeadCheckpoint, HeadInfo, HeadKind, fingerprint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
@@ -25,7 +27,9 @@ from gptj_serve.types import (
     FinishReason,
     HeadEvent,
     MicroBatch,
+    Pooling,
     Row,
+    RowFailure,
     RowOutput,
     SamplingParams,
     Task,
@@ -113,11 +117,17 @@ async def generate(engine: LocalEngine, request: EngineRequest) -> list[int]:
     return [event.token_id for event in events]
 
 
+async def values(engine: LocalEngine, request: EngineRequest) -> torch.Tensor:
+    (event,) = [event async for event in engine.submit(request)]
+    assert isinstance(event, HeadEvent), event
+    return torch.tensor(event.values.array)
+
+
 async def head_logits(engine: LocalEngine, task: Task, index: int, prompt: list[int]) -> torch.Tensor:
     request = EngineRequest(request_id=f"{task}-{index}", task=task, prompt_token_ids=prompt)
     (event,) = [event async for event in engine.submit(request)]
     assert isinstance(event, HeadEvent)
-    return torch.tensor(event.logits)
+    return torch.tensor(event.values.array)
 
 
 # ------------------------------------------------------------------------------------------------ = transformers
@@ -175,6 +185,142 @@ async def test_head_logits_equal_transformers(directory: Path, prompts, num_stag
             torch.testing.assert_close(class_logits, classifier(ids).logits, rtol=0, atol=1e-4)
         torch.testing.assert_close(qa_logits[:, 0], expected.start_logits[0], rtol=0, atol=1e-4)
         torch.testing.assert_close(qa_logits[:, 1], expected.end_logits[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("num_stages", "num_kv_blocks"), [(1, PLENTY), (3, SCARCE)])
+async def test_hidden_states_equal_transformers(directory: Path, prompts, num_stages: int, num_kv_blocks: int):
+    model = GPTJModel.from_pretrained(directory).eval()
+    requests = {
+        (i, pooling): EngineRequest(
+            request_id=f"{i}-{pooling}", task=Task.EMBED, prompt_token_ids=prompts[i], pooling=pooling
+        )
+        for i in range(12)
+        for pooling in Pooling
+    }
+    async with serving(
+        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13
+    ) as engine:
+        others = asyncio.gather(*(generate(engine, generate_request(str(i), p)) for i, p in enumerate(prompts[:10])))
+        answers = await asyncio.gather(*(values(engine, request) for request in requests.values()))
+        await others
+        assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
+    for (i, pooling), answer in zip(requests, answers, strict=True):
+        with torch.inference_mode():
+            hidden = model(torch.tensor([prompts[i]])).last_hidden_state[0]
+        pooled = {Pooling.LAST: hidden[-1:], Pooling.MEAN: hidden.mean(0, keepdim=True), Pooling.ALL: hidden}
+        torch.testing.assert_close(answer, pooled[pooling], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_stages", "num_kv_blocks"), [(1, PLENTY), (3, SCARCE)])
+async def test_scores_of_continuations_equal_transformers(
+    directory: Path, prompts, num_stages: int, num_kv_blocks: int
+):
+    model = GPTJForCausalLM.from_pretrained(directory).eval()
+    cuts = [(i, cut) for i, p in enumerate(prompts) for cut in {1, len(p) // 2, len(p) - 1} if 0 < cut < len(p)]
+    async with serving(
+        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13
+    ) as engine:
+        requests = [
+            EngineRequest(
+                request_id=f"{i}-{cut}",
+                task=Task.SCORE,
+                prompt_token_ids=prompts[i][:cut],
+                continuation_token_ids=prompts[i][cut:],
+            )
+            for i, cut in cuts
+        ]
+        others = asyncio.gather(*(generate(engine, generate_request(str(i), p)) for i, p in enumerate(prompts[:10])))
+        answers = await asyncio.gather(*(values(engine, request) for request in requests))
+        await others
+        assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
+    for (i, cut), answer in zip(cuts, answers, strict=True):
+        ids = torch.tensor(prompts[i])
+        with torch.inference_mode():
+            logprobs = model(ids[None]).logits[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None])
+        torch.testing.assert_close(answer, logprobs[cut - 1 :], rtol=0, atol=1e-4)
+
+
+def test_only_the_rows_of_a_continuation_go_through_the_lm_head(directory: Path, prompts):
+    (runner,) = make_runners(directory, 1, 40)
+    num_rows: list[int] = []
+    runner.stage.lm_head.register_forward_hook(lambda _, inputs, __: num_rows.append(len(inputs[0])))
+    row = Row(prompts[2], 0, list(range(30)), RowOutput.LOGPROBS, target_token_ids=[1, 2, 3])
+    assert len(runner.run(MicroBatch(0, [row]), None).rows[0].values.rows()) == 3
+    assert num_rows == [3]
+
+
+def test_a_target_without_a_logit_fails_its_row_alone(directory: Path):
+    (runner,) = make_runners(directory, 1, 4)
+    rows = [Row([1], 0, [i], RowOutput.LOGPROBS, target_token_ids=[target]) for i, target in enumerate([5, 97])]
+    good, bad = runner.run(MicroBatch(0, rows), None).rows
+    assert good.values.array.shape == (1, 1)
+    assert bad == RowFailure("token id 97 has no logit: the model's are below 97")
+
+
+# ------------------------------------------------------------------------------------------------- several heads
+
+
+async def test_rows_of_different_heads_mix_in_a_microbatch(directory: Path, prompts, tmp_path: Path):
+    checkpoint = Checkpoint.open(directory)
+    rng = np.random.default_rng(0)
+
+    def head(name: str, kind: HeadKind, num_labels: int) -> HeadCheckpoint:
+        labels = [f"label {i}" for i in range(num_labels)] if kind is HeadKind.CLASSIFIER else []
+        problem_type = "single_label_classification" if labels else None
+        info = HeadInfo(
+            kind=kind, name=name, labels=labels, problem_type=problem_type, backbone=fingerprint(checkpoint)
+        )
+        weight = rng.normal(size=(num_labels, 32)).astype(np.float32)
+        bias = None if labels else rng.normal(size=2).astype(np.float32)
+        return HeadCheckpoint(tmp_path / name, info, weight, bias)
+
+    heads = {
+        "tone": head("tone", HeadKind.CLASSIFIER, 5),
+        "topic": head("topic", HeadKind.CLASSIFIER, 2),
+        "reader": head("reader", HeadKind.QA, 2),
+    }
+    runners = make_runners(directory, 2, PLENTY)
+    runners[-1] = StageRunner(runners[-1].stage, runners[-1].spec, heads)
+    rows_per_step: list[set[str]] = []
+    run = runners[-1].run
+    runners[-1].run = lambda m, h: rows_per_step.append({row.head for row in m.rows}) or run(m, h)
+    pipeline = InProcessPipeline(runners)
+    scheduler = Scheduler(SchedulerLimits(2, 64, 64, N_POSITIONS), KVBlocks(PLENTY, BLOCK_SIZE), frozenset({EOS}))
+    kinds = [
+        (Task.CLASSIFY, "tone"), (Task.CLASSIFY, "topic"), (Task.CLASSIFY, "default"), (Task.QA, "reader"),
+        (Task.QA, "default"),
+    ]  # fmt: skip
+    async with LocalEngine(scheduler, pipeline) as engine:
+        requests = [
+            EngineRequest(
+                request_id=f"{i}-{task}-{name}",
+                task=task,
+                prompt_token_ids=prompts[i],
+                head=name,
+                pooling=Pooling.MEAN if name == "topic" else Pooling.LAST,
+            )
+            for i in range(6)
+            for task, name in kinds
+        ]
+        answers = await asyncio.gather(*(values(engine, request) for request in requests))
+    pipeline.close()
+    assert any(len(names) > 2 for names in rows_per_step)
+    model = GPTJModel.from_pretrained(directory).eval()
+    for request, answer in zip(requests, answers, strict=True):
+        with torch.inference_mode():
+            hidden = model(torch.tensor([request.prompt_token_ids])).last_hidden_state[0]
+        if request.pooling is Pooling.MEAN:
+            hidden = hidden.mean(dim=0, keepdim=True)
+        elif request.task is Task.CLASSIFY:
+            hidden = hidden[-1:]
+        if request.head == "default":
+            stage = runners[-1].stage
+            expected = (stage.score if request.task is Task.CLASSIFY else stage.qa_outputs)(hidden)
+        else:
+            expected = hidden @ torch.from_numpy(heads[request.head].weight).T
+            if heads[request.head].bias is not None:
+                expected += torch.from_numpy(heads[request.head].bias)
+        torch.testing.assert_close(answer, expected, rtol=0, atol=1e-4)
 
 
 async def test_logprobs_equal_transformers(directory: Path, prompts, greedy_reference):
@@ -256,7 +402,7 @@ def qa_logits(runners: list[StageRunner], prompt: list[int], chunks: list[int], 
         result = None
         for runner in runners:
             result = runner.run(MicroBatch(microbatch_id, [row]), result)
-        logits += result.rows[0].values
+        logits += result.rows[0].values.rows()
         start += size
     return torch.tensor(logits)
 

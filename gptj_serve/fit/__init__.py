@@ -1,0 +1,1 @@
+"""Task heads from labelled examples: read them, compute their features through the pipeline, fit, measure, write."""
