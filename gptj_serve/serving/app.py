@@ -4,10 +4,14 @@ Serve passes a typed argument only if the annotation is a real class at run time
 `from __future__ import annotations`.
 """
 
+from typing import Any, Self
+
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from gptj_serve.api.errors import most_telling
 from gptj_serve.config import DEMO_CHECKPOINT, ServiceConfig
 from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
@@ -23,7 +27,22 @@ GRACEFUL_SHUTDOWN_TIMEOUT_S = 5.0
 HEALTH_CHECK_PERIOD_S = 2.0
 
 
-def build(config: ServiceConfig) -> Application:
+class BuilderConfig(ServiceConfig):
+    """`ServiceConfig` as Serve parses it from a config file: a value it refuses ends `serve run` too."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_what_is_wrong(cls, values: Any, parse: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return parse(values)
+        except ValidationError as error:
+            details = most_telling(error.errors())
+            field = ".".join(map(str, details["loc"]))
+            end_serve_run(f"the application's args can't be used: {field}={details['input']!r}: {details['msg']}")
+            raise
+
+
+def build(config: BuilderConfig) -> Application:
     """Check the whole checkpoint from its headers, then bind the deployments.
 
     Raises `ConfigError` or `CheckpointError`, naming file and tensor, before any process is started for it; a

@@ -84,6 +84,7 @@ class Pipeline:
                 index, len(self._pipeline.descriptions), stage["layers"], stage["device"], stage["dtype"],
                 stage["num_threads"], stage["weight_bytes"] / 1e6, stage["kv_cache_bytes"] / 1e6,
             )  # fmt: skip
+        logger.info("%s is ready", config.served_name)
 
     async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str]:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.

@@ -178,7 +178,7 @@ async def test_stream(client: httpx.AsyncClient, engine: FakeEngine) -> None:
 @pytest.mark.parametrize("include_usage", [True, False])
 async def test_stream_with_usage(client: httpx.AsyncClient, engine: FakeEngine, include_usage: bool) -> None:
     options = {"stream": True, "stream_options": {"include_usage": include_usage}}
-    body = {"model": "tiny", "prompt": ["ab", "c"], "n": 2, "max_tokens": 5, **options}
+    body = {"model": "tiny", "prompt": ["ab", "c"], "n": 2, "max_tokens": 5, "ignore_eos": True, "seed": 1, **options}
     *chunks, done = events(await client.post("/v1/completions", json=body))
     assert done == "[DONE]"
     if not include_usage:

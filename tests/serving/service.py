@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 SERVE = Path(sys.executable).parent / "serve"
 URL = "http://127.0.0.1:8000"
 STARTUP_TIMEOUT_S = 120
+LOG_FORWARDING_S = 1.5  # Ray shows what its processes print with a delay
 
 
 class ServeRun:
@@ -26,6 +27,7 @@ class ServeRun:
     def __init__(self, config: Path, log_file: Path, port: int = 8000) -> None:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is taken by another service"
+        self.startup_output = ""
         self._log_file = log_file
         self.started_at = time.monotonic()
         with log_file.open("w") as log:
@@ -50,6 +52,8 @@ class ServeRun:
             try:
                 response = httpx.post(f"{URL}/generate", json={"inputs": "Hello"}, timeout=STARTUP_TIMEOUT_S)
                 if response.status_code == 200:
+                    time.sleep(LOG_FORWARDING_S)
+                    self.startup_output = self.output
                     return self
             except httpx.TransportError:
                 pass
