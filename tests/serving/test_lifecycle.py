@@ -97,7 +97,7 @@ async def stream_tokens(http: httpx.AsyncClient, body: dict[str, Any], started: 
 @pytest.mark.parametrize("victim", [0, 1])
 async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int) -> None:
     bodies = [
-        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 300, "do_sample": n % 2 == 1, "seed": n}}
+        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 150, "do_sample": n % 2 == 1, "seed": n}}
         for n in range(6)
     ]
     undisturbed = await asyncio.gather(*[stream_tokens(http, body, asyncio.Event()) for body in bodies])
@@ -115,7 +115,7 @@ async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int
 
 
 async def test_killed_pipeline_replica_is_only_a_pause(http: httpx.AsyncClient, cluster: None) -> None:
-    body = {"inputs": "Chapter one.", "parameters": {"max_new_tokens": 400, "do_sample": True, "seed": 3}}
+    body = {"inputs": "Chapter one.", "parameters": {"max_new_tokens": 250, "do_sample": True, "seed": 3}}
     undisturbed = await stream_tokens(http, body, asyncio.Event())
     started = asyncio.Event()
     stream = asyncio.create_task(stream_tokens(http, body, started))
