@@ -56,7 +56,7 @@ class Pipeline:
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         self._outboxes: dict[str, _Outbox] = {}
         self._outbox_of: dict[str, _Outbox] = {}  # by request id
-        self._finished: dict[str, asyncio.Future[None]] = {}  # by request id
+        self._finished: dict[str, asyncio.Event] = {}  # by request id
         group = ray.util.get_current_placement_group()
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
         heads = {name: str(path.resolve()) for name, path in config.head_dirs.items()}
@@ -95,11 +95,11 @@ class Pipeline:
         outbox = self._outboxes.setdefault(ingress_id, _Outbox())
         self._engine.add(request)
         self._outbox_of[request.request_id] = outbox
-        finished = self._finished[request.request_id] = asyncio.get_running_loop().create_future()
+        finished = self._finished[request.request_id] = asyncio.Event()
         outbox.num_requests += 1
         try:
             yield self._replica_id
-            await finished
+            await finished.wait()
         finally:
             outbox.num_requests -= 1
             del self._outbox_of[request.request_id], self._finished[request.request_id]
@@ -153,7 +153,7 @@ class Pipeline:
             outbox.events.append(event)
             outbox.arrived.set()
             if is_terminal(event):
-                self._finished[event.request_id].set_result(None)
+                self._finished[event.request_id].set()
 
 
 def stage_settings(

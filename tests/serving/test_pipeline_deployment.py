@@ -1,0 +1,51 @@
+"""`Pipeline`'s bookkeeping of requests, without Serve around it."""
+
+import asyncio
+
+import msgspec
+
+from gptj_serve.serving.pipeline_deployment import Pipeline
+from gptj_serve.types import EngineRequest, FailureEvent, SamplingParams, Task
+
+REQUEST = EngineRequest(
+    request_id="r", task=Task.GENERATE, prompt_token_ids=[1], sampling=SamplingParams(max_new_tokens=1)
+)
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.aborted: list[str] = []
+
+    def add(self, request: EngineRequest) -> None:
+        pass
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+
+def make_pipeline(engine: FakeEngine) -> Pipeline:
+    pipeline = Pipeline.__new__(Pipeline)  # its constructor wants a replica's surroundings
+    pipeline._engine, pipeline._replica_id = engine, "replica"  # type: ignore[assignment]
+    pipeline._outboxes, pipeline._outbox_of, pipeline._finished = {}, {}, {}
+    return pipeline
+
+
+async def test_request_that_ends_while_its_client_leaves() -> None:
+    """Both in one turn of the loop: the engine's step that brings the end must not fail."""
+    engine = FakeEngine()
+    pipeline = make_pipeline(engine)
+    taken = asyncio.Event()
+
+    async def call() -> None:
+        async for _ in pipeline.run("ingress", msgspec.msgpack.encode(REQUEST)):
+            taken.set()
+
+    task = asyncio.create_task(call())
+    await taken.wait()
+    await asyncio.sleep(0)
+    task.cancel()
+    pipeline._distribute([FailureEvent("r", "the end")])
+    await asyncio.gather(task, return_exceptions=True)
+    assert engine.aborted == ["r"]
+    assert not pipeline._outbox_of
+    assert not pipeline._finished
