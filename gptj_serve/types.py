@@ -20,6 +20,10 @@ MAX_FRAME_BYTES = 1 << 30
 """No frame on any link is larger; a ZeroMQ peer that sends one is cut off."""
 
 
+MAX_PRIORITY = 1000
+PRIORITY_STEP = 256
+
+
 DEFAULT_HEAD = "default"
 """The name of the checkpoint's own head of a kind; heads from elsewhere have the names that the service gives them."""
 
@@ -46,22 +50,93 @@ class Matrix(Struct, frozen=True, array_like=True):
         return values
 
 
-class SamplingParams(Struct, frozen=True, kw_only=True):
-    """How the next token is chosen; names and meanings are those of transformers and vLLM.
+class GrammarKind(StrEnum):
+    """How a constraint on the output is written."""
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. The processors run in transformers' order:
-    minimum length, temperature, top-k, top-p. Noise is a function of (`seed`, position) alone, so whatever is
-    recomputed, in any batch on any replica, comes out the same.
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"  # a JSON array of strings
+    LARK = "lark"  # llguidance's dialect of Lark
+
+
+class Grammar(Struct, frozen=True):
+    """What the generated text must match, from its first character to its last."""
+
+    kind: GrammarKind
+    text: str
+
+
+class Warpers(Struct, frozen=True, array_like=True):
+    """What narrows the distribution of a token that is drawn; transformers' names, meanings and order.
+
+    `temperature` 0 is greedy, whatever the others say. The defaults are off.
+    """
+
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    typical_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    epsilon_cutoff: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    eta_cutoff: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+
+
+class EarlyStopping(StrEnum):
+    """When a beam search ends; transformers' `early_stopping` False, True and "never"."""
+
+    HEURISTIC = "heuristic"
+    FIRST = "first"
+    NEVER = "never"
+
+
+class BeamParams(Struct, frozen=True, kw_only=True):
+    """Beam search with transformers' parameters."""
+
+    num_beams: Annotated[int, Meta(ge=2, le=64)]
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
+    num_return_sequences: Annotated[int, Meta(ge=1)] = 1
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True):
+    """How the next token is chosen; names and meanings are those of transformers, else of vLLM.
+
+    The processors run in transformers' order, which `LogitEdits` and `Warpers` keep. Noise is a function of (`seed`,
+    position) alone, so whatever is recomputed, in any batch on any replica, comes out the same.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1)]
     min_new_tokens: Annotated[int, Meta(ge=0)] = 0
-    temperature: Annotated[float, Meta(ge=0)] = 0.0
-    top_k: Annotated[int, Meta(ge=0)] = 0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    warpers: Warpers = Warpers()
     seed: Seed = 0
     stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
+    max_time_s: Annotated[float, Meta(gt=0)] | None = None  # from the request's arrival at the engine
+
+    sequence_bias: list[
+        tuple[Annotated[list[TokenId], Meta(min_length=1)], float]
+    ] = []  # (token ids, bias on the last)
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0  # of tokens in prompt or output
+    presence_penalty: float = 0.0  # of tokens in the output
+    frequency_penalty: float = 0.0  # for each time that a token is in the output
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0)] = 0
+    bad_words_ids: list[Annotated[list[TokenId], Meta(min_length=1)]] = []
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    suppress_tokens: list[TokenId] = []
+    begin_suppress_tokens: list[TokenId] = []  # not as the first new token
+    forced_bos_token_id: TokenId | None = None  # after a prompt of one token, as in transformers
+    forced_eos_token_id: list[TokenId] = []  # as the token that reaches max_new_tokens
+    exponential_decay_length_penalty: tuple[Annotated[int, Meta(ge=0)], Annotated[float, Meta(gt=0)]] | None = None
+    grammar: Grammar | None = None
+
+    guidance_scale: float = 1.0  # 1 is off
+    negative_prompt_token_ids: list[TokenId] = []  # empty: the prompt's last token alone, as in transformers
+    beams: BeamParams | None = None
+    prompt_lookup_num_tokens: Annotated[int, Meta(ge=0, le=64)] = 0  # drafted tokens per step; 0 is off
+    max_matching_ngram_size: Annotated[int, Meta(ge=1)] = 2  # of the tokens that a draft must follow
+
+    num_top_logprobs: Annotated[int, Meta(ge=0)] = 0  # alternatives with each token
+    prompt_logprobs: bool = False  # also of the prompt's tokens but the first
 
 
 class Task(StrEnum):
@@ -88,7 +163,10 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     `output_token_ids` are tokens that an earlier attempt already produced: the engine goes on after them. That is
     how a request moves to another pipeline (replay). `sampling` is set exactly when the task is GENERATE,
     `continuation_token_ids` exactly when it is SCORE. `head` matters to CLASSIFY and QA, `pooling` to CLASSIFY
-    (where ALL is not allowed) and EMBED.
+    (where ALL is not allowed) and EMBED, `num_top_logprobs` to SCORE.
+
+    A smaller `priority` is served sooner: one step of it counts as much as arriving `PRIORITY_STEP` requests earlier,
+    so nothing waits for ever. Requests share computed blocks of a common prefix exactly if their `cache_salt` is equal.
     """
 
     request_id: str
@@ -99,33 +177,68 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     head: str = DEFAULT_HEAD
     pooling: Pooling = Pooling.LAST
     continuation_token_ids: list[TokenId] = []  # follow the prompt; each one's log-probability is the answer
+    num_top_logprobs: Annotated[int, Meta(ge=0)] = 0
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    cache_salt: str = ""
 
 
 class FinishReason(StrEnum):
     EOS = "eos"
     STOP = "stop"
     LENGTH = "length"
+    TIME = "time"  # max_time_s is over
+
+
+TokenLogprob = tuple[TokenId, float]
 
 
 class TokenEvent(Struct, frozen=True, array_like=True, tag="token"):
-    """One generated token. `index` counts output tokens from 0; the event with a `finish_reason` is the last."""
+    """One generated token. `index` counts output tokens from 0; the event with a `finish_reason` is the last.
+
+    Log-probabilities are the model's own, before any processor. `top_logprobs` holds the likeliest
+    `num_top_logprobs` tokens, best first, whether the chosen one is among them or not.
+    """
 
     request_id: str
     index: int
     token_id: int
     logprob: float
     finish_reason: FinishReason | None = None
+    top_logprobs: list[TokenLogprob] = []
+
+
+class PromptEvent(Struct, frozen=True, array_like=True, tag="prompt"):
+    """The log-probabilities of the prompt's tokens but the first, columns as in `HeadEvent`; comes before the first token."""
+
+    request_id: str
+    scores: Matrix
 
 
 class HeadEvent(Struct, frozen=True, array_like=True, tag="head"):
     """The only event of a request that doesn't generate.
 
     `values` are the logits of CLASSIFY [1, num_labels] or QA [num_tokens, 2], the hidden states of EMBED
-    [1 or num_tokens, n_embd], or SCORE's log-probabilities [num_continuation_tokens, 1].
+    [1 or num_tokens, n_embd], or SCORE's log-probabilities [num_continuation_tokens, 1 + 2 * num_top_logprobs]:
+    the token's own, the ids of the likeliest tokens, and their log-probabilities.
     """
 
     request_id: str
     values: Matrix
+
+
+class Beam(Struct, frozen=True, array_like=True):
+    """A finished hypothesis. `score` is the sum of its processed log-probabilities over length ** length_penalty."""
+
+    token_ids: list[TokenId]
+    score: float
+    finish_reason: FinishReason
+
+
+class BeamEvent(Struct, frozen=True, array_like=True, tag="beams"):
+    """The only event of a beam search: its `num_return_sequences` best hypotheses, best first."""
+
+    request_id: str
+    beams: list[Beam]
 
 
 class FailureEvent(Struct, frozen=True, array_like=True, tag="failure"):
@@ -135,39 +248,85 @@ class FailureEvent(Struct, frozen=True, array_like=True, tag="failure"):
     message: str
 
 
-Event = TokenEvent | HeadEvent | FailureEvent
+Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent
 
 
 def is_terminal(event: Event) -> bool:
     """Each request ends in exactly one event for which this holds."""
-    return not isinstance(event, TokenEvent) or event.finish_reason is not None
+    if isinstance(event, TokenEvent):
+        return event.finish_reason is not None
+    return not isinstance(event, PromptEvent)
 
 
 class RowOutput(StrEnum):
-    """What the last stage computes for one row of a microbatch."""
+    """What the last stage's heads compute for one row of a microbatch."""
 
-    NOTHING = "nothing"  # a prompt chunk that is not the last
-    SAMPLE = "sample"
+    NOTHING = "nothing"
     CLASSIFY = "classify"
     CLASSIFY_SUM = "classify_sum"  # the sum of all tokens' logits: the head is linear, so they add up to a mean's
     QA = "qa"
     HIDDEN_LAST = "hidden_last"  # the last token's hidden state
     HIDDEN_SUM = "hidden_sum"  # the sum over the row's tokens: chunks add up to a mean
     HIDDEN_ALL = "hidden_all"
-    LOGPROBS = "logprobs"  # of `target_token_ids`
+
+
+class LogitEdits(Struct, frozen=True, array_like=True):
+    """What one token's logits go through before the warpers, in this order; the engine works it out for each token.
+
+    The order is transformers': `SequenceBias`, `RepetitionPenalty` (then OpenAI's two penalties, which transformers
+    lacks), all that forbids tokens, `ForcedBOSToken` / `ForcedEOSToken`, `ExponentialDecayLengthPenalty`.
+    Token ids beyond the logits are left out.
+    """
+
+    biases: list[tuple[TokenId, float]] = []  # added; at most one for each token
+    repetition_penalty: float = 1.0  # positive logits are divided by it, negative ones multiplied
+    seen_token_ids: list[TokenId] = []  # distinct ones of prompt and output: those that it applies to
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    output_counts: list[tuple[TokenId, int]] = []  # how often each token is in the output: for the two above
+    banned_token_ids: list[TokenId] = []
+    allowed_mask: bytes = b""  # if any: bit i % 8 of byte i // 8 is set if token i is allowed; beyond its end none is
+    forced_token_ids: list[TokenId] = []  # if any: each has the score 0, and no other token is possible
+    boosted_token_ids: list[TokenId] = []  # finite scores of these grow by |score| * boost
+    boost: float = 0.0
+
+
+class SampleSpec(Struct, frozen=True, array_like=True):
+    """How the token after one of a row's last tokens is chosen.
+
+    With a `guidance_scale` other than 1 the row has a single sample, and the next row of the microbatch, whose last
+    token's logits are the unconditional ones, asks for nothing itself. Scores are then
+    log p_uncond + guidance_scale * (log p - log p_uncond), before the edits.
+
+    With `num_candidates` no token is chosen: the best so many after the edits, applied to log-probabilities, are
+    returned with them. That is a step of beam search, and warpers have no part in it.
+    """
+
+    warpers: Warpers = Warpers()
+    seed: Seed = 0
+    edits: LogitEdits | None = None
+    num_top_logprobs: Annotated[int, Meta(ge=0)] = 0
+    guidance_scale: float = 1.0
+    num_candidates: Annotated[int, Meta(ge=0)] = 0
 
 
 class Row(Struct, frozen=True, array_like=True):
-    """One sequence's share of a microbatch: `token_ids` at positions [start, start + len(token_ids))."""
+    """One sequence's share of a microbatch: `token_ids` at positions [start, start + len(token_ids)).
+
+    `samples` ask for the tokens after the row's last len(samples) tokens: one for a sequence that goes on, more when
+    the last tokens are a draft, which the engine then compares with what was chosen. `target_token_ids` ask for
+    log-probabilities: of the first one after the row's token `first_target`, and so on.
+    """
 
     token_ids: Annotated[list[TokenId], Meta(min_length=1)]
     start: Position
     block_table: list[BlockId]  # covers positions [0, start + len(token_ids))
     output: RowOutput = RowOutput.NOTHING
-    sampling: SamplingParams | None = None  # set exactly when output is SAMPLE
-    suppressed_token_ids: list[TokenId] = []  # may not be sampled now: end tokens before min_new_tokens
+    samples: list[SampleSpec] = []
     head: str = DEFAULT_HEAD  # of CLASSIFY and QA
-    target_token_ids: list[TokenId] = []  # of LOGPROBS: the tokens after the row's last len(target_token_ids) ones
+    target_token_ids: list[TokenId] = []
+    first_target: Annotated[int, Meta(ge=0)] = 0
+    num_top_targets: Annotated[int, Meta(ge=0)] = 0
 
     @property
     def end(self) -> int:
@@ -175,41 +334,44 @@ class Row(Struct, frozen=True, array_like=True):
 
 
 class MicroBatch(Struct, frozen=True, array_like=True):
-    """All that a stage needs for one step, packed row after row. Stages run ids in order, without gaps."""
+    """All that a stage needs for one step, packed row after row. Stages run ids in order, without gaps.
+
+    `block_copies` (from, to) are made first. Then each layer writes the keys and values of all rows before any row
+    attends, so a row may read blocks that another row of the same microbatch fills.
+    """
 
     microbatch_id: Annotated[int, Meta(ge=0)]
     rows: Annotated[list[Row], Meta(min_length=1)]
+    block_copies: list[tuple[BlockId, BlockId]] = []
 
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
 
 
-class SampledToken(Struct, frozen=True, array_like=True, tag="token"):
+class SampledToken(Struct, frozen=True, array_like=True):
+    """A chosen token; log-probabilities are those of the raw logits."""
+
     token_id: TokenId
     logprob: float
+    top_logprobs: list[TokenLogprob] = []
 
 
-class HeadValues(Struct, frozen=True, array_like=True, tag="values"):
-    """A row's logits, hidden states or log-probabilities."""
+class RowResult(Struct, frozen=True, array_like=True):
+    """What came of one row. With a `failure`, the numbers of this row alone went wrong and there is nothing else."""
 
-    values: Matrix
-
-
-class RowFailure(Struct, frozen=True, array_like=True, tag="failure"):
-    """The numbers of this row alone went wrong; the other rows of its microbatch are sound."""
-
-    message: str
-
-
-RowResult = SampledToken | HeadValues | RowFailure | None
+    tokens: list[SampledToken] = []  # one for each of the row's samples
+    candidates: list[TokenLogprob] = []  # of a sample with num_candidates, best first, finite ones only
+    values: Matrix | None = None  # of the row's output
+    targets: Matrix | None = None  # [len(target_token_ids), 1 + 2 * num_top_targets]; columns as in `HeadEvent`
+    failure: str | None = None
 
 
 class StepOutput(Struct, frozen=True, array_like=True):
     """What came of a microbatch: one entry per row, in the rows' order; None where nothing was asked for."""
 
     microbatch_id: int
-    rows: list[RowResult]
+    rows: list[RowResult | None]
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
@@ -225,6 +387,10 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     num_kv_blocks_used: int
     num_tokens_waiting: int
     num_preemptions: int
+    num_prefix_tokens: int  # of admitted sequences, those that another's blocks might have held
+    num_prefix_tokens_reused: int  # of these, those that did
+    num_tokens_drafted: int
+    num_draft_tokens_accepted: int
     num_tokens_generated: int
     num_requests_finished: int
     num_requests_aborted: int
