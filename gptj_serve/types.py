@@ -1,7 +1,8 @@
-"""What crosses a boundary: between ingress and engine, engine and stages, stage and stage.
+"""What crosses the boundary between ingress and engine: requests, and the events that answer them.
 
 Frozen `msgspec` structs, so the same objects are the in-process API and, encoded as msgpack, the wire format.
-Decoding checks every type and bound; nothing here is ever pickled by us.
+Decoding checks every type and bound; nothing here is ever pickled by us. `steps` has what the engine and the stages
+tell each other.
 """
 
 from enum import StrEnum
@@ -12,12 +13,7 @@ from msgspec import Meta, Struct
 from numpy.typing import ArrayLike, NDArray
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-Position = Annotated[int, Meta(ge=0, lt=2**31)]
-BlockId = Annotated[int, Meta(ge=0, lt=2**31)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-
-MAX_FRAME_BYTES = 1 << 30
-"""No frame on any link is larger; a ZeroMQ peer that sends one is cut off."""
 
 
 MAX_PRIORITY = 1000
@@ -101,7 +97,7 @@ class BeamParams(Struct, frozen=True, kw_only=True):
 class SamplingParams(Struct, frozen=True, kw_only=True):
     """How the next token is chosen; names and meanings are those of transformers, else of vLLM.
 
-    The processors run in transformers' order, which `LogitEdits` and `Warpers` keep. Noise is a function of (`seed`,
+    The processors run in transformers' order (`steps.LogitEdits`, then `Warpers`). Noise is a function of (`seed`,
     position) alone, so whatever is recomputed, in any batch on any replica, comes out the same.
     """
 
@@ -113,9 +109,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     max_time_s: Annotated[float, Meta(gt=0)] | None = None  # from the request's arrival at the engine
 
-    sequence_bias: list[
-        tuple[Annotated[list[TokenId], Meta(min_length=1)], float]
-    ] = []  # (token ids, bias on the last)
+    sequence_bias: list[tuple[Annotated[list[TokenId], Meta(min_length=1)], float]] = []  # biases on the last token
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0  # of tokens in prompt or output
     presence_penalty: float = 0.0  # of tokens in the output
     frequency_penalty: float = 0.0  # for each time that a token is in the output
@@ -208,7 +202,7 @@ class TokenEvent(Struct, frozen=True, array_like=True, tag="token"):
 
 
 class PromptEvent(Struct, frozen=True, array_like=True, tag="prompt"):
-    """The log-probabilities of the prompt's tokens but the first, columns as in `HeadEvent`; comes before the first token."""
+    """The log-probabilities of the prompt's tokens but the first, columns as in `HeadEvent`; before the first token."""
 
     request_id: str
     scores: Matrix
@@ -256,122 +250,6 @@ def is_terminal(event: Event) -> bool:
     if isinstance(event, TokenEvent):
         return event.finish_reason is not None
     return not isinstance(event, PromptEvent)
-
-
-class RowOutput(StrEnum):
-    """What the last stage's heads compute for one row of a microbatch."""
-
-    NOTHING = "nothing"
-    CLASSIFY = "classify"
-    CLASSIFY_SUM = "classify_sum"  # the sum of all tokens' logits: the head is linear, so they add up to a mean's
-    QA = "qa"
-    HIDDEN_LAST = "hidden_last"  # the last token's hidden state
-    HIDDEN_SUM = "hidden_sum"  # the sum over the row's tokens: chunks add up to a mean
-    HIDDEN_ALL = "hidden_all"
-
-
-class LogitEdits(Struct, frozen=True, array_like=True):
-    """What one token's logits go through before the warpers, in this order; the engine works it out for each token.
-
-    The order is transformers': `SequenceBias`, `RepetitionPenalty` (then OpenAI's two penalties, which transformers
-    lacks), all that forbids tokens, `ForcedBOSToken` / `ForcedEOSToken`, `ExponentialDecayLengthPenalty`.
-    Token ids beyond the logits are left out.
-    """
-
-    biases: list[tuple[TokenId, float]] = []  # added; at most one for each token
-    repetition_penalty: float = 1.0  # positive logits are divided by it, negative ones multiplied
-    seen_token_ids: list[TokenId] = []  # distinct ones of prompt and output: those that it applies to
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    output_counts: list[tuple[TokenId, int]] = []  # how often each token is in the output: for the two above
-    banned_token_ids: list[TokenId] = []
-    allowed_mask: bytes = b""  # if any: bit i % 8 of byte i // 8 is set if token i is allowed; beyond its end none is
-    forced_token_ids: list[TokenId] = []  # if any: each has the score 0, and no other token is possible
-    boosted_token_ids: list[TokenId] = []  # finite scores of these grow by |score| * boost
-    boost: float = 0.0
-
-
-class SampleSpec(Struct, frozen=True, array_like=True):
-    """How the token after one of a row's last tokens is chosen.
-
-    With a `guidance_scale` other than 1 the row has a single sample, and the next row of the microbatch, whose last
-    token's logits are the unconditional ones, asks for nothing itself. Scores are then
-    log p_uncond + guidance_scale * (log p - log p_uncond), before the edits.
-
-    With `num_candidates` no token is chosen: the best so many after the edits, applied to log-probabilities, are
-    returned with them. That is a step of beam search, and warpers have no part in it.
-    """
-
-    warpers: Warpers = Warpers()
-    seed: Seed = 0
-    edits: LogitEdits | None = None
-    num_top_logprobs: Annotated[int, Meta(ge=0)] = 0
-    guidance_scale: float = 1.0
-    num_candidates: Annotated[int, Meta(ge=0)] = 0
-
-
-class Row(Struct, frozen=True, array_like=True):
-    """One sequence's share of a microbatch: `token_ids` at positions [start, start + len(token_ids)).
-
-    `samples` ask for the tokens after the row's last len(samples) tokens: one for a sequence that goes on, more when
-    the last tokens are a draft, which the engine then compares with what was chosen. `target_token_ids` ask for
-    log-probabilities: of the first one after the row's token `first_target`, and so on.
-    """
-
-    token_ids: Annotated[list[TokenId], Meta(min_length=1)]
-    start: Position
-    block_table: list[BlockId]  # covers positions [0, start + len(token_ids))
-    output: RowOutput = RowOutput.NOTHING
-    samples: list[SampleSpec] = []
-    head: str = DEFAULT_HEAD  # of CLASSIFY and QA
-    target_token_ids: list[TokenId] = []
-    first_target: Annotated[int, Meta(ge=0)] = 0
-    num_top_targets: Annotated[int, Meta(ge=0)] = 0
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
-
-
-class MicroBatch(Struct, frozen=True, array_like=True):
-    """All that a stage needs for one step, packed row after row. Stages run ids in order, without gaps.
-
-    `block_copies` (from, to) are made first. Then each layer writes the keys and values of all rows before any row
-    attends, so a row may read blocks that another row of the same microbatch fills.
-    """
-
-    microbatch_id: Annotated[int, Meta(ge=0)]
-    rows: Annotated[list[Row], Meta(min_length=1)]
-    block_copies: list[tuple[BlockId, BlockId]] = []
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(row.token_ids) for row in self.rows)
-
-
-class SampledToken(Struct, frozen=True, array_like=True):
-    """A chosen token; log-probabilities are those of the raw logits."""
-
-    token_id: TokenId
-    logprob: float
-    top_logprobs: list[TokenLogprob] = []
-
-
-class RowResult(Struct, frozen=True, array_like=True):
-    """What came of one row. With a `failure`, the numbers of this row alone went wrong and there is nothing else."""
-
-    tokens: list[SampledToken] = []  # one for each of the row's samples
-    candidates: list[TokenLogprob] = []  # of a sample with num_candidates, best first, finite ones only
-    values: Matrix | None = None  # of the row's output
-    targets: Matrix | None = None  # [len(target_token_ids), 1 + 2 * num_top_targets]; columns as in `HeadEvent`
-    failure: str | None = None
-
-
-class StepOutput(Struct, frozen=True, array_like=True):
-    """What came of a microbatch: one entry per row, in the rows' order; None where nothing was asked for."""
-
-    microbatch_id: int
-    rows: list[RowResult | None]
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
