@@ -7,21 +7,15 @@ events go out together through one callback.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.errors import PipelineError
-from gptj_serve.types import (
-    EngineRequest,
-    EngineStats,
-    Event,
-    FailureEvent,
-    MicroBatch,
-    StepOutput,
-    TokenEvent,
-    is_terminal,
-)
+from gptj_serve.steps import MicroBatch, StepOutput
+from gptj_serve.types import EngineRequest, EngineStats, Event, FailureEvent, TokenEvent, is_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +47,7 @@ class Engine:
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._emit = emit
-        self._steps: set[asyncio.Task[StepOutput]] = set()
+        self._steps: deque[asyncio.Task[StepOutput]] = deque()  # in flight, oldest first
         self._work_arrived = asyncio.Event()
         self._num_futile_recoveries = 0
         self._num_recoveries = 0
@@ -62,9 +56,9 @@ class Engine:
         self._num_aborted = 0
         self._num_failed = 0
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises `InvalidRequestError` if it can never be finished here."""
-        self._scheduler.add(request)
+    def add(self, request: EngineRequest, matcher: TokenMatcher | None = None) -> None:
+        """Queue a request; `matcher` follows its grammar. Raises `InvalidRequestError` if it can't be finished here."""
+        self._scheduler.add(request, matcher)
         self._work_arrived.set()
 
     def abort(self, request_id: str) -> None:
@@ -81,6 +75,10 @@ class Engine:
             num_kv_blocks_used=scheduler.blocks.num_used,
             num_tokens_waiting=scheduler.num_tokens_waiting,
             num_preemptions=scheduler.num_preemptions,
+            num_prefix_tokens=scheduler.num_prefix_tokens,
+            num_prefix_tokens_reused=scheduler.num_prefix_tokens_reused,
+            num_tokens_drafted=scheduler.num_tokens_drafted,
+            num_draft_tokens_accepted=scheduler.num_draft_tokens_accepted,
             num_tokens_generated=self._num_tokens_generated,
             num_requests_finished=self._num_finished,
             num_requests_aborted=self._num_aborted,
@@ -108,20 +106,22 @@ class Engine:
             microbatch = self._scheduler.schedule()
             if microbatch is None:
                 break
-            self._steps.add(asyncio.create_task(self._pipeline.run(microbatch)))
+            self._steps.append(asyncio.create_task(self._pipeline.run(microbatch)))
         if self._scheduler.has_work and not self._steps:
             raise RuntimeError("unfinished sequences, nothing in flight and nothing schedulable: a scheduler bug")
 
     async def _wait_for_step_or_work(self) -> None:
         work_arrived = asyncio.create_task(self._work_arrived.wait())
         try:
-            done, _ = await asyncio.wait({*self._steps, work_arrived}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*self._steps, work_arrived}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             work_arrived.cancel()
         self._work_arrived.clear()
-        for step in self._steps.intersection(done):
-            self._steps.remove(step)
-            self._publish(self._scheduler.update(step.result()))
+        for step in self._steps:
+            if step.done() and (error := step.exception()) is not None:
+                raise error
+        while self._steps and self._steps[0].done():
+            self._publish(self._scheduler.update(self._steps.popleft().result()))
             self._num_futile_recoveries = 0
 
     async def _recover(self, error: PipelineError) -> None:

@@ -1,37 +1,33 @@
-"""The scheduler: which tokens of which sequences the next microbatch computes, and what its results mean.
+"""The scheduler: which tokens of which sequences the next microbatch computes, and whom its results go to.
 
 There is no prefill phase and no decode phase: a sequence is schedulable iff it has tokens not yet computed. Each
 microbatch takes decode rows first, at most ceil(decoding / num_stages) of them, so that sixteen sequences over four
 stages run as four microbatches of four and not as one of sixteen with three stages idle; then prompt chunks up to
-the token budget; then waiting sequences, as free KV blocks allow.
+the token budget; then waiting requests, as free KV blocks allow. So a long prompt delays the tokens of others by a
+microbatch of `max_microbatch_tokens` at a time, and no more.
 
-When blocks run out, the youngest sequence is preempted: its blocks are released at once, it goes back to the head
-of the queue, and its tokens are computed again later. That is safe even while a step of it is in flight: stages run
-microbatches in order, so nothing still to be written can land in a block after its next owner's.
+Requests are served in the order of their rank: arrival, moved by `PRIORITY_STEP` places for each step of priority.
+Whatever arrives later than that many requests ranks behind, so nobody waits for ever.
+
+When blocks run out, the last in rank is preempted: its blocks are released at once, it goes back to the queue, and
+its tokens are computed again later. That is safe even while a step of it is in flight: stages run microbatches in
+order, so nothing still to be written can land in a block after its next owner's.
 """
 
+import time
 from bisect import insort
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
 
+from gptj_serve.engine.admission import check_fits, make_job, max_blocks
+from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
+from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.sequence import Sequence
 from gptj_serve.errors import InvalidRequestError
-from gptj_serve.types import (
-    EngineRequest,
-    Event,
-    FailureEvent,
-    HeadValues,
-    MicroBatch,
-    Pooling,
-    Row,
-    RowFailure,
-    RowOutput,
-    RowResult,
-    SampledToken,
-    StepOutput,
-    Task,
-    is_terminal,
-)
+from gptj_serve.steps import MicroBatch, RowResult, StepOutput
+from gptj_serve.types import PRIORITY_STEP, EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +38,55 @@ class SchedulerLimits:
     max_sequence_tokens: int  # n_positions
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlightRow:
-    sequence: Sequence
-    row: Row
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A job and its place in the order of service."""
+
+    job: Job
+    rank: tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Step:
+    """A microbatch in the making; afterwards, what is known of it while it is in flight."""
+
+    budget: int  # tokens that still fit
+    rides: list[tuple[_Entry, Ride]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    def carries(self, entry: _Entry) -> bool:
+        return any(other is entry for other, _ in self.rides)
 
 
 class Scheduler:
     """Pure state: `add` and `abort` requests, `schedule` a microbatch, `update` with what came of it."""
 
-    def __init__(self, limits: SchedulerLimits, blocks: KVBlocks, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: KVBlocks,
+        eos_token_ids: frozenset[int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limits = limits
         self.blocks = blocks
         self._eos_token_ids = eos_token_ids
-        self._sequences: dict[str, Sequence] = {}  # all unfinished ones
-        self._waiting: list[Sequence] = []  # without blocks, in order of arrival
-        self._running: list[Sequence] = []  # in order of arrival
-        self._in_flight: dict[int, list[_InFlightRow]] = {}  # by microbatch id
+        self._clock = clock
+        self._entries: dict[str, _Entry] = {}  # all unfinished ones
+        self._waiting: list[_Entry] = []  # without blocks, by rank
+        self._running: list[_Entry] = []  # by rank
+        self._in_flight: dict[int, _Step] = {}  # by microbatch id
         self._num_arrivals = 0
         self._next_microbatch_id = 0
         self.num_preemptions = 0
+        self.num_prefix_tokens = 0
+        self.num_prefix_tokens_reused = 0
+        self.num_tokens_drafted = 0
+        self.num_draft_tokens_accepted = 0
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return sum(entry.job.width for entry in self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -77,173 +98,207 @@ class Scheduler:
 
     @property
     def num_tokens_waiting(self) -> int:
-        return sum(sequence.num_uncomputed for sequence in self._sequences.values())
+        return sum(s.num_uncomputed for entry in self._entries.values() for s in entry.job.sequences)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._entries)
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises `InvalidRequestError` if it can never be finished here."""
-        if request.request_id in self._sequences:
+    def add(self, request: EngineRequest, matcher: TokenMatcher | None = None) -> None:
+        """Queue a request; `matcher` follows its grammar. Raises `InvalidRequestError` if it can't be finished here."""
+        if request.request_id in self._entries:
             raise InvalidRequestError("request_id", request.request_id, "is already being served")
-        limit = min(self.limits.max_sequence_tokens, self.blocks.num_blocks * self.blocks.block_size)
-        num_prompt = len(request.prompt_token_ids)
-        num_new = request.sampling.max_new_tokens if request.sampling is not None else 0
-        num_new += len(request.continuation_token_ids)
-        if request.task is Task.CLASSIFY and request.pooling is Pooling.ALL:
-            raise InvalidRequestError("pooling", request.pooling.value, "gives classify no single state to look at")
-        if (request.task is Task.SCORE) != bool(request.continuation_token_ids):
-            raise InvalidRequestError("continuation_token_ids", request.continuation_token_ids, "go with task score")
-        new_field = "max_new_tokens" if request.sampling is not None else "continuation_token_ids"
-        if num_prompt + num_new > limit:
-            raise InvalidRequestError(
-                "prompt" if num_prompt > limit else new_field,
-                num_prompt if num_prompt > limit else num_new,
-                f"{num_prompt} prompt tokens + {num_new} new tokens exceed the limit of {limit}",
-            )
-        sequence = Sequence(request, self._num_arrivals, self._eos_token_ids)
+        max_sequences = min(self.limits.max_num_sequences, self.limits.max_microbatch_tokens)
+        check_fits(request, self.limits.max_sequence_tokens, max_sequences, self.blocks)
+        job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, self._clock())
+        rank = (self._num_arrivals + request.priority * PRIORITY_STEP, self._num_arrivals)
         self._num_arrivals += 1
-        self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        entry = self._entries[request.request_id] = _Entry(job, rank)
+        insort(self._waiting, entry, key=_rank)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and release its blocks at once; False if it is not (or no longer) here."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
+        entry = self._entries.get(request_id)
+        if entry is None:
             return False
-        self._drop(sequence)
+        self._drop(entry)
         return True
 
     def schedule(self) -> MicroBatch | None:
         """The next microbatch, or None if nothing can be scheduled now."""
-        rows: list[_InFlightRow] = []
-        budget = self.limits.max_microbatch_tokens
-        decode_cap = -(-sum(sequence.is_decoding for sequence in self._running) // self.limits.num_stages)
-        # Both loops may preempt, which takes sequences off the end of the list they go through: a list allows that.
-        for sequence in self._running:
-            if len(rows) >= min(decode_cap, budget):
+        step = _Step(self.limits.max_microbatch_tokens)
+        num_decoding = sum(len(entry.job.sequences) for entry in self._running if entry.job.is_decoding)
+        decode_cap = -(-num_decoding // self.limits.num_stages)
+        # All loops may preempt, which takes entries off the end of the list they go through: a list allows that.
+        for entry in self._running:
+            if len(step.rides) >= decode_cap:
                 break
-            if sequence.is_decoding:
-                self._try_schedule(sequence, 1, rows)
-        budget -= len(rows)
-        for sequence in self._running:
-            if not sequence.is_decoding:
-                budget -= self._try_schedule(sequence, budget, rows)
-        while budget > 0 and (admitted := self._admit_next()) is not None:
-            budget -= self._try_schedule(admitted, budget, rows)
-        if not rows:
+            if entry.job.is_decoding:
+                self._schedule_decode(entry, step)
+        for entry in self._running:
+            if not entry.job.is_decoding:
+                self._schedule_prompt(entry, step)
+        while step.budget > 0 and (admitted := self._admit_next()) is not None:
+            self._schedule_prompt(admitted, step)
+        if not step.rides:
             return None
-        microbatch = MicroBatch(self._next_microbatch_id, [entry.row for entry in rows])
-        self._in_flight[microbatch.microbatch_id] = rows
+        microbatch = MicroBatch(self._next_microbatch_id, [ride.row for _, ride in step.rides], step.copies)
+        self._in_flight[microbatch.microbatch_id] = step
         self._next_microbatch_id += 1
         return microbatch
 
     def update(self, output: StepOutput) -> list[Event]:
-        """Take a microbatch's results. A token counts only if its position is its sequence's next one."""
+        """Hand the oldest microbatch's results to the jobs that they are for, if these are still here."""
+        assert output.microbatch_id == next(iter(self._in_flight)), "results out of order"
         events: list[Event] = []
-        for entry, result in zip(self._in_flight.pop(output.microbatch_id), output.rows, strict=True):
-            sequence = entry.sequence
-            if self._sequences.get(sequence.request_id) is not sequence or result is None:
-                continue  # finished or aborted meanwhile, or a chunk without a result
-            event = self._take(sequence, entry.row, result)
-            if event is not None:
-                events.append(event)
-                if is_terminal(event):
-                    self._drop(sequence)
+        rides = self._in_flight.pop(output.microbatch_id).rides
+        now = self._clock()
+        pairs = zip(rides, output.rows, strict=True)
+        for _, group in groupby(pairs, key=lambda pair: pair[0][0].rank):
+            members = list(group)
+            entry = members[0][0][0]
+            if self._entries.get(entry.job.request.request_id) is not entry:
+                continue  # finished or aborted meanwhile
+            results = [result or _NOTHING for _, result in members]
+            failure = next((result.failure for result in results if result.failure is not None), None)
+            if failure is not None:
+                self.blocks.withdraw(block for s in entry.job.sequences for block in s.block_table)
+                taken: list[Event] = [FailureEvent(entry.job.request.request_id, failure)]
+            else:
+                taken = entry.job.take([ride for (_, ride), _ in members], results, self.blocks, now)
+            self.num_draft_tokens_accepted += max(0, sum(isinstance(event, TokenEvent) for event in taken) - 1)
+            events += taken
+            if taken and is_terminal(taken[-1]):
+                self._drop(entry)
         return events
 
     def reset(self) -> None:
         """After the loss of a stage: forget what is in flight and recompute every sequence (KV is gone)."""
         self._in_flight.clear()
-        for sequence in reversed(self._running.copy()):
-            self._preempt(sequence)
+        for entry in reversed(self._running.copy()):
+            self._preempt(entry)
+        self.blocks.withdraw_all()
 
     def fail_all(self, message: str) -> list[Event]:
         """End every request with a failure."""
-        events: list[Event] = [FailureEvent(request_id, message) for request_id in self._sequences]
+        events: list[Event] = [FailureEvent(request_id, message) for request_id in self._entries]
         self._in_flight.clear()
-        for sequence in list(self._sequences.values()):
-            self._drop(sequence)
+        for entry in list(self._entries.values()):
+            self._drop(entry)
         return events
 
     def check_integrity(self) -> None:
         """Assert the invariants; tests call it after every scenario."""
-        self.blocks.check_integrity([sequence.block_table for sequence in self._sequences.values()])
-        assert {id(s) for s in self._sequences.values()} == {id(s) for s in [*self._waiting, *self._running]}
-        assert all(not s.block_table and s.num_computed == 0 for s in self._waiting), "a waiting sequence holds KV"
-        assert [s.arrival for s in self._running] == sorted(s.arrival for s in self._running)
-        assert [s.arrival for s in self._waiting] == sorted(s.arrival for s in self._waiting)
+        self.blocks.check_integrity([s.block_table for e in self._entries.values() for s in e.job.sequences])
+        assert {id(e) for e in self._entries.values()} == {id(e) for e in [*self._waiting, *self._running]}
+        assert all(not s.block_table and s.num_computed == 0 for e in self._waiting for s in e.job.sequences)
+        assert [e.rank for e in self._running] == sorted(e.rank for e in self._running)
+        assert [e.rank for e in self._waiting] == sorted(e.rank for e in self._waiting)
 
-    def _admit_next(self) -> Sequence | None:
-        """Move the oldest waiting sequence to running if the blocks for all its tokens are free."""
-        if not self._waiting or len(self._running) >= self.limits.max_num_sequences:
+    def _schedule_decode(self, entry: _Entry, step: _Step) -> None:
+        """One token of each of the job's sequences, or none: they belong together. A lone one may bring a draft."""
+        sequences = entry.job.sequences
+        if len(sequences) > step.budget or any(sequence.num_uncomputed != 1 for sequence in sequences):
+            return
+        missing = sum(self._num_missing(sequence, 1) for sequence in sequences)
+        if not self._make_room(entry, missing, step):
+            return
+        draft: list[int] = []
+        if len(sequences) == 1:
+            draft = entry.job.draft(step.budget - 1)
+            while draft and self._num_missing(sequences[0], 1 + len(draft)) > self.blocks.num_free:
+                draft.pop()
+        for sequence in sequences:
+            self._board(entry, sequence, 1, draft, step)
+
+    def _schedule_prompt(self, entry: _Entry, step: _Step) -> None:
+        """As much of the job's sequences as the budget allows. Of several, the last token waits for the others'."""
+        for sequence in entry.job.sequences:
+            reused = sequence.reuse(self.blocks, entry.job.num_reusable(sequence))
+            self.num_prefix_tokens_reused += reused
+            num_tokens = min(sequence.num_uncomputed - (len(entry.job.sequences) > 1), step.budget)
+            if num_tokens > 0:
+                if not self._make_room(entry, self._num_missing(sequence, num_tokens), step):
+                    return
+                self._board(entry, sequence, num_tokens, [], step)
+        if len(entry.job.sequences) > 1 and not step.carries(entry):
+            self._schedule_decode(entry, step)  # others had computed all of it
+
+    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        start = sequence.num_computed
+        return self.blocks.num_missing(sequence.block_table, start, start + num_tokens)
+
+    def _make_room(self, entry: _Entry, num_blocks: int, step: _Step) -> bool:
+        """Preempt from the end until so many blocks are free; False if that would take the job itself or a rider."""
+        while self.blocks.num_free < num_blocks:
+            victim = self._running[-1]
+            if step.carries(victim):
+                return False  # the next microbatch may preempt it
+            self._preempt(victim)
+            if victim is entry:
+                return False
+        return True
+
+    def _board(self, entry: _Entry, sequence: Sequence, num_tokens: int, draft: list[int], step: _Step) -> None:
+        start, end = sequence.num_computed, sequence.num_computed + num_tokens
+        step.copies += self.blocks.prepare(sequence.block_table, start, end + len(draft))
+        row = entry.job.row(sequence, end, draft)
+        sequence.num_computed = end
+        sequence.publish(self.blocks, end)
+        step.rides.append((entry, Ride(sequence, row, sequence.num_evictions)))
+        step.budget -= len(row.token_ids)
+        self.num_tokens_drafted += len(draft)
+
+    def _admit_next(self) -> _Entry | None:
+        """Move the first waiting job to running if the blocks for all its tokens are free, and some to spare."""
+        if not self._waiting:
             return None
-        sequence = self._waiting[0]
-        if self.blocks.blocks_for(len(sequence.token_ids)) > self._num_blocks_unreserved():
+        entry = self._waiting[0]
+        if self.num_running + entry.job.width > self.limits.max_num_sequences:
+            return None
+        if self._num_blocks_needed(entry.job) > self._num_blocks_to_give():
             return None
         self._waiting.pop(0)
-        insort(self._running, sequence, key=_arrival)
-        return sequence
+        insort(self._running, entry, key=_rank)
+        for sequence in entry.job.sequences:
+            reusable = entry.job.num_reusable(sequence) // self.blocks.block_size
+            self.num_prefix_tokens += reusable * self.blocks.block_size
+        return entry
 
-    def _num_blocks_unreserved(self) -> int:
-        """Free blocks less those that running prompts have yet to take."""
+    def _num_blocks_needed(self, job: Job) -> int:
+        if len(job.sequences) > 1:
+            lengths = [len(sequence.token_ids) for sequence in job.sequences]
+            return max_blocks(job.request, lengths, self.blocks)
+        (sequence,) = job.sequences
+        keys = sequence.prefix_keys(self.blocks, job.num_reusable(sequence))
+        return self.blocks.blocks_for(len(sequence.token_ids)) - self.blocks.num_shareable(keys)
+
+    def _num_blocks_to_give(self) -> int:
+        """Free blocks, less those that running prompts have yet to take, less one for each running sequence to grow."""
         reserved = sum(
-            self.blocks.blocks_for(len(s.token_ids)) - len(s.block_table) for s in self._running if s.num_uncomputed
+            self.blocks.blocks_for(len(s.token_ids)) - len(s.block_table)
+            for entry in self._running
+            for s in entry.job.sequences
+            if s.num_uncomputed
         )
-        return self.blocks.num_free - reserved
+        return self.blocks.num_free - reserved - self.num_running
 
-    def _try_schedule(self, sequence: Sequence, budget: int, rows: list[_InFlightRow]) -> int:
-        """Append a row with up to `budget` tokens of the sequence; returns how many."""
-        num_tokens = min(sequence.num_uncomputed, budget)
-        if num_tokens <= 0:
-            return 0
-        end = sequence.num_computed + num_tokens
-        while not self.blocks.extend(sequence.block_table, end):
-            victim = self._running[-1]
-            if any(entry.sequence is victim for entry in rows):
-                return 0  # it rides in this very microbatch; the next one may preempt it
-            self._preempt(victim)
-            if victim is sequence:
-                return 0
-        output = sequence.output_after(num_tokens)
-        sampled = output is RowOutput.SAMPLE
-        row = Row(
-            token_ids=sequence.token_ids[sequence.num_computed : end],
-            start=sequence.num_computed,
-            block_table=sequence.block_table.copy(),
-            output=output,
-            sampling=sequence.request.sampling if sampled else None,
-            suppressed_token_ids=sequence.suppressed_token_ids() if sampled else [],
-            head=sequence.request.head,
-            target_token_ids=sequence.targets_after(num_tokens) if output is RowOutput.LOGPROBS else [],
-        )
-        sequence.num_computed = end
-        rows.append(_InFlightRow(sequence, row))
-        return num_tokens
-
-    def _take(self, sequence: Sequence, row: Row, result: RowResult) -> Event | None:
-        match result:
-            case SampledToken() if row.end == len(sequence.token_ids):
-                return sequence.append(result)
-            case HeadValues(values):
-                return sequence.add_values(row, values)
-            case RowFailure(message):
-                return FailureEvent(sequence.request_id, message)
-        return None  # a token that a preempted sequence already has
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self.blocks.release(sequence.block_table)
-        sequence.num_computed = 0
-        insort(self._waiting, sequence, key=_arrival)
+    def _preempt(self, entry: _Entry) -> None:
+        self._running.remove(entry)
+        for sequence in entry.job.sequences:
+            sequence.evict(self.blocks)
+        insort(self._waiting, entry, key=_rank)
         self.num_preemptions += 1
 
-    def _drop(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.request_id]
-        self.blocks.release(sequence.block_table)
-        (self._running if sequence in self._running else self._waiting).remove(sequence)
+    def _drop(self, entry: _Entry) -> None:
+        del self._entries[entry.job.request.request_id]
+        for sequence in entry.job.sequences:
+            self.blocks.release(sequence.block_table)
+        (self._running if entry in self._running else self._waiting).remove(entry)
 
 
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+_NOTHING = RowResult()
+
+
+def _rank(entry: _Entry) -> tuple[int, int]:
+    return entry.rank

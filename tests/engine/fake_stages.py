@@ -6,29 +6,38 @@ table, a block with another owner's or an older content, or a write out of order
 with `expected_events`, which knows neither blocks nor batches, fails.
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
+import msgspec
 import numpy as np
 
+from gptj_serve.engine.beam_search import BeamSearch
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
-from gptj_serve.types import (
-    EngineRequest,
-    Event,
-    FinishReason,
-    HeadEvent,
-    HeadValues,
-    Matrix,
+from gptj_serve.steps import (
+    LogitEdits,
     MicroBatch,
-    Pooling,
     Row,
     RowOutput,
     RowResult,
     SampledToken,
-    SamplingParams,
+    SampleSpec,
     StepOutput,
+)
+from gptj_serve.types import (
+    BeamEvent,
+    EngineRequest,
+    Event,
+    FinishReason,
+    HeadEvent,
+    Matrix,
+    Pooling,
+    PromptEvent,
+    SamplingParams,
     Task,
     TokenEvent,
+    TokenLogprob,
     is_terminal,
 )
 
@@ -45,13 +54,16 @@ def make_scheduler(
     max_num_sequences: int = 64,
     max_microbatch_tokens: int = 64,
     max_sequence_tokens: int = 64,
+    reuse_prefixes: bool = True,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
     limits = SchedulerLimits(num_stages, max_num_sequences, max_microbatch_tokens, max_sequence_tokens)
-    return Scheduler(limits, KVBlocks(num_blocks, block_size), frozenset({EOS}))
+    blocks = KVBlocks(num_blocks, block_size, reuse_prefixes=reuse_prefixes)
+    return Scheduler(limits, blocks, frozenset({EOS}), clock)
 
 
 def generate_request(
-    request_id: str, prompt: Iterable[int], *, output: Iterable[int] = (), **sampling: object
+    request_id: str, prompt: Iterable[int], *, output: Iterable[int] = (), priority: int = 0, **sampling: object
 ) -> EngineRequest:
     return EngineRequest(
         request_id=request_id,
@@ -59,6 +71,7 @@ def generate_request(
         prompt_token_ids=list(prompt),
         output_token_ids=list(output),
         sampling=SamplingParams(**{"max_new_tokens": 4, **sampling}),  # type: ignore[arg-type]
+        priority=priority,
     )
 
 
@@ -105,9 +118,14 @@ class FakeStages:
     def run(self, microbatch: MicroBatch) -> StepOutput:
         assert self._last_id is None or microbatch.microbatch_id == self._last_id + 1, "microbatches out of order"
         self._last_id = microbatch.microbatch_id
+        for source, target in microbatch.block_copies:
+            for offset in range(self._block_size):
+                if (entry := self._slots.get(source * self._block_size + offset)) is not None:
+                    self._slots[target * self._block_size + offset] = entry
         for row in microbatch.rows:
             self._write(row)
-        return StepOutput(microbatch.microbatch_id, [self._answer(row) for row in microbatch.rows])
+        followers = [*microbatch.rows[1:], None]
+        return StepOutput(microbatch.microbatch_id, list(map(self._answer, microbatch.rows, followers)))
 
     def _slot(self, row: Row, position: int) -> int:
         return row.block_table[position // self._block_size] * self._block_size + position % self._block_size
@@ -119,31 +137,50 @@ class FakeStages:
             prefix = _extended(prefix, position, token)
             self._slots[self._slot(row, position)] = (position, token, prefix)
 
-    def _answer(self, row: Row) -> RowResult:
-        context = [self._slots.get(self._slot(row, position), (-1, -1, -1)) for position in range(row.end)]
-        values = [_class_logits(context[: i + 1]) for i in range(row.start, row.end)]
-        match row.output:
-            case RowOutput.SAMPLE:
-                assert row.sampling is not None
-                return _sampled(context, row.sampling, row.suppressed_token_ids)
-            case RowOutput.CLASSIFY:
-                return HeadValues(Matrix.of(values[-1:]))
-            case RowOutput.CLASSIFY_SUM:
-                return HeadValues(Matrix.of(np.sum(values, axis=0, keepdims=True)))
-            case RowOutput.QA:
-                return HeadValues(Matrix.of(values))
-            case RowOutput.HIDDEN_LAST:
-                return HeadValues(Matrix.of(_hidden(values[-1:])))
-            case RowOutput.HIDDEN_SUM:
-                return HeadValues(Matrix.of(_hidden(values).sum(axis=0, keepdims=True)))
-            case RowOutput.HIDDEN_ALL:
-                return HeadValues(Matrix.of(_hidden(values)))
-            case RowOutput.LOGPROBS:
-                first = row.end - len(row.target_token_ids)
-                return HeadValues(
-                    Matrix.of([_logprob(context[:end], t) for end, t in enumerate(row.target_token_ids, first + 1)])
-                )
-        return None
+    def _context(self, row: Row) -> list[Entry]:
+        return [self._slots.get(self._slot(row, position), (-1, -1, -1)) for position in range(row.end)]
+
+    def _answer(self, row: Row, follower: Row | None) -> RowResult | None:
+        context = self._context(row)
+        result = RowResult(values=_head_values(row, context))
+        if row.target_token_ids:
+            first = row.start + row.first_target + 1
+            scores = [
+                _scores(context[:end], target, row.num_top_targets)
+                for end, target in enumerate(row.target_token_ids, first)
+            ]
+            result = msgspec.structs.replace(result, targets=Matrix.of(scores))
+        if not row.samples:
+            return None if result == RowResult() else result
+        if row.samples[0].num_candidates:
+            (spec,) = row.samples
+            return RowResult(candidates=_candidates(context, spec.edits)[: spec.num_candidates])
+        guide: list[Entry] = []
+        if row.samples[0].guidance_scale != 1:
+            assert follower is not None
+            assert not follower.samples
+            guide = self._context(follower)
+        contexts = [context[: row.end - len(row.samples) + 1 + index] for index in range(len(row.samples))]
+        tokens = [_sampled(before, spec, guide) for before, spec in zip(contexts, row.samples, strict=True)]
+        return msgspec.structs.replace(result, tokens=tokens)
+
+
+def _head_values(row: Row, context: list[Entry]) -> Matrix | None:
+    values = [_class_logits(context[: i + 1]) for i in range(row.start, row.end)]
+    match row.output:
+        case RowOutput.CLASSIFY:
+            return Matrix.of(values[-1:])
+        case RowOutput.CLASSIFY_SUM:
+            return Matrix.of(np.sum(values, axis=0, keepdims=True))
+        case RowOutput.QA:
+            return Matrix.of(values)
+        case RowOutput.HIDDEN_LAST:
+            return Matrix.of(_hidden(values[-1:]))
+        case RowOutput.HIDDEN_SUM:
+            return Matrix.of(_hidden(values).sum(axis=0, keepdims=True))
+        case RowOutput.HIDDEN_ALL:
+            return Matrix.of(_hidden(values))
+    return None
 
 
 def expected_events(request: EngineRequest) -> list[Event]:
@@ -167,33 +204,92 @@ def expected_events(request: EngineRequest) -> list[Event]:
         return [HeadEvent(request.request_id, Matrix.of(pooled[request.pooling]))]
     if request.task is Task.SCORE:
         whole = [*tokens, *request.continuation_token_ids]
-        logprobs = [_logprob(_context(whole[:i]), whole[i]) for i in range(len(tokens), len(whole))]
-        return [HeadEvent(request.request_id, Matrix.of(logprobs))]
+        scores = [
+            _scores(_context(whole[:i]), whole[i], request.num_top_logprobs) for i in range(len(tokens), len(whole))
+        ]
+        return [HeadEvent(request.request_id, Matrix.of(scores))]
+    assert request.sampling is not None
+    return _expected_beams(request) if request.sampling.beams is not None else _expected_text(request)
+
+
+def _expected_text(request: EngineRequest) -> list[Event]:
     sampling = request.sampling
     assert sampling is not None
+    prompt = request.prompt_token_ids
+    tokens = [*prompt, *request.output_token_ids]
     events: list[Event] = []
+    if sampling.prompt_logprobs and len(prompt) > 1:
+        scores = [_scores(_context(prompt[:i]), prompt[i], sampling.num_top_logprobs) for i in range(1, len(prompt))]
+        events.append(PromptEvent(request.request_id, Matrix.of(scores)))
     while not (events and is_terminal(events[-1])):
-        index = len(tokens) - len(request.prompt_token_ids)
-        suppressed = [EOS, *sampling.stop_token_ids] if index < sampling.min_new_tokens else []
-        result = _sampled(_context(tokens), sampling, suppressed)
+        output = tokens[len(prompt) :]
+        guide = []
+        if sampling.guidance_scale != 1:
+            guide = _context([*(sampling.negative_prompt_token_ids or prompt[-1:]), *output])
+        spec = SampleSpec(seed=sampling.seed, edits=_edits(sampling, tokens, len(output)),
+                          num_top_logprobs=sampling.num_top_logprobs)  # fmt: skip
+        result = _sampled(_context(tokens), spec, guide)
         tokens.append(result.token_id)
         reason = None
-        if index + 1 == sampling.max_new_tokens:
+        if len(output) + 1 == sampling.max_new_tokens:
             reason = FinishReason.LENGTH
         if result.token_id == EOS and not sampling.ignore_eos:
             reason = FinishReason.EOS
         if result.token_id in sampling.stop_token_ids:
             reason = FinishReason.STOP
-        events.append(TokenEvent(request.request_id, index, result.token_id, result.logprob, reason))
+        events.append(
+            TokenEvent(request.request_id, len(output), result.token_id, result.logprob, reason, result.top_logprobs)
+        )
     return events
+
+
+def _expected_beams(request: EngineRequest) -> list[Event]:
+    sampling = request.sampling
+    assert sampling is not None
+    assert sampling.beams is not None
+    ends = frozenset() if sampling.ignore_eos else frozenset({EOS})
+    search = BeamSearch(sampling.beams, sampling.max_new_tokens, ends, frozenset(sampling.stop_token_ids))
+    outputs: list[list[int]] = [[]]
+    while True:
+        candidates = []
+        for output in outputs:
+            tokens = [*request.prompt_token_ids, *output]
+            candidates.append(
+                _candidates(_context(tokens), _edits(sampling, tokens, len(output)))[: search.num_candidates]
+            )
+        chosen = search.advance(candidates)
+        if chosen is None:
+            return [BeamEvent(request.request_id, search.results())]
+        outputs = [[*outputs[parent], token] for parent, token in chosen]
+
+
+def _edits(sampling: SamplingParams, tokens: list[int], num_output: int) -> LogitEdits | None:
+    """Of the processors, two that need the history: that says whether the engine keeps it right."""
+    banned = {EOS, *sampling.stop_token_ids} if num_output < sampling.min_new_tokens else set()
+    banned |= set(sampling.suppress_tokens)
+    size = sampling.no_repeat_ngram_size
+    if size:
+        last = tokens[len(tokens) - size + 1 :]
+        banned |= {tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tokens[i : i + size - 1] == last}
+    return LogitEdits(banned_token_ids=list(banned)) if banned else None
 
 
 def _hidden(values: list[list[float]]) -> np.ndarray:
     return np.array(values) * 3 + 1  # unlike the logits
 
 
-def _logprob(context: list[Entry], target: int) -> list[float]:
-    return [-float(hash((target, *context)) % 1000)]
+def _logprob(context: list[Entry], target: int) -> float:
+    return -float(hash((target, *context)) % 1000)
+
+
+def _top(context: list[Entry], count: int) -> list[TokenLogprob]:
+    ranked = sorted(range(VOCAB_SIZE), key=lambda token: (-_logprob(context, token), token))
+    return [(token, _logprob(context, token)) for token in ranked[:count]]
+
+
+def _scores(context: list[Entry], target: int, num_top: int) -> list[float]:
+    top = _top(context, num_top)
+    return [_logprob(context, target), *(float(t) for t, _ in top), *(logprob for _, logprob in top)]
 
 
 def _context(tokens: list[int]) -> list[Entry]:
@@ -209,10 +305,19 @@ def _extended(prefix: int, position: int, token: int) -> int:
     return hash((prefix, position, token))  # of integers, so the same in every process
 
 
-def _sampled(context: list[Entry], sampling: SamplingParams, suppressed: list[int]) -> SampledToken:
-    choice = hash((sampling.seed, *context))
-    token = next(t for t in (choice + i for i in range(VOCAB_SIZE)) if t % VOCAB_SIZE not in suppressed) % VOCAB_SIZE
-    return SampledToken(token, -float(choice % 1000))
+def _sampled(context: list[Entry], spec: SampleSpec, guide: list[Entry]) -> SampledToken:
+    """The first token that is not banned, beginning at a hash of all that it depends on; any, if all are."""
+    banned = spec.edits.banned_token_ids if spec.edits is not None else []
+    choice = hash((spec.seed, *context, -1, *guide))
+    in_turn = [(choice + i) % VOCAB_SIZE for i in range(VOCAB_SIZE)]
+    token = next((token for token in in_turn if token not in banned), in_turn[0])
+    return SampledToken(token, _logprob(context, token), _top(context, spec.num_top_logprobs))
+
+
+def _candidates(context: list[Entry], edits: LogitEdits | None) -> list[TokenLogprob]:
+    banned = edits.banned_token_ids if edits is not None else []
+    candidates = [(t, -float(hash((t, *context)) % 4093) / 512) for t in range(VOCAB_SIZE) if t not in banned]
+    return sorted(candidates, key=lambda candidate: -candidate[1])
 
 
 def _class_logits(context: list[Entry]) -> list[float]:

@@ -13,7 +13,8 @@ from fake_stages import HEAD_TASKS, FakeStages, expected_events, generate_reques
 from gptj_serve.engine.engine import MAX_FUTILE_RECOVERIES, Engine
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.errors import InvalidRequestError, PipelineError
-from gptj_serve.types import EngineRequest, Event, FailureEvent, MicroBatch, StepOutput, Task, is_terminal
+from gptj_serve.steps import MicroBatch, StepOutput
+from gptj_serve.types import EngineRequest, Event, FailureEvent, Task, is_terminal
 
 
 class FakePipeline:
@@ -96,9 +97,9 @@ async def turns(count: int = 20) -> None:
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 async def test_all_answers_are_right_and_the_counters_agree(num_stages: int):
-    pipeline = FakePipeline()
+    pipeline = FakePipeline(block_size=2)
     requests = mixed_requests(30)
-    scheduler = make_scheduler(num_stages=num_stages, num_blocks=12, max_microbatch_tokens=16)
+    scheduler = make_scheduler(num_stages=num_stages, num_blocks=24, block_size=2, max_microbatch_tokens=16)
     async with LocalEngine(scheduler, pipeline) as engine:
         answers = await asyncio.gather(*(collect(engine, request) for request in requests))
         after = await stats(engine)

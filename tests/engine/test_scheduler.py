@@ -1,19 +1,21 @@
 """The scheduler's rules one by one; test_scheduler_chaos.py mixes them."""
 
+import msgspec
 import pytest
-from fake_stages import EOS, FakeStages, expected_events, generate_request, head_request, make_scheduler
+from fake_stages import EOS, VOCAB_SIZE, FakeStages, expected_events, generate_request, head_request, make_scheduler
 
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.errors import InvalidRequestError
+from gptj_serve.steps import MicroBatch, RowOutput, RowResult, SampleSpec
 from gptj_serve.types import (
+    PRIORITY_STEP,
+    BeamParams,
     EngineRequest,
     Event,
     FailureEvent,
     FinishReason,
-    MicroBatch,
     Pooling,
-    RowFailure,
-    RowOutput,
+    PromptEvent,
     Task,
     TokenEvent,
 )
@@ -85,7 +87,7 @@ def test_prompts_are_not_capped_by_the_number_of_stages():
 def test_token_budget_holds_and_is_used_up(budget: int):
     scheduler = make_scheduler(max_microbatch_tokens=budget)
     for i in range(3):
-        scheduler.add(head_request(str(i), Task.CLASSIFY, range(10)))
+        scheduler.add(head_request(str(i), Task.CLASSIFY, [i] * 10))
     sizes = []
     while (microbatch := scheduler.schedule()) is not None:
         sizes.append(microbatch.num_tokens)
@@ -106,8 +108,7 @@ def test_long_prompt_is_cut_into_chunks_that_follow_each_other():
     chunks = [scheduled(scheduler).rows[0] for _ in range(3)]
     assert scheduler.schedule() is None
     assert [(row.start, row.token_ids) for row in chunks] == [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7]), (8, [8, 9])]
-    assert [row.output for row in chunks] == [RowOutput.NOTHING, RowOutput.NOTHING, RowOutput.SAMPLE]
-    assert [row.sampling and row.sampling.seed for row in chunks] == [None, None, 5]
+    assert [row.samples for row in chunks] == [[], [], [SampleSpec(seed=5)]]
     assert [len(row.block_table) for row in chunks] == [1, 2, 3]
 
 
@@ -144,11 +145,7 @@ def test_only_the_tokens_before_a_continuation_s_are_scored():
     rows = [scheduled(scheduler).rows[0] for _ in range(3)]
     assert scheduler.schedule() is None  # the continuation's last token is not computed
     assert [row.token_ids for row in rows] == [[0, 1, 2, 3], [4, 5, 7, 8], [9]]
-    assert [(row.output, row.target_token_ids) for row in rows] == [
-        (RowOutput.NOTHING, []),
-        (RowOutput.LOGPROBS, [7, 8, 9]),
-        (RowOutput.LOGPROBS, [10]),
-    ]
+    assert [(row.first_target, row.target_token_ids) for row in rows] == [(0, []), (1, [7, 8, 9]), (0, [10])]
 
 
 def test_a_continuation_counts_for_the_length_and_goes_with_score_alone():
@@ -263,11 +260,12 @@ def test_min_new_tokens_holds_back_eos_and_stop_tokens():
     scheduler = make_scheduler()
     scheduler.add(generate_request("a", [1], max_new_tokens=6, min_new_tokens=3, stop_token_ids=[9, 4]))
     stages = FakeStages(4)
-    suppressed = []
+    banned = []
     while (microbatch := scheduler.schedule()) is not None:
-        suppressed.append(microbatch.rows[0].suppressed_token_ids)
+        edits = microbatch.rows[0].samples[0].edits
+        banned.append(edits and sorted(edits.banned_token_ids))
         scheduler.update(stages.run(microbatch))
-    assert suppressed[:4] == [[EOS, 4, 9]] * 3 + [[]] * (len(suppressed) > 3)
+    assert banned[:4] == [[EOS, 4, 9]] * 3 + [None] * (len(banned) > 3)
 
 
 def test_row_failure_ends_its_request_alone():
@@ -277,7 +275,7 @@ def test_row_failure_ends_its_request_alone():
     scheduler.add(generate_request("bad", [3]))
     scheduler.add(good)
     output = stages.run(scheduled(scheduler))
-    output.rows[0] = RowFailure("NaN")
+    output.rows[0] = RowResult(failure="NaN")
     first = scheduler.update(output)
     assert first[0] == FailureEvent("bad", "NaN")
     scheduler.check_integrity()
@@ -300,29 +298,24 @@ def test_fail_all_ends_every_request_once():
 
 def test_preempted_sequence_does_not_repeat_a_token():
     """Preempted and admitted again with a step in flight: that step's token counts, its recomputation's does not."""
-    scheduler = make_scheduler(num_stages=3, num_blocks=4, block_size=2)
-    stages = FakeStages(2)
-    requests = [
-        generate_request("elder", [1], max_new_tokens=5, ignore_eos=True),
-        generate_request("short", [2, 3, 4], max_new_tokens=2, ignore_eos=True),
-        generate_request("young", [5], max_new_tokens=5, ignore_eos=True),
-    ]
-    for request in requests:
-        scheduler.add(request)
-    events = scheduler.update(stages.run(scheduled(scheduler)))  # the prompts take all blocks
-    flying = [stages.run(scheduled(scheduler)) for _ in range(3)]  # one decode step of each
+    scheduler = make_scheduler(num_stages=3, num_blocks=4, block_size=1)
+    stages = FakeStages(1)
+    young = generate_request("young", [5], max_new_tokens=3, ignore_eos=True)
+    scheduler.add(generate_request("elder", [1], max_new_tokens=3, ignore_eos=True))
+    scheduler.add(young)
+    events = scheduler.update(stages.run(scheduled(scheduler)))
+    flying = [stages.run(scheduled(scheduler)) for _ in range(2)]  # a step of each; all blocks are taken
     events += scheduler.update(flying.pop(0))
     flying.append(stages.run(scheduled(scheduler)))  # the elder goes on and needs the block of the young one
     assert (scheduler.num_preemptions, scheduler.num_waiting) == (1, 1)
-    events += scheduler.update(flying.pop(0))  # the short one is done
+    scheduler.abort("elder")
     flying.append(stages.run(scheduled(scheduler)))  # the young one is computed anew; its first step still flies
-    assert scheduler.num_running == 2
+    assert scheduler.num_running == 1
     while flying:
         events += scheduler.update(flying.pop(0))
         scheduler.check_integrity()
     events += drain(scheduler, stages)
-    for request in requests:
-        assert [event for event in events if event.request_id == request.request_id] == expected_events(request)
+    assert [event for event in events if event.request_id == "young"] == expected_events(young)
 
 
 def test_preempted_in_the_making_of_a_microbatch_is_not_in_it():
@@ -385,3 +378,206 @@ def test_replay_goes_on_where_the_earlier_attempt_ended(num_done: int):
         "a", [3, 1], output=token_ids(events)[:num_done], max_new_tokens=6, min_new_tokens=4, ignore_eos=True
     )
     assert serve(replayed, max_microbatch_tokens=3) == events[num_done:]
+
+
+# ----------------------------------------------------------------------------------------------- order and priority
+
+
+def test_priority_moves_a_request_by_so_many_places():
+    scheduler = make_scheduler(max_num_sequences=1, max_sequence_tokens=8)
+    order = []
+    scheduler.add(generate_request("running", [1], max_new_tokens=1))
+    output = FakeStages(4).run(scheduled(scheduler))
+    scheduler.add(generate_request("late", [1], max_new_tokens=1, priority=1))
+    scheduler.add(generate_request("normal", [2], max_new_tokens=1))
+    scheduler.add(generate_request("urgent", [3], max_new_tokens=1, priority=-1))
+    for i in range(PRIORITY_STEP):
+        scheduler.add(generate_request(f"next {i}", [4], max_new_tokens=1))
+    scheduler.update(output)
+    order = [event.request_id for event in drain(scheduler)]
+    assert order[:3] == ["urgent", "normal", "next 0"]
+    assert order.index("late") == PRIORITY_STEP - 1  # behind those that arrived within 256 places, before the others
+
+
+def test_the_last_in_rank_is_preempted():
+    scheduler = make_scheduler(num_blocks=6, block_size=2)
+    stages = FakeStages(2)
+    scheduler.add(generate_request("humble", [1, 2], max_new_tokens=8, ignore_eos=True, priority=1))
+    scheduler.add(generate_request("urgent", [3, 4], max_new_tokens=8, ignore_eos=True))
+    while not scheduler.num_preemptions:
+        scheduler.update(stages.run(scheduled(scheduler)))
+    events = scheduler.update(stages.run(scheduled(scheduler)))
+    assert {event.request_id for event in events} == {"urgent"}
+
+
+def test_a_block_is_kept_for_each_running_sequence_to_grow():
+    scheduler = make_scheduler(num_blocks=6, block_size=4)
+    for i in range(6):
+        scheduler.add(generate_request(str(i), [i]))
+    assert len(scheduled(scheduler).rows) == 3
+
+
+# -------------------------------------------------------------------------------------------------- prefix reuse
+
+
+def test_requests_that_arrive_together_share_the_blocks_of_their_prefix():
+    scheduler = make_scheduler(block_size=4)
+    for i in range(3):
+        scheduler.add(generate_request(str(i), [*range(10), i]))
+    rows = scheduled(scheduler).rows
+    assert [(row.start, len(row.token_ids)) for row in rows] == [(0, 11), (8, 3), (8, 3)]
+    assert len({tuple(row.block_table[:2]) for row in rows}) == 1
+    assert len({row.block_table[2] for row in rows}) == 3
+    assert (scheduler.num_prefix_tokens, scheduler.num_prefix_tokens_reused) == (24, 16)
+
+
+def test_a_prompt_that_is_being_computed_is_waited_for():
+    scheduler = make_scheduler(block_size=4, max_microbatch_tokens=8)
+    for i in range(2):
+        scheduler.add(generate_request(str(i), range(17), seed=i))
+    rows = [row for _ in range(3) for row in scheduled(scheduler).rows]
+    assert [(row.start, len(row.token_ids)) for row in rows] == [(0, 8), (8, 8), (16, 1), (16, 1)]
+
+
+@pytest.mark.parametrize("other", ["salt", "pool"])
+def test_nothing_is_shared_with_another_salt_or_when_switched_off(other: str):
+    scheduler = make_scheduler(block_size=4, reuse_prefixes=other != "pool")
+    request = generate_request("a", range(9))
+    scheduler.add(request)
+    scheduler.add(msgspec.structs.replace(request, request_id="b", cache_salt="b" if other == "salt" else ""))
+    assert [row.start for row in scheduled(scheduler).rows] == [0, 0]
+
+
+def test_blocks_of_finished_requests_are_reused_until_others_need_them():
+    scheduler = make_scheduler(num_blocks=6, block_size=4)
+    stages = FakeStages(4)
+    first = generate_request("a", range(9), max_new_tokens=1)
+    scheduler.add(first)
+    assert drain(scheduler, stages) == expected_events(first)
+    again = generate_request("b", range(9), max_new_tokens=1)
+    scheduler.add(again)
+    microbatch = scheduled(scheduler)
+    assert microbatch.rows[0].start == 8
+    assert scheduler.update(stages.run(microbatch)) == expected_events(again)
+    scheduler.add(generate_request("large", [7] * 20, max_new_tokens=4, ignore_eos=True))
+    drain(scheduler, stages)
+    scheduler.add(msgspec.structs.replace(again, request_id="c"))
+    assert scheduled(scheduler).rows[0].start == 0
+
+
+def test_nothing_is_reused_of_what_a_request_wants_of_its_prompt():
+    scheduler = make_scheduler(block_size=4)
+    stages = FakeStages(4)
+    scheduler.add(generate_request("a", range(9), max_new_tokens=1))
+    drain(scheduler, stages)
+    scored = generate_request("b", range(9), max_new_tokens=1, prompt_logprobs=True)
+    scheduler.add(scored)
+    events = drain(scheduler, stages)
+    assert isinstance(events[0], PromptEvent)
+    assert events == expected_events(scored)
+    assert scheduler.num_prefix_tokens_reused == 0
+    continued = head_request("c", Task.SCORE, range(9), continuation=[1, 2])
+    scheduler.add(continued)
+    assert drain(scheduler, stages) == expected_events(continued)
+    assert scheduler.num_prefix_tokens_reused == 8
+
+
+def test_what_came_of_a_failed_row_is_not_reused():
+    scheduler = make_scheduler(block_size=4)
+    stages = FakeStages(4)
+    scheduler.add(generate_request("a", range(9)))
+    output = stages.run(scheduled(scheduler))
+    output.rows[0] = RowResult(failure="NaN")
+    scheduler.update(output)
+    scheduler.add(generate_request("b", range(9)))
+    assert scheduled(scheduler).rows[0].start == 0
+
+
+# ---------------------------------------------------------------------------------- several sequences of one request
+
+
+def test_beams_share_blocks_and_copy_the_one_that_they_write_to():
+    scheduler = make_scheduler(block_size=4)
+    stages = FakeStages(4)
+    request = generate_request("a", range(6), max_new_tokens=6, beams=BeamParams(num_beams=3), ignore_eos=True)
+    scheduler.add(request)
+    scheduler.update(stages.run(scheduled(scheduler)))
+    microbatch = scheduled(scheduler)
+    assert len({row.block_table[0] for row in microbatch.rows}) == 1
+    assert len({row.block_table[1] for row in microbatch.rows}) == 3
+    assert [source for source, _ in microbatch.block_copies] == [microbatch.rows[2].block_table[1]] * 2
+    events = scheduler.update(stages.run(microbatch))
+    assert events + drain(scheduler, stages) == expected_events(request)
+
+
+def test_guide_rides_behind_its_text():
+    scheduler = make_scheduler(max_microbatch_tokens=8)
+    stages = FakeStages(4)
+    request = generate_request("a", range(6), guidance_scale=2.0, negative_prompt_token_ids=[7, 8, 9])
+    scheduler.add(generate_request("other", [1], max_new_tokens=20, ignore_eos=True))
+    scheduler.add(request)
+    events = []
+    seen = []
+    while any(event.request_id == "a" for event in events) is False:
+        microbatch = scheduled(scheduler)
+        seen.append([(row.start, len(row.token_ids), len(row.samples)) for row in microbatch.rows])
+        events += scheduler.update(stages.run(microbatch))
+    assert seen == [[(0, 1, 1), (0, 5, 0), (0, 2, 0)], [(1, 1, 1), (5, 1, 1), (2, 1, 0)]]
+    events += drain(scheduler, stages)
+    assert [event for event in events if event.request_id == "a"] == expected_events(request)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"beams": BeamParams(num_beams=5)}, "num_beams"),
+        ({"beams": BeamParams(num_beams=4), "max_new_tokens": 12}, "max_new_tokens"),
+        ({"guidance_scale": 2.0, "negative_prompt_token_ids": [1] * 13}, "negative_prompt"),
+        ({"guidance_scale": 2.0, "max_new_tokens": 12}, "max_new_tokens"),
+        ({"negative_prompt_token_ids": [1]}, "negative_prompt"),
+    ],
+)
+def test_sequences_that_can_never_run_together(sampling, field: str):
+    scheduler = make_scheduler(num_blocks=6, block_size=4, max_num_sequences=4, max_sequence_tokens=16)
+    with pytest.raises(InvalidRequestError) as raised:
+        scheduler.add(generate_request("a", [1] * 4, **sampling))
+    assert raised.value.field == field
+
+
+# --------------------------------------------------------------------------------------------------------- drafts
+
+
+def test_drafts_change_no_answer_and_save_steps():
+    """The fake's tokens repeat themselves once all but two are banned."""
+    few = {"suppress_tokens": list(range(2, VOCAB_SIZE)), "max_new_tokens": 40, "ignore_eos": True}
+    plain = generate_request("a", [1, 0, 1], **few)
+    drafting = generate_request("a", [1, 0, 1], prompt_lookup_num_tokens=4, **few)
+
+    def count_steps(request: EngineRequest) -> tuple[list[Event], int]:
+        scheduler = make_scheduler()
+        stages = FakeStages(4)
+        scheduler.add(request)
+        events, num_steps = [], 0
+        while (microbatch := scheduler.schedule()) is not None:
+            events += scheduler.update(stages.run(microbatch))
+            scheduler.check_integrity()
+            num_steps += 1
+        assert scheduler.num_tokens_drafted >= scheduler.num_draft_tokens_accepted == 40 - num_steps
+        return events, num_steps
+
+    (events, num_steps), (drafted, num_fewer) = count_steps(plain), count_steps(drafting)
+    assert drafted == events
+    assert num_steps == 40
+    assert num_fewer < 35
+
+
+def test_time_ends_a_request_after_the_token_at_hand():
+    now = 0.0
+    scheduler = make_scheduler(clock=lambda: now)
+    stages = FakeStages(4)
+    scheduler.add(generate_request("a", [1], max_new_tokens=20, ignore_eos=True, max_time_s=2.0))
+    events = scheduler.update(stages.run(scheduled(scheduler)))
+    now = 2.0
+    events += scheduler.update(stages.run(scheduled(scheduler)))
+    assert [event.finish_reason for event in events] == [None, FinishReason.TIME]
+    assert not scheduler.has_work

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gptj_serve.errors import InvalidRequestError
-from gptj_serve.types import EngineRequest, Event, Pooling, StepOutput, Task, TokenEvent, is_terminal
+from gptj_serve.steps import StepOutput
+from gptj_serve.types import BeamParams, EarlyStopping, EngineRequest, Event, Pooling, Task, TokenEvent, is_terminal
 
 MAX_TOKENS = 16
 prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6)
+alike_prompts = st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=8)  # with prefixes in common
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -29,6 +31,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 3),
         max_microbatch_tokens=st.integers(1, 16),
         max_num_sequences=st.integers(1, 8),
+        reuse_prefixes=st.booleans(),
     )
     def start(self, **limits: int) -> None:
         self.scheduler = make_scheduler(max_sequence_tokens=MAX_TOKENS, **limits)
@@ -42,22 +45,52 @@ class SchedulerMachine(RuleBasedStateMachine):
     # ------------------------------------------------------------------------------------------------- requests
 
     @rule(
-        prompts=st.lists(prompts, min_size=1, max_size=4),
+        prompts=st.lists(prompts | alike_prompts, min_size=1, max_size=4),
         max_new_tokens=st.integers(1, 10),
         min_new_tokens=st.integers(0, 3),
         stop_token_ids=st.lists(st.integers(1, VOCAB_SIZE - 1), max_size=2),
         ignore_eos=st.booleans(),
         seed=st.integers(0, 5),
         num_replayed=st.integers(0, 3),
+        guidance_scale=st.sampled_from([1.0, 1.0, 1.5]),
+        negative_prompt_token_ids=st.just([]) | alike_prompts,
+        prompt_logprobs=st.booleans(),
+        num_top_logprobs=st.integers(0, 2),
+        no_repeat_ngram_size=st.sampled_from([0, 0, 2, 3]),
+        prompt_lookup_num_tokens=st.sampled_from([0, 0, 1, 3]),
+        priority=st.integers(-1, 1),
     )
     def add_generate(self, prompts: list[list[int]], num_replayed: int, **sampling: object) -> None:
+        if sampling["guidance_scale"] != 1:
+            sampling["prompt_lookup_num_tokens"] = 0
+        else:
+            sampling["negative_prompt_token_ids"] = []
         for prompt in prompts:
             request_id = str(len(self.expected))
             request = generate_request(request_id, prompt, **sampling)
             earlier = [event.token_id for event in expected_events(request)[:-1] if isinstance(event, TokenEvent)]
             self._add(generate_request(request_id, prompt, output=earlier[:num_replayed], **sampling))
 
-    @rule(prompt=prompts, kind=st.sampled_from(HEAD_TASKS), continuation=prompts)
+    @rule(
+        prompts=st.lists(prompts | alike_prompts, min_size=1, max_size=2),
+        num_beams=st.integers(2, 4),
+        early_stopping=st.sampled_from(EarlyStopping),
+        num_return_sequences=st.integers(1, 2),
+        max_new_tokens=st.integers(1, 8),
+        min_new_tokens=st.integers(0, 3),
+        no_repeat_ngram_size=st.sampled_from([0, 2]),
+    )
+    def add_beams(
+        self, prompts: list[list[int]], num_beams: int, early_stopping: EarlyStopping, num_return_sequences: int,
+        **sampling: object,
+    ) -> None:  # fmt: skip
+        beams = BeamParams(
+            num_beams=num_beams, early_stopping=early_stopping, num_return_sequences=num_return_sequences
+        )
+        for prompt in prompts:
+            self._add(generate_request(str(len(self.expected)), prompt, beams=beams, **sampling))
+
+    @rule(prompt=prompts | alike_prompts, kind=st.sampled_from(HEAD_TASKS), continuation=prompts)
     def add_head(self, prompt: list[int], kind: tuple[Task, Pooling], continuation: list[int]) -> None:
         task, pooling = kind
         continuation = continuation if task is Task.SCORE else []
@@ -67,10 +100,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_new = request.sampling.max_new_tokens if request.sampling else 0
         num_new += len(request.continuation_token_ids)
         fits = len(request.prompt_token_ids) + num_new <= self.capacity
+        is_lone = request.sampling is None or (request.sampling.beams is None and request.sampling.guidance_scale == 1)
         try:
             self.scheduler.add(request)
         except InvalidRequestError:
-            assert not fits
+            assert not fits or not is_lone  # several sequences may need more than there is
         else:
             assert fits
             self.expected[request.request_id] = expected_events(request)
@@ -99,19 +133,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         microbatch = self.scheduler.schedule()
         if microbatch is None:
             return False
+        assert len({target for _, target in microbatch.block_copies}) == len(microbatch.block_copies)
         assert microbatch.num_tokens <= self.scheduler.limits.max_microbatch_tokens
         assert self.scheduler.num_running <= self.scheduler.limits.max_num_sequences
         self.in_flight.append(self.stages.run(microbatch))  # stages keep the order of scheduling
         return True
 
     @precondition(lambda self: self.in_flight)
-    @rule(data=st.data())
-    def complete(self, data: st.DataObject) -> None:
-        """Mostly the oldest step; the engine may also see several that are done in any order."""
-        self._complete(data.draw(st.just(0) | st.integers(0, len(self.in_flight) - 1)))
-
-    def _complete(self, index: int) -> None:
-        for event in self.scheduler.update(self.in_flight.pop(index)):
+    @rule()
+    def complete(self) -> None:
+        for event in self.scheduler.update(self.in_flight.pop(0)):
             assert not self._has_ended(event.request_id), "an event after the last"
             assert event.request_id not in self.aborted, "an event of an aborted request"
             self.events[event.request_id].append(event)
@@ -121,17 +152,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Many steps within one rule, so that pools fill up and what is preempted comes back while it is in flight."""
         chance = random.Random(seed)
         for _ in range(num_steps):
-            if len(self.in_flight) < self.scheduler.limits.num_stages and self._schedule():
+            has_room = len(self.in_flight) < self.scheduler.limits.num_stages
+            if has_room and chance.random() < 0.8 and self._schedule():
                 self.scheduler.check_integrity()
             elif self.in_flight:
-                self._complete(chance.choice([0, chance.randrange(len(self.in_flight))]))
+                self.complete()
 
     def _turn(self) -> None:
         while len(self.in_flight) < self.scheduler.limits.num_stages and self._schedule():
             self.scheduler.check_integrity()
         assert self.in_flight or not self.scheduler.has_work, "nothing in flight and nothing schedulable"
         if self.in_flight:
-            self._complete(0)
+            self.complete()
         self.scheduler.check_integrity()
 
     @rule()
@@ -159,7 +191,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_turns += 1
             assert num_turns < 5000, "no progress"
         while self.in_flight:
-            self._complete(0)
+            self.complete()
         for request_id, expected in self.expected.items():
             if request_id not in self.aborted:
                 assert self.events[request_id] == expected
