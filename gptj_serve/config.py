@@ -52,6 +52,9 @@ class KVCacheConfig(_Part):
         description="Capacity of the pool in tokens, on every stage; at least n_positions. Default: eight sequences of "
         "n_positions. A smaller pool means more preemption, never another answer.",
     )
+    reuse_prefixes: bool = Field(
+        True, description="Requests take over what others have computed of the same beginning, while it is kept."
+    )
 
 
 class SchedulerConfig(_Part):

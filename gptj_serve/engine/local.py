@@ -1,19 +1,26 @@
 """`LocalEngine`: an engine in this process, with one async stream of events per request."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Self
 
 from gptj_serve.engine.engine import Engine, Pipeline
+from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.scheduler import Scheduler
-from gptj_serve.errors import PipelineError
-from gptj_serve.types import EngineRequest, Event, FailureEvent, is_terminal
+from gptj_serve.errors import InvalidRequestError, PipelineError
+from gptj_serve.types import EngineRequest, Event, FailureEvent, Grammar, is_terminal
 
 
 class LocalEngine:
     """Runs the engine loop for as long as it is entered: `async with LocalEngine(...) as engine`."""
 
-    def __init__(self, scheduler: Scheduler, pipeline: Pipeline) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pipeline: Pipeline,
+        compile_grammar: Callable[[Grammar], Awaitable[TokenMatcher]] | None = None,
+    ) -> None:
+        self._compile_grammar = compile_grammar
         self._engine = Engine(scheduler, pipeline, self._deliver)
         self._streams: dict[str, asyncio.Queue[Event]] = {}
         self._loop_task: asyncio.Task[None] | None = None
@@ -34,7 +41,7 @@ class LocalEngine:
         """
         if self._loop_task is None or self._loop_task.done():
             raise PipelineError("the engine has stopped")
-        self._engine.add(request)
+        self._engine.add(request, await self._matcher(request))
         queue = self._streams[request.request_id] = asyncio.Queue()
         try:
             while True:
@@ -48,6 +55,14 @@ class LocalEngine:
 
     async def status(self) -> list[dict[str, Any]]:
         return [{"engine": self._engine.stats().as_dict()}]
+
+    async def _matcher(self, request: EngineRequest) -> TokenMatcher | None:
+        grammar = request.sampling.grammar if request.sampling is not None else None
+        if grammar is None:
+            return None
+        if self._compile_grammar is None:
+            raise InvalidRequestError("grammar", grammar.text, "needs a tokenizer, which this engine was not given")
+        return await self._compile_grammar(grammar)
 
     async def _run(self) -> None:
         try:

@@ -22,7 +22,15 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from gptj_serve.errors import GPTJServeError, OverloadedError, PipelineError, RequestFailedError
-from gptj_serve.types import EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
+from gptj_serve.types import (
+    EngineRequest,
+    Event,
+    FailureEvent,
+    PromptEvent,
+    SamplingParams,
+    TokenEvent,
+    is_terminal,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +43,9 @@ MAX_REPLAY_DELAY_S = 2.0
 
 EVENTS_TIMEOUT_S = 10.0
 """A replica whose event stream does not open, or whose last events do not come, within this time counts as lost."""
+
+MIN_TIME_S = 1e-3
+"""Of max_time_s that a replayed request keeps at least: it must be above 0, and one token comes in any case."""
 
 BACKPRESSURE_RETRY_AFTER_S = 1.0
 
@@ -57,12 +68,17 @@ class ServeEngineClient:
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
         tokens = list(request.output_token_ids)
+        has_prompt_scores = False
         clock = asyncio.get_running_loop().time
-        last_progress_at, delay_s = clock(), REPLAY_DELAY_S
+        began_at = last_progress_at = clock()
+        delay_s = REPLAY_DELAY_S
         for attempt in itertools.count():
             # Each attempt has an id of its own, so that nothing late from a lost replica is taken for this one's.
             attempt_request = msgspec.structs.replace(
-                request, request_id=f"{request.request_id}-{attempt}", output_token_ids=tokens.copy()
+                request,
+                request_id=f"{request.request_id}-{attempt}",
+                output_token_ids=tokens.copy(),
+                sampling=_rest_of(request.sampling, clock() - began_at, has_prompt_scores),
             )
             try:
                 async with aclosing(self._attempt(attempt_request)) as events:
@@ -71,6 +87,7 @@ class ServeEngineClient:
                             assert event.index == len(tokens), "a token was lost or repeated"
                             tokens.append(event.token_id)
                             last_progress_at, delay_s = clock(), REPLAY_DELAY_S
+                        has_prompt_scores |= isinstance(event, PromptEvent)
                         yield event
                         if is_terminal(event):
                             return
@@ -180,6 +197,18 @@ def _what_went_wrong(cause: BaseException) -> Exception:
     if isinstance(cause, GPTJServeError):
         return cause
     return RequestFailedError(f"the pipeline failed: {cause!r}")
+
+
+def _rest_of(sampling: SamplingParams | None, elapsed_s: float, has_prompt_scores: bool) -> SamplingParams | None:
+    """What another attempt still owes: the prompt's scores if they have not come, and the time that is left."""
+    if sampling is None:
+        return None
+    max_time_s = sampling.max_time_s
+    return msgspec.structs.replace(
+        sampling,
+        prompt_logprobs=sampling.prompt_logprobs and not has_prompt_scores,
+        max_time_s=None if max_time_s is None else max(max_time_s - elapsed_s, MIN_TIME_S),
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from gptj_serve.config import PipelineConfig, ServiceConfig
 from gptj_serve.engine.engine import Engine
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.logs import use_serve_logging
@@ -62,7 +63,12 @@ class Pipeline:
         heads = {name: str(path.resolve()) for name, path in config.head_dirs.items()}
         settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads)
         await self._pipeline.start(settings)
-        blocks = KVBlocks(settings[0].num_kv_blocks, settings[0].block_size)
+        blocks = KVBlocks(
+            settings[0].num_kv_blocks,
+            settings[0].block_size,
+            reuse_prefixes=config.pipeline.kv_cache.reuse_prefixes,
+        )
+        self._grammars = GrammarCompiler(tokenizer, checkpoint.config.eos_token_ids)
         limits = SchedulerLimits(
             num_stages=config.pipeline.num_stages,
             max_num_sequences=config.pipeline.scheduler.max_num_sequences,
@@ -93,7 +99,8 @@ class Pipeline:
         """
         request = msgspec.msgpack.decode(encoded_request, type=EngineRequest)
         outbox = self._outboxes.setdefault(ingress_id, _Outbox())
-        self._engine.add(request)
+        grammar = request.sampling.grammar if request.sampling is not None else None
+        self._engine.add(request, None if grammar is None else await self._grammars.compile_async(grammar))
         self._outbox_of[request.request_id] = outbox
         finished = self._finished[request.request_id] = asyncio.Event()
         outbox.num_requests += 1

@@ -1,0 +1,92 @@
+"""When which stage works on which microbatch: a run of the real scheduler over stages of given speed.
+
+Time is simulated, so an hour of requests takes seconds, and a schedule can be looked at without any hardware.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.steps import MicroBatch, StepOutput
+from gptj_serve.types import EngineRequest, Event
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stage at work on a microbatch, in seconds from the start."""
+
+    microbatch_id: int
+    stage_index: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(slots=True)
+class Timeline:
+    num_stages: int
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def duration_s(self) -> float:
+        """From the first span's start to the last one's end."""
+        if not self.spans:
+            return 0.0
+        return max(span.end_s for span in self.spans) - min(span.start_s for span in self.spans)
+
+    @property
+    def bubble_ratio(self) -> float:
+        """The share of the stages' time in which they have nothing to do."""
+        busy_s = sum(span.end_s - span.start_s for span in self.spans)
+        return 1 - busy_s / (self.num_stages * self.duration_s) if self.spans else 0.0
+
+    def grid(self, slot_s: float, max_slots: int = 32) -> str:
+        """A row per stage, a column per slot of time: the id of the microbatch at work at its beginning, or a dot."""
+        width = len(str(max((span.microbatch_id for span in self.spans), default=0)))
+        origin_s = min((span.start_s for span in self.spans), default=0.0)
+        lines = []
+        for stage_index in range(self.num_stages):
+            cells = ["." * width] * min(max_slots, round(self.duration_s / slot_s))
+            for span in self.spans:
+                if span.stage_index == stage_index:
+                    for slot in range(*(round((at_s - origin_s) / slot_s) for at_s in (span.start_s, span.end_s))):
+                        if slot < len(cells):
+                            cells[slot] = str(span.microbatch_id).rjust(width)
+            lines.append(f"stage {stage_index} | {' '.join(cells)}")
+        return "\n".join(lines)
+
+
+def simulate(
+    scheduler: Scheduler,
+    arrivals: Iterable[tuple[float, EngineRequest]],
+    answer: Callable[[MicroBatch], StepOutput],
+    duration_s: Callable[[MicroBatch, int], float],
+    on_events: Callable[[float, list[Event]], None] = lambda now_s, events: None,
+) -> Timeline:
+    """Serve requests that arrive at given times, in order; `duration_s(microbatch, stage_index)` is the cost model.
+
+    As in `Engine`, up to `num_stages` microbatches are in flight; handing on takes no time.
+    """
+    timeline = Timeline(scheduler.limits.num_stages)
+    stage_free_s = [0.0] * scheduler.limits.num_stages
+    in_flight: list[tuple[float, int, StepOutput]] = []  # a heap by time of completion
+    pending = list(reversed(list(arrivals)))
+    now_s = 0.0
+    while pending or in_flight or scheduler.has_work:
+        while pending and pending[-1][0] <= now_s:
+            scheduler.add(pending.pop()[1])
+        while len(in_flight) < scheduler.limits.num_stages and (microbatch := scheduler.schedule()) is not None:
+            ready_s = now_s
+            for stage_index, free_s in enumerate(stage_free_s):
+                start_s = max(ready_s, free_s)
+                ready_s = stage_free_s[stage_index] = start_s + duration_s(microbatch, stage_index)
+                timeline.spans.append(Span(microbatch.microbatch_id, stage_index, start_s, ready_s))
+            heapq.heappush(in_flight, (ready_s, microbatch.microbatch_id, answer(microbatch)))
+        next_s = [in_flight[0][0]] if in_flight else []
+        if pending and len(in_flight) < scheduler.limits.num_stages:
+            next_s.append(pending[-1][0])
+        assert next_s, "work, but nothing in flight and nothing to come"
+        now_s = max(now_s, min(next_s))
+        if in_flight and in_flight[0][0] <= now_s:
+            on_events(now_s, scheduler.update(heapq.heappop(in_flight)[2]))
+    return timeline

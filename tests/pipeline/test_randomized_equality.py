@@ -1,0 +1,251 @@
+"""Random requests, served all at once over random engines, against transformers' generate for each of them alone.
+
+Greedy and beam search with every processor that transformers has for them. `pytest -m large` runs thousands.
+"""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPTJForCausalLM
+from transformers.utils import logging as transformers_logging
+
+import gptj_serve
+from gptj_serve.engine.kv_blocks import KVBlocks
+from gptj_serve.engine.local import LocalEngine
+from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.pipeline.in_process import InProcessPipeline
+from gptj_serve.pipeline.partition import head_cost, partition
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.types import (
+    BeamEvent,
+    BeamParams,
+    EarlyStopping,
+    EngineRequest,
+    FailureEvent,
+    SamplingParams,
+    Task,
+    TokenEvent,
+    is_terminal,
+)
+
+DEMO = Path(gptj_serve.__file__).parent / "demo"
+EARLY_STOPPING = {EarlyStopping.HEURISTIC: False, EarlyStopping.FIRST: True, EarlyStopping.NEVER: "never"}
+MAX_PROMPT = 40
+MAX_NEW = 12
+REQUESTS_PER_ENGINE = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request in both languages."""
+
+    prompt: list[int]
+    theirs: dict[str, Any]
+    ours: SamplingParams
+    num_cancelled_after: int | None  # close the stream after so many events
+
+
+@dataclass
+class Model:
+    """A checkpoint with its oracle, and the token ids that come up often enough to be worth forbidding."""
+
+    directory: Path
+    oracle: GPTJForCausalLM
+    vocab_size: int
+    frequent: list[int]
+    eos: int
+
+
+@pytest.fixture(scope="module")
+def models(tiny_gptj) -> list[Model]:
+    shapes = [
+        {},
+        {"n_layer": 4, "n_head": 2, "rotary_dim": 8, "activation_function": "gelu", "vocab_size": 50},
+        {"n_layer": 5, "n_embd": 48, "rotary_dim": None, "n_inner": 64, "layer_norm_epsilon": 1e-3},
+    ]
+    return [load(tiny_gptj(**shape)) for shape in shapes] + [load(DEMO)]
+
+
+def load(directory: Path) -> Model:
+    transformers_logging.set_verbosity_error()
+    oracle = GPTJForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    oracle.generation_config.eos_token_id = oracle.generation_config.pad_token_id = None
+    chance = random.Random(5)
+    counts: dict[int, int] = {}
+    for _ in range(12):
+        ids = torch.tensor([[chance.randrange(1, oracle.config.vocab_size) for _ in range(6)]])
+        for token in oracle.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, 6:].tolist():
+            counts[token] = counts.get(token, 0) + 1
+    frequent = sorted(counts, key=lambda token: -counts[token])[:12]
+    return Model(directory, oracle, oracle.config.vocab_size, frequent, eos=frequent[3])
+
+
+def draw_case(model: Model, chance: random.Random, shared: list[list[int]]) -> Case:
+    prompt = [*chance.choice(shared), *(draw_token(model, chance) for _ in range(chance.randint(0, 6)))]
+    prompt = (prompt or [draw_token(model, chance)])[:MAX_PROMPT]
+    max_new = chance.randint(1, MAX_NEW)
+    theirs: dict[str, Any] = {"max_new_tokens": max_new, "eos_token_id": model.eos}
+    ours: dict[str, Any] = {"max_new_tokens": max_new}
+
+    def maybe(probability: float) -> bool:
+        return chance.random() < probability
+
+    def tokens(count: int) -> list[int]:
+        return [draw_token(model, chance) for _ in range(count)]
+
+    def both(name: str, value: Any) -> None:
+        theirs[name] = ours[name] = value
+
+    if maybe(0.2):
+        both("min_new_tokens", chance.randint(0, max_new))
+    if maybe(0.25):
+        both("repetition_penalty", chance.choice([0.7, 1.2, 1.8, 3.0]))
+    if maybe(0.25):
+        both("no_repeat_ngram_size", chance.randint(1, 4))
+    if maybe(0.2):
+        both("bad_words_ids", [tokens(chance.randint(1, 3)) for _ in range(chance.randint(1, 4))])
+    if maybe(0.2):
+        both("suppress_tokens", sorted(set(tokens(chance.randint(1, 5)))))
+    if maybe(0.15):
+        both("begin_suppress_tokens", sorted(set(tokens(chance.randint(1, 5)))))
+    if maybe(0.2):
+        both("exponential_decay_length_penalty", (chance.randint(0, 6), chance.choice([1.05, 1.3, 2.0])))
+    if maybe(0.2):
+        biases = {tuple(tokens(chance.randint(1, 3))): chance.choice([-4.0, -0.5, 1.0, 6.0]) for _ in range(3)}
+        theirs["sequence_bias"] = biases
+        ours["sequence_bias"] = [(list(ids), bias) for ids, bias in biases.items()]
+    if maybe(0.1):
+        both("forced_bos_token_id", draw_token(model, chance))
+    if maybe(0.1):
+        theirs["forced_eos_token_id"] = model.eos
+        ours["forced_eos_token_id"] = [model.eos]
+    if maybe(0.4):
+        num_beams = chance.randint(2, 8)
+        early_stopping = chance.choice(list(EARLY_STOPPING))
+        length_penalty = chance.choice([1.0, 1.0, 0.0, 2.0, -1.0])
+        theirs |= {"num_beams": num_beams, "early_stopping": EARLY_STOPPING[early_stopping]}
+        theirs["length_penalty"] = length_penalty
+        ours["beams"] = BeamParams(
+            num_beams=num_beams, early_stopping=early_stopping, length_penalty=length_penalty
+        )
+    elif maybe(0.2):
+        scale = chance.choice([0.5, 1.5, 3.0])
+        negative = tokens(chance.randint(0, 10))
+        theirs["guidance_scale"] = ours["guidance_scale"] = scale
+        ours["negative_prompt_token_ids"] = negative
+        if negative:
+            theirs["negative_prompt_ids"] = torch.tensor([negative])
+    elif maybe(0.5):
+        ours["prompt_lookup_num_tokens"] = chance.randint(1, 6)  # may not change anything
+    cancelled = chance.randint(0, 3) if maybe(0.1) else None
+    return Case(prompt, theirs, SamplingParams(**ours), cancelled)
+
+
+def draw_token(model: Model, chance: random.Random) -> int:
+    return chance.choice(model.frequent) if chance.random() < 0.6 else chance.randrange(model.vocab_size)
+
+
+def expected(model: Model, case: Case) -> list[int]:
+    ids = torch.tensor([case.prompt])
+    out = model.oracle.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **case.theirs
+    )
+    return out[0, len(case.prompt) :].tolist()
+
+
+def draw_engine(model: Model, chance: random.Random) -> tuple[Scheduler, InProcessPipeline]:
+    """Any number of stages, and now and then so few KV blocks that requests are preempted again and again."""
+    checkpoint = Checkpoint.open(model.directory)
+    config = checkpoint.config
+    num_stages = chance.randint(1, 4)
+    block_size = chance.choice([1, 3, 4, 16])
+    most = 8 * -(-(MAX_PROMPT + MAX_NEW) // block_size) + 8  # the widest beam search, sharing nothing
+    num_blocks = most + chance.choice([0, 5, 200])
+    runners = [
+        StageRunner.load(
+            checkpoint,
+            StageSpec(span, num_blocks, block_size, torch.float32, torch.device("cpu"), config.vocab_size),
+        )
+        for span in partition(config.n_layer, num_stages, head_cost(config))
+    ]
+    limits = SchedulerLimits(num_stages, chance.choice([8, 64]), chance.choice([8, 24, 64, 512]), config.n_positions)
+    blocks = KVBlocks(num_blocks, block_size, reuse_prefixes=chance.random() < 0.8)
+    return Scheduler(limits, blocks, frozenset({model.eos})), InProcessPipeline(runners)
+
+
+async def serve(model: Model, cases: list[Case], chance: random.Random) -> list[list[int] | None]:
+    """Each case's tokens, or None where the stream was closed early."""
+    scheduler, pipeline = draw_engine(model, chance)
+    try:
+        async with LocalEngine(scheduler, pipeline) as engine:
+            delays = [chance.choice([0, 0, chance.random() * 0.2]) for _ in cases]
+            requests = [
+                EngineRequest(
+                    request_id=str(index),
+                    task=Task.GENERATE,
+                    prompt_token_ids=case.prompt,
+                    sampling=case.ours,
+                    priority=chance.randint(-2, 2),
+                )
+                for index, case in enumerate(cases)
+            ]
+            answers = await asyncio.gather(*map(answer, [engine] * len(cases), requests, cases, delays))
+        scheduler.check_integrity()
+        assert scheduler.blocks.num_used == 0
+        return answers
+    finally:
+        pipeline.close()
+
+
+async def answer(engine: LocalEngine, request: EngineRequest, case: Case, delay_s: float) -> list[int] | None:
+    await asyncio.sleep(delay_s)
+    tokens: list[int] = []
+    num_terminal = 0
+    async with aclosing(engine.submit(request)) as events:
+        num_events = 0
+        async for event in events:
+            if num_events == case.num_cancelled_after:
+                return None
+            num_events += 1
+            assert not isinstance(event, FailureEvent), event
+            if isinstance(event, TokenEvent):
+                tokens.append(event.token_id)
+            elif isinstance(event, BeamEvent):
+                tokens = event.beams[0].token_ids
+            num_terminal += is_terminal(event)
+    assert num_terminal == 1
+    return tokens
+
+
+def compare(models: list[Model], seed: int, num_requests: int) -> Iterator[str]:
+    """Descriptions of all mismatches."""
+    chance = random.Random(seed)
+    num_compared = 0
+    while num_compared < num_requests:
+        model = chance.choice(models)
+        shared = [[], *([draw_token(model, chance) for _ in range(chance.randint(1, 34))] for _ in range(2))]
+        cases = [draw_case(model, chance, shared) for _ in range(min(REQUESTS_PER_ENGINE, num_requests - num_compared))]
+        for case, tokens in zip(cases, asyncio.run(serve(model, cases, chance)), strict=True):
+            if tokens is not None and tokens != (reference := expected(model, case)):
+                yield f"{model.directory}: {case}\n  ours   {tokens}\n  theirs {reference}"
+        num_compared += len(cases)
+
+
+def test_what_is_served_is_what_transformers_generates(models: list[Model]) -> None:
+    mismatches = list(compare(models, seed=1, num_requests=120))
+    assert not mismatches, "\n".join(mismatches)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_thousands_of_requests(models: list[Model], seed: int) -> None:
+    mismatches = list(compare(models, seed, num_requests=250))
+    assert not mismatches, "\n".join(mismatches)
