@@ -90,8 +90,8 @@ class BeamGeneration:
         for index, sequence in enumerate(self.sequences):
             if index not in kept:
                 blocks.release(sequence.block_table)
+        self.sequences, self._editors = sequences, editors
         for (_, token_id), sequence, editor in zip(chosen, sequences, editors, strict=True):
             sequence.token_ids.append(token_id)
             editor.push(token_id)
-        self.sequences, self._editors = sequences, editors
         self._num_steps += 1

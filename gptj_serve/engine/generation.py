@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence as Seq
 
+import msgspec
+
 from gptj_serve.engine.collecting import ValuesByPosition
 from gptj_serve.engine.drafting import Drafter
 from gptj_serve.engine.job import Ride
@@ -55,6 +57,12 @@ class Generation:
             self._editor.push(token_id)
         num_scored = self._num_prompt - 1 if self._params.prompt_logprobs else 0
         self._prompt_scores: ValuesByPosition | None = ValuesByPosition(num_scored) if num_scored else None
+        self._spec = SampleSpec(
+            warpers=self._params.warpers,
+            seed=self._params.seed,
+            num_top_logprobs=self._params.num_top_logprobs,
+            guidance_scale=self._params.guidance_scale,
+        )
         self._drafter: Drafter | None = None
         if self._params.prompt_lookup_num_tokens:
             self._drafter = Drafter(self.sequences[0].token_ids, self._params.max_matching_ngram_size)
@@ -65,7 +73,9 @@ class Generation:
 
     @property
     def is_decoding(self) -> bool:
-        return all(s.num_uncomputed <= 1 for s in self.sequences) and (self.num_output > 0 or len(self.sequences) > 1)
+        if len(self.sequences) > 1:
+            return all(sequence.num_uncomputed <= 1 for sequence in self.sequences)
+        return self.sequences[0].num_uncomputed <= 1 and self.num_output > 0
 
     def num_reusable(self, sequence: Sequence) -> int:
         is_scored = self._prompt_scores is not None and sequence is self.sequences[0]
@@ -126,15 +136,8 @@ class Generation:
         for index in range(len(draft) + 1):
             if index:
                 self._editor.push(draft[index - 1])
-            samples.append(
-                SampleSpec(
-                    warpers=self._params.warpers,
-                    seed=self._params.seed,
-                    edits=self._editor.edits(),
-                    num_top_logprobs=self._params.num_top_logprobs,
-                    guidance_scale=self._params.guidance_scale,
-                )
-            )
+            edits = self._editor.edits()
+            samples.append(self._spec if edits is None else msgspec.structs.replace(self._spec, edits=edits))
         self._editor.pop(len(draft))
         return samples
 

@@ -18,7 +18,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import islice
 
 from gptj_serve.engine.admission import check_fits, make_job, max_blocks
 from gptj_serve.engine.job import Job, Ride
@@ -26,7 +26,7 @@ from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.sequence import Sequence
 from gptj_serve.errors import InvalidRequestError
-from gptj_serve.steps import MicroBatch, RowResult, StepOutput
+from gptj_serve.steps import MicroBatch, Row, RowResult, StepOutput
 from gptj_serve.types import PRIORITY_STEP, EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
 
 
@@ -51,11 +51,19 @@ class _Step:
     """A microbatch in the making; afterwards, what is known of it while it is in flight."""
 
     budget: int  # tokens that still fit
-    rides: list[tuple[_Entry, Ride]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    riders: list[tuple[_Entry, list[Ride]]] = field(default_factory=list)  # in the order of the rows
 
     def carries(self, entry: _Entry) -> bool:
-        return any(other is entry for other, _ in self.rides)
+        return any(rider is entry for rider, _ in self.riders)
+
+    def add(self, entry: _Entry, ride: Ride) -> None:
+        if not self.riders or self.riders[-1][0] is not entry:
+            self.riders.append((entry, []))
+        self.riders[-1][1].append(ride)
+        self.rows.append(ride.row)
+        self.budget -= len(ride.row.token_ids)
 
 
 class Scheduler:
@@ -131,7 +139,7 @@ class Scheduler:
         decode_cap = -(-num_decoding // self.limits.num_stages)
         # All loops may preempt, which takes entries off the end of the list they go through: a list allows that.
         for entry in self._running:
-            if len(step.rides) >= decode_cap:
+            if len(step.rows) >= decode_cap:
                 break
             if entry.job.is_decoding:
                 self._schedule_decode(entry, step)
@@ -140,9 +148,9 @@ class Scheduler:
                 self._schedule_prompt(entry, step)
         while step.budget > 0 and (admitted := self._admit_next()) is not None:
             self._schedule_prompt(admitted, step)
-        if not step.rides:
+        if not step.rows:
             return None
-        microbatch = MicroBatch(self._next_microbatch_id, [ride.row for _, ride in step.rides], step.copies)
+        microbatch = MicroBatch(self._next_microbatch_id, step.rows, step.copies)
         self._in_flight[microbatch.microbatch_id] = step
         self._next_microbatch_id += 1
         return microbatch
@@ -150,23 +158,16 @@ class Scheduler:
     def update(self, output: StepOutput) -> list[Event]:
         """Hand the oldest microbatch's results to the jobs that they are for, if these are still here."""
         assert output.microbatch_id == next(iter(self._in_flight)), "results out of order"
+        step = self._in_flight.pop(output.microbatch_id)
+        assert len(output.rows) == len(step.rows)
         events: list[Event] = []
-        rides = self._in_flight.pop(output.microbatch_id).rides
+        results = (result or _NOTHING for result in output.rows)
         now = self._clock()
-        pairs = zip(rides, output.rows, strict=True)
-        for _, group in groupby(pairs, key=lambda pair: pair[0][0].rank):
-            members = list(group)
-            entry = members[0][0][0]
+        for entry, rides in step.riders:
+            own = list(islice(results, len(rides)))
             if self._entries.get(entry.job.request.request_id) is not entry:
                 continue  # finished or aborted meanwhile
-            results = [result or _NOTHING for _, result in members]
-            failure = next((result.failure for result in results if result.failure is not None), None)
-            if failure is not None:
-                self.blocks.withdraw(block for s in entry.job.sequences for block in s.block_table)
-                taken: list[Event] = [FailureEvent(entry.job.request.request_id, failure)]
-            else:
-                taken = entry.job.take([ride for (_, ride), _ in members], results, self.blocks, now)
-            self.num_draft_tokens_accepted += max(0, sum(isinstance(event, TokenEvent) for event in taken) - 1)
+            taken = self._take(entry.job, rides, own, now)
             events += taken
             if taken and is_terminal(taken[-1]):
                 self._drop(entry)
@@ -245,8 +246,7 @@ class Scheduler:
         row = entry.job.row(sequence, end, draft)
         sequence.num_computed = end
         sequence.publish(self.blocks, end)
-        step.rides.append((entry, Ride(sequence, row, sequence.num_evictions)))
-        step.budget -= len(row.token_ids)
+        step.add(entry, Ride(sequence, row, sequence.num_evictions))
         self.num_tokens_drafted += len(draft)
 
     def _admit_next(self) -> _Entry | None:
@@ -282,6 +282,15 @@ class Scheduler:
             if s.num_uncomputed
         )
         return self.blocks.num_free - reserved - self.num_running
+
+    def _take(self, job: Job, rides: list[Ride], results: list[RowResult], now: float) -> list[Event]:
+        failure = next((result.failure for result in results if result.failure is not None), None)
+        if failure is not None:
+            self.blocks.withdraw(block for sequence in job.sequences for block in sequence.block_table)
+            return [FailureEvent(job.request.request_id, failure)]
+        events = job.take(rides, results, self.blocks, now)
+        self.num_draft_tokens_accepted += max(0, sum(isinstance(event, TokenEvent) for event in events) - 1)
+        return events
 
     def _preempt(self, entry: _Entry) -> None:
         self._running.remove(entry)

@@ -62,20 +62,23 @@ def simulate(
     answer: Callable[[MicroBatch], StepOutput],
     duration_s: Callable[[MicroBatch, int], float],
     on_events: Callable[[float, list[Event]], None] = lambda now_s, events: None,
+    num_stages: int | None = None,
 ) -> Timeline:
     """Serve requests that arrive at given times, in order; `duration_s(microbatch, stage_index)` is the cost model.
 
-    As in `Engine`, up to `num_stages` microbatches are in flight; handing on takes no time.
+    As in `Engine`, up to `num_stages` microbatches are in flight (by default as many as the scheduler counts on);
+    handing on takes no time.
     """
-    timeline = Timeline(scheduler.limits.num_stages)
-    stage_free_s = [0.0] * scheduler.limits.num_stages
+    num_stages = num_stages or scheduler.limits.num_stages
+    timeline = Timeline(num_stages)
+    stage_free_s = [0.0] * num_stages
     in_flight: list[tuple[float, int, StepOutput]] = []  # a heap by time of completion
     pending = list(reversed(list(arrivals)))
     now_s = 0.0
     while pending or in_flight or scheduler.has_work:
         while pending and pending[-1][0] <= now_s:
             scheduler.add(pending.pop()[1])
-        while len(in_flight) < scheduler.limits.num_stages and (microbatch := scheduler.schedule()) is not None:
+        while len(in_flight) < num_stages and (microbatch := scheduler.schedule()) is not None:
             ready_s = now_s
             for stage_index, free_s in enumerate(stage_free_s):
                 start_s = max(ready_s, free_s)
@@ -83,7 +86,7 @@ def simulate(
                 timeline.spans.append(Span(microbatch.microbatch_id, stage_index, start_s, ready_s))
             heapq.heappush(in_flight, (ready_s, microbatch.microbatch_id, answer(microbatch)))
         next_s = [in_flight[0][0]] if in_flight else []
-        if pending and len(in_flight) < scheduler.limits.num_stages:
+        if pending and len(in_flight) < num_stages:
             next_s.append(pending[-1][0])
         assert next_s, "work, but nothing in flight and nothing to come"
         now_s = max(now_s, min(next_s))

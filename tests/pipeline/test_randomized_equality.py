@@ -133,9 +133,7 @@ def draw_case(model: Model, chance: random.Random, shared: list[list[int]]) -> C
         length_penalty = chance.choice([1.0, 1.0, 0.0, 2.0, -1.0])
         theirs |= {"num_beams": num_beams, "early_stopping": EARLY_STOPPING[early_stopping]}
         theirs["length_penalty"] = length_penalty
-        ours["beams"] = BeamParams(
-            num_beams=num_beams, early_stopping=early_stopping, length_penalty=length_penalty
-        )
+        ours["beams"] = BeamParams(num_beams=num_beams, early_stopping=early_stopping, length_penalty=length_penalty)
     elif maybe(0.2):
         scale = chance.choice([0.5, 1.5, 3.0])
         negative = tokens(chance.randint(0, 10))

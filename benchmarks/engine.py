@@ -1,0 +1,234 @@
+"""What the engine's parts bring and cost, in ratios of one run: `python -m benchmarks.engine [--trace CSV]`.
+
+Everything runs in this process, on the demo checkpoint where a model is needed: prefix reuse on repeated contexts,
+prompt-lookup drafts on extractive prompts, idle stages by scheduling policy over a trace's lengths, and the time that
+scheduler and sampler take per step.
+"""
+
+import asyncio
+import csv
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gptj_serve.config import ServiceConfig
+from gptj_serve.engine.kv_blocks import KVBlocks
+from gptj_serve.engine.local import LocalEngine
+from gptj_serve.engine.sampling import sample
+from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.engine.timeline import simulate
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.pipeline.in_process import InProcessPipeline
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.steps import MicroBatch, RowResult, SampledToken, StepOutput
+from gptj_serve.tokenizer import Tokenizer
+from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
+
+BLOCK_SIZE = 16
+CONTEXT_LIMIT = 2048
+console = Console(width=110)
+
+PASSAGE = (
+    "The harbour of the old town was built in 1842 by Captain John Harding, who had bought the land from the widow of "
+    "a fisherman. The lighthouse at the end of the pier was added in 1851, after two ships were lost in one night. "
+    "Captain John Harding gave the lighthouse to the town, and the town gave the street along the harbour his name. "
+    "In the winter of 1860 the pier was broken by the ice, and for two years no ship could enter the harbour. "
+)
+
+
+def main(
+    trace: Annotated[Path | None, typer.Option(help="CSV of arrival, prompt tokens, output tokens.")] = None,
+    num_trace_requests: int = 400,
+    threads: int = 2,
+) -> None:
+    torch.set_num_threads(threads)
+    console.print(f"torch {torch.__version__}, {threads} threads")
+    checkpoint = Checkpoint.open(ServiceConfig().checkpoint_dir)
+    tokenizer = Tokenizer.from_directory(ServiceConfig().checkpoint_dir)
+    asyncio.run(measure_prefix_reuse(checkpoint, tokenizer))
+    asyncio.run(measure_drafts(checkpoint, tokenizer))
+    measure_bubbles(read_trace(trace) if trace else drawn_lengths(), num_trace_requests)
+    measure_overhead()
+
+
+# ------------------------------------------------------------------------------------------------ on the demo model
+
+
+async def measure_prefix_reuse(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Sixteen questions about one context of about 700 tokens, each answered with 8 tokens, one after another."""
+    context = tokenizer.encode(PASSAGE * 7)[:700]
+    prompts = [[*context, *tokenizer.encode(f" Question {i}: when was that?")] for i in range(16)]
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(3):
+        for reuse in (False, True):
+            scheduler, pipeline = make_engine(checkpoint, reuse_prefixes=reuse)
+            async with LocalEngine(scheduler, pipeline) as engine:
+                began = time.perf_counter()
+                for prompt in prompts:
+                    await generate(engine, prompt, SamplingParams(max_new_tokens=8, ignore_eos=True))
+                seconds[reuse].append(time.perf_counter() - began)
+            pipeline.close()
+    without, with_reuse = statistics.median(seconds[False]), statistics.median(seconds[True])
+    hit_rate = scheduler.num_prefix_tokens_reused / scheduler.num_prefix_tokens
+    table = Table("prefix reuse", "seconds", "speed-up", "hit rate", title="16 questions on one context, 8 tokens each")
+    table.add_row("off", f"{without:.2f}", "1.0", "")
+    table.add_row("on", f"{with_reuse:.2f}", f"{without / with_reuse:.1f}", f"{hit_rate:.1%}")
+    console.print(table)
+
+
+async def measure_drafts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Prompts whose continuation is likely to repeat them, greedy and sampled at a low temperature."""
+    chance = random.Random(0)
+    sentences = PASSAGE.split(". ")
+    prompts = [
+        tokenizer.encode(PASSAGE + ". ".join(chance.sample(sentences[:-1], 2)) + ". " + PASSAGE[:60]) for _ in range(8)
+    ]
+    table = Table("prompt lookup", "temperature", "accepted", "tokens/step", "seconds", "speed-up", title="Drafts of 5")
+    for temperature in (0.0, 0.7):
+        base = 0.0
+        for num_drafted in (0, 5):
+            params = SamplingParams(
+                max_new_tokens=64,
+                ignore_eos=True,
+                warpers=Warpers(temperature=temperature),
+                seed=1,
+                prompt_lookup_num_tokens=num_drafted,
+            )
+            scheduler, pipeline = make_engine(checkpoint)
+            async with LocalEngine(scheduler, pipeline) as engine:
+                began = time.perf_counter()
+                for prompt in prompts:
+                    await generate(engine, prompt, params)
+                seconds = time.perf_counter() - began
+            pipeline.close()
+            accepted = scheduler.num_draft_tokens_accepted
+            base = base or seconds
+            share = f"{accepted / scheduler.num_tokens_drafted:.1%}" if num_drafted else ""
+            num_tokens = len(prompts) * params.max_new_tokens
+            table.add_row(
+                str(num_drafted),
+                str(temperature),
+                share,
+                f"{num_tokens / (num_tokens - accepted):.2f}",
+                f"{seconds:.2f}",
+                f"{base / seconds:.2f}",
+            )
+    console.print(table)
+
+
+def make_engine(checkpoint: Checkpoint, *, reuse_prefixes: bool = True) -> tuple[Scheduler, InProcessPipeline]:
+    config = checkpoint.config
+    num_blocks = 8 * config.n_positions // BLOCK_SIZE
+    spec = StageSpec(
+        range(config.n_layer), num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"), config.vocab_size
+    )
+    limits = SchedulerLimits(1, 64, 512, config.n_positions)
+    blocks = KVBlocks(num_blocks, BLOCK_SIZE, reuse_prefixes=reuse_prefixes)
+    pipeline = InProcessPipeline([StageRunner.load(checkpoint, spec)])
+    return Scheduler(limits, blocks, checkpoint.config.eos_token_ids), pipeline
+
+
+async def generate(engine: LocalEngine, prompt: list[int], params: SamplingParams) -> list[int]:
+    request = EngineRequest(request_id="r", task=Task.GENERATE, prompt_token_ids=prompt, sampling=params)
+    return [event.token_id async for event in engine.submit(request) if isinstance(event, TokenEvent)]
+
+
+# ------------------------------------------------------------------------------------------------ simulated stages
+
+
+def read_trace(path: Path) -> list[tuple[int, int]]:
+    """(prompt tokens, output tokens) of the requests that fit a context."""
+    with path.open(newline="") as file:
+        rows = [(int(row[1]), int(row[2])) for row in list(csv.reader(file))[1:]]
+    return [(prompt, output) for prompt, output in rows if output and prompt + output <= CONTEXT_LIMIT]
+
+
+def drawn_lengths() -> list[tuple[int, int]]:
+    chance = random.Random(0)
+    return [(int(chance.lognormvariate(6, 1)) % 1500 + 1, chance.randint(10, 400)) for _ in range(5000)]
+
+
+def measure_bubbles(lengths: Sequence[tuple[int, int]], num_requests: int) -> None:
+    """All requests at once over four equal stages; a step costs a stage 1 ms and 10 µs per token."""
+    table = Table("policy", "bubble ratio", "tokens/s", title=f"Four stages, {num_requests} requests of the trace")
+    for name, num_stages in (("all decode rows in one microbatch", 1), ("capped at ceil(decoding / 4)", 4)):
+        limits = SchedulerLimits(num_stages, 256, 512, CONTEXT_LIMIT)
+        scheduler = Scheduler(limits, KVBlocks(40 * CONTEXT_LIMIT // BLOCK_SIZE, BLOCK_SIZE), frozenset())
+        requests = [fixed_request(str(i), *pair) for i, pair in enumerate(lengths[:num_requests])]
+        timeline = simulate(
+            scheduler,
+            [(0.0, request) for request in requests],
+            any_answer,
+            lambda microbatch, stage_index: 1e-3 + 1e-5 * microbatch.num_tokens,
+            num_stages=4,
+        )
+        num_tokens = sum(output for _, output in lengths[:num_requests])
+        table.add_row(name, f"{timeline.bubble_ratio:.3f}", f"{num_tokens / timeline.duration_s:.0f}")
+    console.print(table)
+
+
+def fixed_request(request_id: str, num_prompt: int, num_new: int) -> EngineRequest:
+    """Prompts of different requests have nothing in common."""
+    prompt = [int(request_id) % 50_000, *[1] * (num_prompt - 1)]
+    params = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
+    return EngineRequest(request_id=request_id, task=Task.GENERATE, prompt_token_ids=prompt, sampling=params)
+
+
+def any_answer(microbatch: MicroBatch) -> StepOutput:
+    token = RowResult(tokens=[SampledToken(1, -1.0)])
+    return StepOutput(microbatch.microbatch_id, [token if row.samples else None for row in microbatch.rows])
+
+
+# ------------------------------------------------------------------------------------------------ overhead per step
+
+
+def measure_overhead() -> None:
+    """One step of sequences of 512 tokens that all decode; the sampler over 50,400 logits each."""
+    table = Table("running", "scheduler", "sampler, greedy", "sampler, top-p", "bare argmax", title="µs per step")
+    for num_running in (1, 32, 256):
+        scheduler = Scheduler(SchedulerLimits(1, 256, 512, CONTEXT_LIMIT), KVBlocks(256 * 64, BLOCK_SIZE), frozenset())
+        for index in range(num_running):
+            scheduler.add(fixed_request(str(index), 512, 512))
+        microbatch = step(scheduler)
+        while len(microbatch.rows) < num_running or any(len(row.token_ids) > 1 for row in microbatch.rows):
+            microbatch = step(scheduler)
+        specs = [spec for row in microbatch.rows for spec in row.samples]
+        logits = torch.randn(num_running, 50_400)
+        positions = [512] * num_running
+        top_p = [type(spec)(warpers=Warpers(temperature=0.8, top_p=0.9), seed=7) for spec in specs]
+        table.add_row(
+            str(num_running),
+            micros(lambda: step(scheduler)),
+            micros(lambda: sample(logits, specs, positions)),
+            micros(lambda: sample(logits, top_p, positions)),
+            micros(lambda: logits.argmax(dim=-1)),
+        )
+    console.print(table)
+
+
+def step(scheduler: Scheduler) -> MicroBatch:
+    microbatch = scheduler.schedule()
+    assert microbatch is not None
+    scheduler.update(any_answer(microbatch))
+    return microbatch
+
+
+def micros(work: Callable[[], object], repeats: int = 15) -> str:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return f"{statistics.median(times) * 1e6:,.0f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
