@@ -126,10 +126,12 @@ class LogitEditor:
 
     def _forced(self) -> list[int]:
         params = self._rules.params
+        forced: list[int] = []
+        if params.forced_bos_token_id is not None and len(self._token_ids) == 1:
+            forced = [params.forced_bos_token_id]
         if params.forced_eos_token_id and self.num_output == params.max_new_tokens - 1:
-            return params.forced_eos_token_id
-        is_first = params.forced_bos_token_id is not None and len(self._token_ids) == 1
-        return [params.forced_bos_token_id] if is_first else []  # type: ignore[list-item]
+            forced = params.forced_eos_token_id
+        return [token_id for token_id in forced if token_id not in params.suppress_tokens]
 
     def _boost(self) -> float:
         """`ExponentialDecayLengthPenalty`, from as many tokens after the prompt as it starts with."""

@@ -5,6 +5,7 @@ Greedy and beam search with every processor that transformers has for them. `pyt
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def models(tiny_gptj) -> list[Model]:
     shapes = [
         {},
         {"n_layer": 4, "n_head": 2, "rotary_dim": 8, "activation_function": "gelu", "vocab_size": 50},
-        {"n_layer": 5, "n_embd": 48, "rotary_dim": None, "n_inner": 64, "layer_norm_epsilon": 1e-3},
+        {"n_layer": 5, "n_embd": 48, "rotary_dim": 12, "n_inner": 64, "layer_norm_epsilon": 1e-3},
     ]
     return [load(tiny_gptj(**shape)) for shape in shapes] + [load(DEMO)]
 
@@ -122,9 +123,10 @@ def draw_case(model: Model, chance: random.Random, shared: list[list[int]]) -> C
         biases = {tuple(tokens(chance.randint(1, 3))): chance.choice([-4.0, -0.5, 1.0, 6.0]) for _ in range(3)}
         theirs["sequence_bias"] = biases
         ours["sequence_bias"] = [(list(ids), bias) for ids, bias in biases.items()]
-    if maybe(0.1):
-        both("forced_bos_token_id", draw_token(model, chance))
-    if maybe(0.1):
+    suppressed = ours.get("suppress_tokens", [])  # transformers refuses to force these
+    if maybe(0.1) and (forced := draw_token(model, chance)) not in suppressed:
+        both("forced_bos_token_id", forced)
+    if maybe(0.1) and model.eos not in suppressed:
         theirs["forced_eos_token_id"] = model.eos
         ours["forced_eos_token_id"] = [model.eos]
     if maybe(0.4):
@@ -179,8 +181,8 @@ def draw_engine(model: Model, chance: random.Random) -> tuple[Scheduler, InProce
     return Scheduler(limits, blocks, frozenset({model.eos})), InProcessPipeline(runners)
 
 
-async def serve(model: Model, cases: list[Case], chance: random.Random) -> list[list[int] | None]:
-    """Each case's tokens, or None where the stream was closed early."""
+async def serve(model: Model, cases: list[Case], chance: random.Random, seen: Counter[str]) -> list[list[int] | None]:
+    """Each case's tokens, or None where the stream was closed early; `seen` adds up the engine's counters."""
     scheduler, pipeline = draw_engine(model, chance)
     try:
         async with LocalEngine(scheduler, pipeline) as engine:
@@ -196,6 +198,7 @@ async def serve(model: Model, cases: list[Case], chance: random.Random) -> list[
                 for index, case in enumerate(cases)
             ]
             answers = await asyncio.gather(*map(answer, [engine] * len(cases), requests, cases, delays))
+            seen.update((await engine.status())[0]["engine"])
         scheduler.check_integrity()
         assert scheduler.blocks.num_used == 0
         return answers
@@ -223,7 +226,7 @@ async def answer(engine: LocalEngine, request: EngineRequest, case: Case, delay_
     return tokens
 
 
-def compare(models: list[Model], seed: int, num_requests: int) -> Iterator[str]:
+def compare(models: list[Model], seed: int, num_requests: int, seen: Counter[str]) -> Iterator[str]:
     """Descriptions of all mismatches."""
     chance = random.Random(seed)
     num_compared = 0
@@ -231,19 +234,23 @@ def compare(models: list[Model], seed: int, num_requests: int) -> Iterator[str]:
         model = chance.choice(models)
         shared = [[], *([draw_token(model, chance) for _ in range(chance.randint(1, 34))] for _ in range(2))]
         cases = [draw_case(model, chance, shared) for _ in range(min(REQUESTS_PER_ENGINE, num_requests - num_compared))]
-        for case, tokens in zip(cases, asyncio.run(serve(model, cases, chance)), strict=True):
+        for case, tokens in zip(cases, asyncio.run(serve(model, cases, chance, seen)), strict=True):
             if tokens is not None and tokens != (reference := expected(model, case)):
                 yield f"{model.directory}: {case}\n  ours   {tokens}\n  theirs {reference}"
         num_compared += len(cases)
 
 
 def test_what_is_served_is_what_transformers_generates(models: list[Model]) -> None:
-    mismatches = list(compare(models, seed=1, num_requests=120))
+    seen: Counter[str] = Counter()
+    mismatches = list(compare(models, 1, 120, seen))
     assert not mismatches, "\n".join(mismatches)
+    for counter in ("preemptions", "prefix_tokens_reused", "draft_tokens_accepted", "requests_aborted"):
+        assert seen[f"num_{counter}"] > 0, counter
+    assert seen["num_requests_failed"] == 0
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("seed", range(10, 20))
 def test_thousands_of_requests(models: list[Model], seed: int) -> None:
-    mismatches = list(compare(models, seed, num_requests=250))
+    mismatches = list(compare(models, seed, 250, Counter()))
     assert not mismatches, "\n".join(mismatches)
