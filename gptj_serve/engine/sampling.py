@@ -1,104 +1,149 @@
-"""The sampler: from logits to tokens, with noise that depends on nothing but (seed, position).
+"""The sampler: from logits to tokens or, for a beam search, to candidates.
 
-Processors and their order are transformers' (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`).
-Shapes: `R` rows, `V` vocabulary.
+Guidance, then `LogitEdits`, then the choice: greedy, or drawn from what the `Warpers` leave. All rows are worked on at
+once, and each comes out as if it were alone. Shapes: `N` sample points, `V` tokens.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gptj_serve.types import RowFailure, RowResult, SampledToken, SamplingParams
+from gptj_serve.engine.draws import draw, draw_ranked, first_best, noise_for
+from gptj_serve.engine.logit_edits import apply_edits
+from gptj_serve.engine.ranking import best, rows_where, take_rows
+from gptj_serve.engine.warpers import Knobs, narrowed
+from gptj_serve.steps import RowResult, SampledToken, SampleSpec
+from gptj_serve.types import TokenLogprob
 
-_NOISE_GROUP = 64  # tokens per group in the two-level draw
+NOT_FINITE = "the model's logits hold NaN or infinity"
+NOT_FINITE_AFTER_EDITS = "the request's biases, penalties or guidance turn scores into NaN or infinity"
+NOTHING_POSSIBLE = "no token is possible: the request's constraints, taken together, forbid all of them"
 
-_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-_MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+ROWS_AT_ONCE = 64
+"""On a CPU: larger intermediates would be new memory each time, which costs more than what is computed in it."""
 
 
 def sample(
-    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], suppressed: Sequence[Sequence[int]]
+    logits: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], unconditional: Tensor | None = None
 ) -> list[RowResult]:
-    """Choose one token per row of `logits` [R, V].
+    """One token, or candidates, or a failure, for each row of `logits` [N, V], which are used up.
 
-    `positions` are those that the new tokens take, `suppressed` the ids that a row may not choose now. A row with
-    a NaN or +inf logit fails alone. Log-probabilities are those of the raw logits, before any processor.
+    `positions` are those that the new tokens take. `unconditional` [guided, V] has the unconditional logits of the
+    specs with guidance, in their order. Beams without any candidate don't fail: others of the search may go on.
     """
-    logits = logits.float()
-    log_normalizer = logits.logsumexp(dim=-1)  # [R]
-    sound = log_normalizer.isfinite().tolist()
-    scores = logits
-    if any(suppressed):
-        scores = logits.clone()
-        for row, ids in enumerate(suppressed):
-            scores[row, [token_id for token_id in ids if token_id < logits.shape[-1]]] = -torch.inf
-    chosen = scores.argmax(dim=-1)  # [R]
-    drawn = [row for row, p in enumerate(params) if p.temperature > 0 and sound[row]]
-    if drawn:
-        chosen[drawn] = _draw(scores[drawn], [params[row] for row in drawn], [positions[row] for row in drawn])
-    logprobs = logits.gather(-1, chosen[:, None]).squeeze(-1) - log_normalizer
-    return [
-        SampledToken(token_id, logprob) if ok else RowFailure("the model's logits hold NaN or infinity")
-        for ok, token_id, logprob in zip(sound, chosen.tolist(), logprobs.tolist(), strict=True)
-    ]
+    results = []
+    rows_at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else len(specs)
+    num_guided = 0
+    for first in range(0, len(specs), rows_at_once):
+        part = slice(first, first + rows_at_once)
+        guided = slice(num_guided, num_guided + sum(spec.guidance_scale != 1 for spec in specs[part]))
+        base = unconditional[guided].float() if unconditional is not None else None
+        results += _sample(logits[part].float(), specs[part], positions[part], base)
+        num_guided = guided.stop
+    return results
 
 
-def _draw(scores: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
-    """Temperature, top-k, top-p, then a draw: scores [R, V] → token ids [R]."""
-    device = scores.device
-    # In fp64, and with the highest score at 0, no temperature above 0 overflows to a NaN.
-    scores = scores.double() - scores.max(dim=-1, keepdim=True).values
-    scores = scores / torch.tensor([p.temperature for p in params], device=device, dtype=torch.float64)[:, None]
-    vocab_size = scores.shape[-1]
-    if any(0 < p.top_k < vocab_size or p.top_p < 1 for p in params):
-        ranked, order = scores.sort(dim=-1, descending=True)
-        top_k = torch.tensor([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], device=device)
-        threshold = ranked.gather(-1, top_k[:, None] - 1)
-        ranked = ranked.masked_fill(ranked < threshold, -torch.inf)  # ties with the k-th stay, as in transformers
-        top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
-        probabilities = ranked.softmax(dim=-1)
-        mass_before = probabilities.cumsum(dim=-1) - probabilities
-        outside = (mass_before >= top_p) & (top_p < 1)
-        outside[:, 0] = False
-        scores = torch.full_like(scores, -torch.inf).scatter(-1, order, ranked.masked_fill(outside, -torch.inf))
-    return gumbel_argmax(scores, [p.seed for p in params], positions)
+def _sample(
+    scores: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], unconditional: Tensor | None
+) -> list[RowResult]:
+    normalizers = scores.logsumexp(dim=-1, keepdim=True)  # [N, 1]
+    is_sound = normalizers[:, 0].isfinite()
+    alternatives = _best(scores, [spec.num_top_logprobs for spec in specs], normalizers)
+    changed = [row for row, spec in enumerate(specs) if _changes_scores(spec)]
+    if changed:
+        raw = scores[changed]
+        _change(scores, is_sound, specs, normalizers, unconditional)
+    failures = _failures(is_sound, scores, specs, changed)
+    candidates = _best(scores, [spec.num_candidates for spec in specs])
+    chosen = _choose(scores, specs, positions)[:, None]
+    logprobs = scores.gather(1, chosen) - normalizers
+    if changed:
+        logprobs[changed] = raw.gather(1, chosen[changed]) - normalizers[changed]
+    results = []
+    for row, (token_id, logprob) in enumerate(zip(chosen[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True)):
+        if row in failures:
+            results.append(RowResult(failure=failures[row]))
+        elif row in candidates:
+            results.append(RowResult(candidates=candidates[row]))
+        else:
+            results.append(RowResult([SampledToken(token_id, logprob, alternatives.get(row, []))]))
+    return results
 
 
-def gumbel_argmax(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """Draw from softmax(scores [R, V]) by the Gumbel-max trick: the argmax of scores plus Gumbel noise.
+def _changes_scores(spec: SampleSpec) -> bool:
+    return spec.edits is not None or spec.num_candidates > 0 or spec.guidance_scale != 1
 
-    It is used because a rounding difference of size e in the scores (another batch, another split) changes the draw
-    with probability of order e; inverting a cumulative sum over V terms is far more fragile. Two levels, a group of
-    tokens and then a token of it, draw from the same distribution with V/64 + 64 noises instead of V.
+
+def _change(
+    scores: Tensor, is_sound: Tensor, specs: Sequence[SampleSpec], normalizers: Tensor, unconditional: Tensor | None
+) -> None:
+    """Guidance, log-probabilities for beams, then edits, all in place; also what guidance finds unsound.
+
+    Guidance is that of transformers' `UnbatchedClassifierFreeGuidanceLogitsProcessor`.
     """
-    num_rows, vocab_size = scores.shape
-    num_groups = -(-vocab_size // _NOISE_GROUP)
-    padding = num_groups * _NOISE_GROUP - vocab_size
-    grouped = torch.nn.functional.pad(scores, (0, padding), value=-torch.inf).view(num_rows, num_groups, _NOISE_GROUP)
-    noise = gumbel_noise(seeds, positions, num_groups + _NOISE_GROUP).to(scores.device)
-    group = (grouped.logsumexp(dim=-1) + noise[:, :num_groups]).argmax(dim=-1)  # [R]
-    rows = torch.arange(num_rows, device=scores.device)
-    member = (grouped[rows, group] + noise[:, num_groups:]).argmax(dim=-1)
-    return group * _NOISE_GROUP + member
+    if rows := [row for row, spec in enumerate(specs) if spec.num_candidates or spec.guidance_scale != 1]:
+        scores[rows] -= normalizers[rows]
+    if rows := [row for row, spec in enumerate(specs) if spec.guidance_scale != 1]:
+        assert unconditional is not None, "guidance needs unconditional logits"
+        base = unconditional.log_softmax(dim=-1)
+        is_sound[rows] &= base.amax(dim=-1).isfinite()
+        scale = torch.tensor([[specs[row].guidance_scale] for row in rows], device=scores.device)
+        scores[rows] = scale * (scores[rows] - base) + base
+    apply_edits(scores, [(row, spec.edits) for row, spec in enumerate(specs) if spec.edits is not None])
 
 
-def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], count: int) -> Tensor:
-    """Standard Gumbel noise [R, count] in fp64: SplitMix64 (Steele et al., 2014) keyed by (seed, position)."""
-    key = _mix(_mix(torch.tensor(seeds, dtype=torch.int64)) + torch.tensor(positions, dtype=torch.int64) * _GOLDEN)
-    bits = _mix(key[:, None] + torch.arange(1, count + 1) * _GOLDEN)
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53  # in (0, 1)
-    return -(-uniform.log()).log()
+def _failures(is_sound: Tensor, scores: Tensor, specs: Sequence[SampleSpec], changed: Sequence[int]) -> dict[int, str]:
+    """What is wrong, by row."""
+    failures = dict.fromkeys(rows_where(~is_sound), NOT_FINITE)
+    peaks = take_rows(scores, changed).amax(dim=-1).tolist() if changed else []
+    for row, peak in zip(changed, peaks, strict=True):
+        if peak == -math.inf and not specs[row].num_candidates:
+            failures.setdefault(row, NOTHING_POSSIBLE)
+        elif not math.isfinite(peak) and peak != -math.inf:
+            failures.setdefault(row, NOT_FINITE_AFTER_EDITS)
+    return failures
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer on int64, which wraps around like uint64."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+def _best(scores: Tensor, counts: Sequence[int], normalizers: Tensor | None = None) -> dict[int, list[TokenLogprob]]:
+    """The best tokens of the rows with a count, so many of them at most, best first, finite ones only."""
+    rows = [row for row, count in enumerate(counts) if count]
+    if not rows:
+        return {}
+    values, token_ids = best(take_rows(scores, rows), max(counts))
+    if normalizers is not None:
+        values = values - normalizers[rows]
+    found = {}
+    for row, ids, logprobs in zip(rows, token_ids.tolist(), values.tolist(), strict=True):
+        pairs = zip(ids[: counts[row]], logprobs, strict=False)
+        found[row] = [(token_id, logprob) for token_id, logprob in pairs if logprob > -math.inf]
+    return found
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's own on int64 is arithmetic."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _choose(scores: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> Tensor:
+    """A token id for each row [N]; any id where candidates are asked for or the scores are not sound."""
+    chosen = torch.zeros(len(specs), dtype=torch.long, device=scores.device)
+    knobs = Knobs.of([spec.warpers for spec in specs])
+    asks = torch.tensor([spec.num_candidates == 0 for spec in specs])
+    if greedy := rows_where(asks & ~knobs.is_drawn):
+        chosen[greedy] = first_best(take_rows(scores, greedy))
+    if drawn := rows_where(asks & knobs.is_drawn):
+        seeds = [specs[row].seed for row in drawn]
+        noise = noise_for(scores.shape[1], seeds, [positions[row] for row in drawn], scores.device)
+        chosen[drawn] = _draw(take_rows(scores, drawn), knobs.of_rows(drawn), noise)
+    return chosen
+
+
+def _draw(scores: Tensor, knobs: Knobs, noise: Tensor) -> Tensor:
+    """Scores [R, V] and their noise → token ids [R]."""
+    chosen = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    is_narrowed = knobs.narrows(scores.shape[1])
+    if whole := rows_where(~is_narrowed):
+        temperatures = knobs.of_rows(whole).temperatures(scores)
+        chosen[whole] = draw(take_rows(scores, whole), temperatures, noise[whole])
+    if cut := rows_where(is_narrowed):
+        for part in narrowed(take_rows(scores, cut), knobs.of_rows(cut)):
+            rows = [cut[row] for row in part.rows]
+            chosen[rows] = draw_ranked(part.x, part.token_ids, noise[rows])
+    return chosen

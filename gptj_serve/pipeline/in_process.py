@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptj_serve.errors import PipelineError
 from gptj_serve.pipeline.stage_runner import StageRunner
-from gptj_serve.types import MicroBatch, StepOutput
+from gptj_serve.steps import MicroBatch, StepOutput
 
 
 class InProcessPipeline:

@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from gptj_serve.types import MAX_FRAME_BYTES
+from gptj_serve.steps import MAX_FRAME_BYTES
 
 POLL_INTERVAL_MS = 100
 """How often a waiting stage looks whether it should stop."""

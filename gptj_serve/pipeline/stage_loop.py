@@ -12,7 +12,7 @@ from torch import Tensor
 from gptj_serve.pipeline.handoff import Handoff, ZmqHandoff
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
 from gptj_serve.pipeline.stage_runner import StageRunner
-from gptj_serve.types import MicroBatch, StepOutput
+from gptj_serve.steps import MicroBatch, StepOutput
 
 logger = logging.getLogger(__name__)
 

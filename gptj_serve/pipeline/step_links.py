@@ -9,7 +9,7 @@ import zmq.asyncio
 
 from gptj_serve.errors import PipelineError
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender
-from gptj_serve.types import MicroBatch, StepOutput
+from gptj_serve.steps import MicroBatch, StepOutput
 
 
 class StepLinks:

@@ -23,7 +23,7 @@ from gptj_serve.errors import PipelineError
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.pipeline.step_links import StepLinks
 from gptj_serve.serving.stage_actor import GPTJStage, StageSettings
-from gptj_serve.types import MicroBatch, StepOutput
+from gptj_serve.steps import MicroBatch, StepOutput
 
 logger = logging.getLogger(__name__)
 

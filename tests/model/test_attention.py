@@ -118,3 +118,24 @@ def test_fp16_scores_do_not_overflow():
     attended = PagedAttention([PagedRow(0, 12, [1, 0])], cache).layer(0)(q, k, v)
     assert attended.dtype == torch.float16
     torch.testing.assert_close(attended.float(), expected, atol=2e-3, rtol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------- copied blocks
+
+
+def numbered_cache(num_layers: int, num_blocks: int) -> KVCache:
+    cache = KVCache(CONFIG, num_layers, num_blocks, 4, torch.float32, torch.device("cpu"))
+    cache.keys.copy_(torch.arange(cache.keys.numel()).view_as(cache.keys))
+    cache.values.copy_(-cache.keys)
+    return cache
+
+
+@given(copies=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
+def test_copies_are_made_in_every_layer_as_if_one_after_the_other(copies: list[tuple[int, int]]):
+    cache, expected = numbered_cache(3, 6), numbered_cache(3, 6)
+    cache.copy_blocks(copies)
+    for source, target in copies:
+        expected.keys[:, target] = expected.keys[:, source].clone()
+        expected.values[:, target] = expected.values[:, source].clone()
+    assert torch.equal(cache.keys, expected.keys)
+    assert torch.equal(cache.values, expected.values)
