@@ -7,6 +7,7 @@ from gptj_serve.engine.job import Ride
 from gptj_serve.engine.kv_blocks import BlockKeys, KVBlocks
 from gptj_serve.engine.logit_editor import LogitEditor, TokenMatcher
 from gptj_serve.engine.sequence import Sequence
+from gptj_serve.errors import RequestFailedError
 from gptj_serve.steps import Row, RowResult, SampleSpec
 from gptj_serve.types import BeamEvent, EngineRequest, Event, FailureEvent, SamplingParams
 
@@ -74,7 +75,7 @@ class BeamGeneration:
                 self._go_on(chosen, blocks)
                 return []
             return [BeamEvent(self.request.request_id, self._search.results())]
-        except ValueError as error:
+        except (ValueError, RequestFailedError) as error:
             return [FailureEvent(self.request.request_id, str(error))]
 
     def _go_on(self, chosen: list[tuple[int, int]], blocks: KVBlocks) -> None:

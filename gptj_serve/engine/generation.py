@@ -65,7 +65,7 @@ class Generation:
         )
         self._drafter: Drafter | None = None
         if self._params.prompt_lookup_num_tokens:
-            self._drafter = Drafter(self.sequences[0].token_ids, self._params.max_matching_ngram_size)
+            self._drafter = Drafter(request.prompt_token_ids, self._params.max_matching_ngram_size)
 
     @property
     def num_output(self) -> int:
@@ -85,7 +85,8 @@ class Generation:
         if self._drafter is None:
             return []
         room = self._params.max_new_tokens - self.num_output - 1
-        return self._drafter.propose(min(self._params.prompt_lookup_num_tokens, max_tokens, room))
+        num_tokens = min(self._params.prompt_lookup_num_tokens, max_tokens, room)
+        return self._drafter.propose(self.sequences[0].token_ids, num_tokens)
 
     def row(self, sequence: Sequence, end: int, draft: list[int]) -> Row:
         is_guide = sequence is not self.sequences[0]
@@ -148,8 +149,6 @@ class Generation:
             self._editor.push(token.token_id)
         except ValueError as error:
             return FailureEvent(self.request.request_id, f"the token {token.token_id} breaks the grammar: {error}")
-        if self._drafter is not None:
-            self._drafter.append(token.token_id)
         return TokenEvent(
             self.request.request_id,
             self.num_output - 1,

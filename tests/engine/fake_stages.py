@@ -306,9 +306,14 @@ def _extended(prefix: int, position: int, token: int) -> int:
 
 
 def _sampled(context: list[Entry], spec: SampleSpec, guide: list[Entry]) -> SampledToken:
-    """The first token that is not banned, beginning at a hash of all that it depends on; any, if all are."""
+    """The first token that is not banned, beginning at a hash of all that it depends on; any, if all are.
+
+    With an odd seed most tokens are one up from their predecessor, so that drafts are often right.
+    """
     banned = spec.edits.banned_token_ids if spec.edits is not None else []
     choice = hash((spec.seed, *context, -1, *guide))
+    if spec.seed % 2 and choice % 8:
+        choice = context[-1][1] % 4 + 1
     in_turn = [(choice + i) % VOCAB_SIZE for i in range(VOCAB_SIZE)]
     token = next((token for token in in_turn if token not in banned), in_turn[0])
     return SampledToken(token, _logprob(context, token), _top(context, spec.num_top_logprobs))

@@ -6,7 +6,7 @@ from fake_stages import EOS, VOCAB_SIZE, FakeStages, expected_events, generate_r
 
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.errors import InvalidRequestError
-from gptj_serve.steps import MicroBatch, RowOutput, RowResult, SampleSpec
+from gptj_serve.steps import MicroBatch, RowOutput, RowResult, SampleSpec, StepOutput
 from gptj_serve.types import (
     PRIORITY_STEP,
     BeamParams,
@@ -318,6 +318,49 @@ def test_preempted_sequence_does_not_repeat_a_token():
     assert [event for event in events if event.request_id == "young"] == expected_events(young)
 
 
+def test_beams_take_no_step_twice():
+    """As above: the step that was in flight counts, the one that repeats it does not."""
+    scheduler = make_scheduler(num_stages=4, num_blocks=9, block_size=1)
+    stages = FakeStages(1)
+    young = generate_request("young", [5], max_new_tokens=4, beams=BeamParams(num_beams=2), ignore_eos=True)
+    scheduler.add(generate_request("elder", [1], max_new_tokens=6, ignore_eos=True))
+    scheduler.add(young)
+    events = scheduler.update(stages.run(scheduled(scheduler)))
+    flying: list[StepOutput] = []
+    while not scheduler.num_preemptions:
+        while len(flying) < 2:
+            flying.append(stages.run(scheduled(scheduler)))
+        events += scheduler.update(flying.pop(0))
+        microbatch = scheduler.schedule()
+        if microbatch is not None:
+            flying.append(stages.run(microbatch))
+    assert flying
+    scheduler.abort("elder")
+    flying.append(stages.run(scheduled(scheduler)))
+    while flying:
+        events += scheduler.update(flying.pop(0))
+        scheduler.check_integrity()
+    events += drain(scheduler, stages)
+    assert [event for event in events if event.request_id == "young"] == expected_events(young)
+
+
+def test_a_rider_is_not_preempted_for_another_row_of_its_microbatch():
+    """An urgent prompt stands before a sequence that decodes, and takes its blocks only in a microbatch without it."""
+    scheduler = make_scheduler(num_blocks=8, block_size=1, max_microbatch_tokens=3)
+    stages = FakeStages(1)
+    requests = [
+        generate_request("humble", [1], max_new_tokens=7, ignore_eos=True, priority=1),
+        generate_request("urgent", [2, 3, 4, 5, 6], max_new_tokens=1),
+    ]
+    scheduler.add(requests[0])
+    events = scheduler.update(stages.run(scheduled(scheduler)))
+    scheduler.add(requests[1])
+    events += drain(scheduler, stages)
+    assert scheduler.num_preemptions > 0
+    for request in requests:
+        assert [event for event in events if event.request_id == request.request_id] == expected_events(request)
+
+
 def test_preempted_in_the_making_of_a_microbatch_is_not_in_it():
     """Two decode on one stage; the elder's next block is taken from the younger, which then waits without KV."""
     scheduler = make_scheduler(num_blocks=4, block_size=2)
@@ -569,6 +612,19 @@ def test_drafts_change_no_answer_and_save_steps():
     assert drafted == events
     assert num_steps == 40
     assert num_fewer < 35
+
+
+def test_drafts_keep_to_the_budget_and_to_the_length():
+    few = {"suppress_tokens": list(range(1, VOCAB_SIZE)), "ignore_eos": True, "prompt_lookup_num_tokens": 8}
+    scheduler = make_scheduler(max_microbatch_tokens=5)
+    stages = FakeStages(4)
+    scheduler.add(generate_request("a", [0] * 4, max_new_tokens=9, **few))
+    widths = []
+    while (microbatch := scheduler.schedule()) is not None:
+        widths.append(microbatch.num_tokens)
+        assert microbatch.rows[0].end < 4 + 9  # what the last token would compute is not wanted
+        scheduler.update(stages.run(microbatch))
+    assert widths == [4, 5, 3]
 
 
 def test_time_ends_a_request_after_the_token_at_hand():

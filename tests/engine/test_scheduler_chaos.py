@@ -19,15 +19,15 @@ from gptj_serve.errors import InvalidRequestError
 from gptj_serve.steps import StepOutput
 from gptj_serve.types import BeamParams, EarlyStopping, EngineRequest, Event, Pooling, Task, TokenEvent, is_terminal
 
-MAX_TOKENS = 16
-prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6)
+MAX_TOKENS = 20
+prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8)
 alike_prompts = st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=8)  # with prefixes in common
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_stages=st.sampled_from([4, 3, 2, 1]),
-        num_blocks=st.integers(4, 12),
+        num_blocks=st.integers(4, 16),
         block_size=st.integers(1, 3),
         max_microbatch_tokens=st.integers(1, 16),
         max_num_sequences=st.integers(1, 8),
@@ -46,7 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompts=st.lists(prompts | alike_prompts, min_size=1, max_size=4),
-        max_new_tokens=st.integers(1, 10),
+        max_new_tokens=st.integers(1, 14),
         min_new_tokens=st.integers(0, 3),
         stop_token_ids=st.lists(st.integers(1, VOCAB_SIZE - 1), max_size=2),
         ignore_eos=st.booleans(),
@@ -57,7 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs=st.booleans(),
         num_top_logprobs=st.integers(0, 2),
         no_repeat_ngram_size=st.sampled_from([0, 0, 2, 3]),
-        prompt_lookup_num_tokens=st.sampled_from([0, 0, 1, 3]),
+        prompt_lookup_num_tokens=st.sampled_from([0, 1, 3, 8]),
         priority=st.integers(-1, 1),
     )
     def add_generate(self, prompts: list[list[int]], num_replayed: int, **sampling: object) -> None:
