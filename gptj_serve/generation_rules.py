@@ -4,7 +4,7 @@ Errors name the fields of `SamplingParams` and `BeamParams`, which are mostly tr
 them puts those in. `stop_strings` and `stream` stand for what is decided where there is text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.types import BeamParams, SamplingParams
@@ -13,14 +13,16 @@ MIN_BEAMS = 2
 MAX_BEAMS = 64
 _DEFAULTS = SamplingParams(max_new_tokens=1)
 
+_NO_LOGPROBS = "a beam search has no log-probabilities of single tokens"
 
-def check_combination(sampling: SamplingParams, *, has_stop_strings: bool = False, is_streamed: bool = False) -> None:
+
+def check_combination(sampling: SamplingParams, *, stop_strings: Sequence[str] = (), is_streamed: bool = False) -> None:
     """Raises `InvalidRequestError` for parameters that contradict each other, or of which one would have no effect."""
     if sampling.min_new_tokens > sampling.max_new_tokens:
         reason = f"is over the maximum of {sampling.max_new_tokens} new tokens"
         raise InvalidRequestError("min_new_tokens", sampling.min_new_tokens, reason)
     if sampling.beams is not None:
-        _check_beams(sampling, sampling.beams, has_stop_strings, is_streamed)
+        _check_beams(sampling, sampling.beams, stop_strings, is_streamed)
     _check_biases(sampling)
     _check_guidance(sampling)
     _check_prompt_lookup(sampling)
@@ -34,26 +36,25 @@ def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
             raise InvalidRequestError(field, token_id, f"token ids are below {vocab_size}")
 
 
-def _check_beams(sampling: SamplingParams, beams: BeamParams, has_stop_strings: bool, is_streamed: bool) -> None:
+def _check_beams(sampling: SamplingParams, beams: BeamParams, stop_strings: Sequence[str], is_streamed: bool) -> None:
     if not MIN_BEAMS <= beams.num_beams <= MAX_BEAMS:
         reason = f"a beam search has {MIN_BEAMS} to {MAX_BEAMS} beams"
         raise InvalidRequestError("num_beams", beams.num_beams, reason)
     if not 1 <= beams.num_return_sequences <= beams.num_beams:
         reason = f"a search with {beams.num_beams} beams returns 1 to {beams.num_beams} sequences"
         raise InvalidRequestError("num_return_sequences", beams.num_return_sequences, reason)
-    refused = {
-        "temperature": (sampling.warpers.temperature, "draws tokens; a beam search does not"),
-        "prompt_lookup_num_tokens": (sampling.prompt_lookup_num_tokens, "does not go with a beam search"),
-        "num_top_logprobs": (sampling.num_top_logprobs, "a beam search has no log-probabilities of single tokens"),
-        "prompt_logprobs": (sampling.prompt_logprobs, "does not go with a beam search"),
-        "stop_strings": (has_stop_strings, "a beam search knows tokens, not text: stop_token_ids may do"),
-        "stream": (is_streamed, "which beam is the best one is known at the end only"),
-    }
-    for field, (value, reason) in refused.items():
-        if value:
+    drafted = sampling.prompt_lookup_num_tokens
+    for field, value, off, reason in (
+        ("temperature", sampling.warpers.temperature, 0.0, "a beam search draws no tokens"),
+        ("guidance_scale", sampling.guidance_scale, 1.0, "does not go with a beam search"),
+        ("prompt_lookup_num_tokens", drafted, 0, "does not go with a beam search"),
+        ("num_top_logprobs", sampling.num_top_logprobs, 0, _NO_LOGPROBS),
+        ("prompt_logprobs", sampling.prompt_logprobs, False, _NO_LOGPROBS),
+        ("stop_strings", list(stop_strings), [], "a beam search knows tokens, not text: stop_token_ids may do"),
+        ("stream", is_streamed, False, "which beam is the best one is known at the end only"),
+    ):
+        if value != off:
             raise InvalidRequestError(field, value, reason)
-    if sampling.guidance_scale != 1.0:
-        raise InvalidRequestError("guidance_scale", sampling.guidance_scale, "does not go with a beam search")
 
 
 def _check_biases(sampling: SamplingParams) -> None:

@@ -78,7 +78,7 @@ async def make_params(
         _refuse_beam_parameters(extras, names)
     try:
         check_vocabulary(sampling, service.model.vocab_size)
-        check_combination(sampling, has_stop_strings=bool(stop_strings), is_streamed=is_streamed)
+        check_combination(sampling, stop_strings=stop_strings, is_streamed=is_streamed)
     except InvalidRequestError as error:
         raise names.translated(error) from None
     return GenerationParams(

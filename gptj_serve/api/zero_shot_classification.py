@@ -45,7 +45,7 @@ async def classify_zero_shot(service: Service, request: ClassifyRequest) -> list
             len(labels),
             f"{len(inputs)} inputs with {len(labels)} labels each: over the limit of {MAX_PAIRS} pairs",
         )
-    num_characters = sum(map(len, inputs)) * len(labels)
+    num_characters = sum(map(len, inputs)) * len(labels) + sum(len(h.opening) + len(h.rest) for h in hypotheses)
     bos = service.model.bos_token_id
     neutral, given = await off_loop(num_characters, _tokenized, service.tokenizer, inputs, hypotheses, bos)
     for text, pairs in zip(inputs, given, strict=True):
