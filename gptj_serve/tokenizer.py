@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -45,11 +45,15 @@ class Tokenizer:
         return len(self._token_bytes)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """In a thread, this holds up no other: of the backend's methods only those for batches release the GIL."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> Encoding:
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        """Holds up no other thread either."""
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
         return Encoding(encoding.ids, encoding.offsets, encoding.word_ids)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -68,12 +72,13 @@ class IncrementalDetokenizer:
     The pieces of `push` and `flush`, joined, are `Tokenizer.decode` of all the tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id, self._skip_special_tokens))
 
     def flush(self) -> str:
         """What an unfinished character leaves at the end: U+FFFD, or nothing."""

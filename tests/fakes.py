@@ -3,25 +3,32 @@
 import asyncio
 import functools
 import hashlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import (
     DEFAULT_HEAD,
+    Beam,
+    BeamEvent,
     EngineRequest,
     Event,
     FailureEvent,
     FinishReason,
     HeadEvent,
     Matrix,
+    PromptEvent,
     SamplingParams,
     Task,
     TokenEvent,
+    TokenLogprob,
+    is_terminal,
 )
 
 SENTENCES = [
@@ -80,7 +87,8 @@ class FakeEngine:
     """An `EngineClient` whose answers are a function of the request alone.
 
     `script` maps a prompt's text to the text that it is continued with (then comes the end token). Other prompts get
-    pseudo-random tokens. It keeps all requests, and the ids of those that were closed before their end.
+    pseudo-random tokens. Log-probabilities are those of a model made up on the spot, the same for a token wherever it
+    is asked for. The engine keeps all requests, and the ids of those that were closed before their end.
     """
 
     def __init__(self, model: GPTJConfig, tokenizer: Tokenizer) -> None:
@@ -92,6 +100,7 @@ class FakeEngine:
         self.num_running = 0
         self.refusal: Callable[[EngineRequest], Exception | None] = lambda request: None
         self.fail_at: Callable[[EngineRequest, int], str | Exception | None] = lambda request, index: None
+        self.end_at: Callable[[EngineRequest, int], FinishReason | None] = lambda request, index: None
         self.pause_at: int | None = None  # requests wait before their token of this index until `resumed` is set
         self.resumed = asyncio.Event()
         self.head_logits: Callable[[EngineRequest], list[list[float]]] = self._pseudo_random_logits
@@ -104,7 +113,7 @@ class FakeEngine:
         self.num_running += 1
         try:
             async for event in self._events(request):
-                is_finished = not isinstance(event, TokenEvent) or event.finish_reason is not None
+                is_finished = is_terminal(event)
                 yield event
         except Exception:
             is_finished = True
@@ -117,12 +126,30 @@ class FakeEngine:
     async def status(self) -> list[dict[str, Any]]:
         return [{"engine": {"num_running": self.num_running}}]
 
+    def logprobs_after(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """[vocab_size]; what the made-up model says of the token after these."""
+        seed = int.from_bytes(hashlib.sha256(repr(list(token_ids)).encode()).digest()[:8])
+        logits = np.random.default_rng(seed).normal(size=self.model.vocab_size) * 3
+        logprobs: NDArray[np.float32] = (logits - np.logaddexp.reduce(logits)).astype("<f4")
+        return logprobs
+
+    def score_rows(self, token_ids: Sequence[int], first: int, num_top: int) -> list[list[float]]:
+        """Of each token from the one at `first` on: its log-probability, the likeliest ids, theirs."""
+        rows = []
+        for index in range(first, len(token_ids)):
+            logprobs = self.logprobs_after(token_ids[:index])
+            top = np.argsort(-logprobs)[:num_top]
+            rows.append([float(logprobs[token_ids[index]]), *map(float, top), *map(float, logprobs[top])])
+        return rows
+
     async def _events(self, request: EngineRequest) -> AsyncGenerator[Event]:
-        if request.task is not Task.GENERATE:
+        if request.task is not Task.GENERATE or (request.sampling is not None and request.sampling.beams is not None):
             await self._step(request, 0)
             failure = self.fail_at(request, 0)
             if isinstance(failure, str):
                 yield FailureEvent(request.request_id, failure)
+            elif request.task is Task.GENERATE:
+                yield BeamEvent(request.request_id, self._beams(request))
             else:
                 yield HeadEvent(request.request_id, Matrix.of(self.head_logits(request)))
             return
@@ -136,10 +163,14 @@ class FakeEngine:
             if isinstance(failure, str):
                 yield FailureEvent(request.request_id, failure)
                 return
+            if index == 0 and request.sampling.prompt_logprobs:
+                rows = self.score_rows(request.prompt_token_ids, 1, request.sampling.num_top_logprobs)
+                yield PromptEvent(request.request_id, Matrix.of(rows))
             token_id = self._next_token(request.sampling, token_ids, index) if scripted is None else scripted[index]
+            logprob, top = self._scores(token_ids, token_id, request.sampling.num_top_logprobs)
             token_ids.append(token_id)
-            finish_reason = self._finish_reason(request.sampling, token_id, index + 1)
-            yield TokenEvent(request.request_id, index, token_id, -0.25 * (index + 1), finish_reason)
+            finish_reason = self.end_at(request, index) or self._finish_reason(request.sampling, token_id, index + 1)
+            yield TokenEvent(request.request_id, index, token_id, logprob, finish_reason, top)
             if finish_reason is not None:
                 return
             index += 1
@@ -158,10 +189,18 @@ class FakeEngine:
             return None
         return [*self.tokenizer.encode(text), *([min(self.tokenizer.special_token_ids)] * 100)]
 
+    def _scores(self, context: list[int], token_id: int, num_top: int) -> tuple[float, list[TokenLogprob]]:
+        ((logprob, *top),) = self.score_rows([*context, token_id], len(context), num_top)
+        return logprob, list(zip(map(int, top[:num_top]), top[num_top:], strict=True))
+
     def _next_token(self, sampling: SamplingParams, token_ids: list[int], index: int) -> int:
-        knobs = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) if sampling.temperature else ()
-        digest = hashlib.sha256(repr((token_ids, knobs)).encode()).digest()
-        token_id = int.from_bytes(digest[:4]) % self.model.vocab_size
+        if not sampling.warpers.temperature:
+            token_id = int(self.logprobs_after(token_ids).argmax())
+        else:
+            warpers = sampling.warpers
+            knobs = (warpers.temperature, warpers.top_k, warpers.top_p, sampling.seed)
+            digest = hashlib.sha256(repr((token_ids, knobs)).encode()).digest()
+            token_id = int.from_bytes(digest[:4]) % self.model.vocab_size
         return 0 if token_id in self.model.eos_token_ids and index < sampling.min_new_tokens else token_id
 
     def _finish_reason(self, sampling: SamplingParams, token_id: int, num_tokens: int) -> FinishReason | None:
@@ -172,8 +211,20 @@ class FakeEngine:
                 return FinishReason.STOP
         return FinishReason.LENGTH if num_tokens == sampling.max_new_tokens else None
 
+    def _beams(self, request: EngineRequest) -> list[Beam]:
+        """The first one as scripted, the others of two tokens; worse and worse."""
+        sampling = request.sampling
+        assert sampling is not None
+        assert sampling.beams is not None
+        scripted = self._scripted(request) or []
+        until_end = [token_id for token_id in scripted if token_id not in self.model.eos_token_ids]
+        beams = [Beam([1, index], -float(index + 1), FinishReason.LENGTH) for index in range(64)]
+        if until_end:
+            beams.insert(0, Beam([*until_end, scripted[-1]], -0.5, FinishReason.EOS))
+        return beams[: sampling.beams.num_return_sequences]
+
     def _pseudo_random_logits(self, request: EngineRequest) -> list[list[float]]:
-        """[1][num_labels] or [num_tokens][2], each in [0, 8)."""
+        """[1][num_labels] or [num_tokens][2], each in [0, 8); of SCORE what the made-up model says."""
 
         salt = () if request.head == DEFAULT_HEAD else (request.head,)
 
@@ -183,7 +234,8 @@ class FakeEngine:
 
         ids = request.prompt_token_ids
         if request.task is Task.SCORE:
-            return [[-logit(token_id, *ids)] for token_id in request.continuation_token_ids]
+            token_ids = [*ids, *request.continuation_token_ids]
+            return self.score_rows(token_ids, len(ids), request.num_top_logprobs)
         if request.task is Task.CLASSIFY:
             return [[logit(label, *ids) for label in range(self.model.num_labels)]]
         return [[logit(0, i, token_id), logit(1, i, token_id)] for i, token_id in enumerate(ids)]

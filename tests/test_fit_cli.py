@@ -12,7 +12,8 @@ import torch
 from fakes import small_backend_json, small_tokenizer
 from typer.testing import CliRunner, Result
 
-from gptj_serve.api.schemas import ClassifyRequest
+from gptj_serve.api.classification import classify
+from gptj_serve.api.huggingface_schemas import ClassifyRequest
 from gptj_serve.api.service import Service
 from gptj_serve.config import IngressConfig, ServiceConfig
 from gptj_serve.engine.kv_blocks import KVBlocks
@@ -99,7 +100,7 @@ async def test_the_service_answers_as_was_reported(checkpoint_dir: Path, texts: 
         service = Service(config, model, checkpoint.heads, Tokenizer.from_directory(checkpoint_dir), engine, infos)
         examples = read_texts(texts).examples
         request = ClassifyRequest(inputs=[example.text for example in examples], model="kingdom")
-        answers = await service.classify(request)
+        answers = await classify(service, request)
     pipeline.close()
     right = [answer[0].label == example.labels[0] for answer, example in zip(answers, examples, strict=True)]
     assert sum(right) / len(right) > 0.95

@@ -1,6 +1,8 @@
 """Text to tokens and back. The oracle is the `tokenizers` library itself, on a byte-level BPE made on the spot."""
 
 import json
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -172,3 +174,27 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: bytes | None
     with pytest.raises(CheckpointError) as error:
         Tokenizer.from_directory(tmp_path)
     assert str(error.value).startswith(f"{file}: {reason}")
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_with_offsets"])
+def test_tokenizing_in_a_thread_holds_up_no_other(method: str) -> None:
+    """With so long a switch interval a thread goes on only when another gives the interpreter away."""
+    encode = getattr(small_tokenizer(), method)
+    text = " ".join(f"{n:x}" for n in range(50_000))
+    is_started, is_done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        is_started.set()
+        encode(text)
+        is_done.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        is_started.wait()
+        assert not is_done.is_set()
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)

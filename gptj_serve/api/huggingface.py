@@ -1,26 +1,23 @@
 """Routes in Hugging Face's shape: `/generate` as Text Generation Inference, `/classify` and `/qa` as the pipelines."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from gptj_serve.api import question_answering
+from gptj_serve.api.classification import classify
 from gptj_serve.api.errors import hugging_face_error
-from gptj_serve.api.schemas import ClassifyRequest, GenerateRequest, QARequest
-from gptj_serve.api.service import GenerationParams, Service, TextChunk
+from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
+from gptj_serve.api.service import Service
 from gptj_serve.api.streaming import event_stream
-from gptj_serve.types import FinishReason
+from gptj_serve.api.text_generation import generate_stream, generate_whole
+from gptj_serve.api.zero_shot_classification import classify_zero_shot
+
+__all__ = ["answer_whole", "classify_whole", "generate_stream", "generate_whole", "router"]
 
 router = APIRouter(tags=["Hugging Face"])
-
-_FINISH_REASONS = {
-    FinishReason.EOS: "eos_token",
-    FinishReason.STOP: "stop_sequence",
-    FinishReason.LENGTH: "length",
-}
 
 
 @router.post("/generate", summary="Complete a text")
@@ -40,7 +37,7 @@ async def generate_streamed(body: GenerateRequest, request: Request) -> Response
 
 
 @router.post("/classify", summary="Classify texts")
-async def classify(body: ClassifyRequest, request: Request) -> Response:
+async def classify_texts(body: ClassifyRequest, request: Request) -> Response:
     """Labels with scores, best first: one list per input, also for a single input (as Hugging Face's API answers).
 
     With `candidate_labels`, zero-shot: for a single input its labels with scores, which is what Hugging Face's API
@@ -55,73 +52,17 @@ async def answer(body: QARequest, request: Request) -> Response:
     return JSONResponse(await answer_whole(request.app.state.service, body))
 
 
-async def generate_whole(service: Service, body: GenerateRequest) -> dict[str, Any]:
-    """The whole answer: `generated_text`, and with `details` its tokens."""
-    params, token_ids = _prepare(service, body)
-    async with aclosing(service.generate(token_ids, params)) as stream:
-        chunks = [chunk async for chunk in stream]
-    answer: dict[str, Any] = {"generated_text": _generated_text(body, chunks)}
-    if body.parameters.details:
-        answer["details"] = _details(params, chunks) | {
-            "prefill": [],
-            "tokens": [_token(service, chunk) for chunk in chunks],
-        }
-    return answer
-
-
-async def generate_stream(service: Service, body: GenerateRequest) -> AsyncGenerator[dict[str, Any]]:
-    """TGI's events: each token, and with the last one the whole text."""
-    params, token_ids = _prepare(service, body)
-    chunks: list[TextChunk] = []
-    async with aclosing(service.generate(token_ids, params)) as stream:
-        async for chunk in stream:
-            chunks.append(chunk)
-            is_last = chunk.finish_reason is not None
-            yield {
-                "index": len(chunks),
-                "token": _token(service, chunk),
-                "generated_text": _generated_text(body, chunks) if is_last else None,
-                "details": _details(params, chunks) if is_last else None,
-            }
-
-
 async def classify_whole(service: Service, body: ClassifyRequest) -> Any:
     if body.parameters.candidate_labels is not None:
-        results = await service.classify_zero_shot(body)
+        results = await classify_zero_shot(service, body)
         if isinstance(body.inputs, list):
             return [asdict(result) for result in results]
         pairs = zip(results[0].labels, results[0].scores, strict=True)
         return [{"label": label, "score": score} for label, score in pairs]
-    return [[asdict(label) for label in labels] for labels in await service.classify(body)]
+    return [[asdict(label) for label in labels] for labels in await classify(service, body)]
 
 
 async def answer_whole(service: Service, body: QARequest) -> Any:
-    per_question = [[asdict(answer) for answer in answers] for answers in await service.answer(body)]
+    per_question = [list(map(asdict, answers)) for answers in await question_answering.answer(service, body)]
     shaped = per_question if body.parameters.top_k > 1 else [answers[0] for answers in per_question]
     return shaped if isinstance(body.inputs, list) else shaped[0]
-
-
-def _prepare(service: Service, body: GenerateRequest) -> tuple[GenerationParams, list[int]]:
-    params = service.generation_params(body)
-    max_new_tokens = params.sampling.max_new_tokens
-    return params, service.encode_prompt(body.inputs, max_new_tokens, "inputs", "parameters.max_new_tokens")
-
-
-def _generated_text(body: GenerateRequest, chunks: list[TextChunk]) -> str:
-    text = "".join(chunk.text for chunk in chunks)
-    return body.inputs + text if body.parameters.return_full_text else text
-
-
-def _token(service: Service, chunk: TextChunk) -> dict[str, Any]:
-    special = chunk.token_id in service.tokenizer.special_token_ids
-    return {"id": chunk.token_id, "text": chunk.token_text, "logprob": chunk.logprob, "special": special}
-
-
-def _details(params: GenerationParams, chunks: list[TextChunk]) -> dict[str, Any]:
-    finish_reason = chunks[-1].finish_reason
-    assert finish_reason is not None
-    return {
-        "finish_reason": _FINISH_REASONS[finish_reason],
-        "generated_tokens": len(chunks),
-        "seed": params.sampling.seed if params.sampling.temperature > 0 else None,
-    }

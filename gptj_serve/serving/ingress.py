@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from gptj_serve.api import huggingface
 from gptj_serve.api.app import create_app
 from gptj_serve.api.errors import invalid_request, most_telling
-from gptj_serve.api.schemas import ClassifyRequest, GenerateRequest, QARequest
+from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
 from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError, InvalidRequestError
@@ -27,9 +27,10 @@ Body = TypeVar("Body", bound=BaseModel)
 class Ingress:
     """Serve calls its ASGI application for HTTP, and its methods for `serve.get_app_handle("gptj")`.
 
-    The methods take the HTTP routes' bodies, as dicts or as models of `gptj_serve.api.schemas`, and answer with what
-    the routes answer, as plain dicts and lists, so that a caller needs nothing but Ray. For the same reason they raise
-    built-in exceptions: `ValueError` for a bad request, naming field and value, `RuntimeError` for a failed one.
+    The methods take the HTTP routes' bodies, as dicts or as models of `gptj_serve.api.huggingface_schemas`, and answer
+    with what the routes answer, as plain dicts and lists, so that a caller needs nothing but Ray. For the same reason
+    they raise built-in exceptions: `ValueError` for a bad request, naming field and value, `RuntimeError` for a failed
+    one.
     """
 
     def __init__(self, config: ServiceConfig, pipelines: DeploymentHandle) -> None:
@@ -43,7 +44,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
 
-    async def generate(self, request: GenerateRequest | dict[str, Any]) -> dict[str, Any]:
+    async def generate(self, request: GenerateRequest | dict[str, Any]) -> Any:
         """As `POST /generate`."""
         with _plain_errors():
             return await huggingface.generate_whole(self._service, _parse(GenerateRequest, request))

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gptj_serve.api.app import create_app
 from gptj_serve.api.errors import most_telling
-from gptj_serve.api.schemas import CompletionRequest
+from gptj_serve.api.openai_schemas import CompletionRequest
 from gptj_serve.api.service import Service
 
 LONG = "The quick brown fox. " * 20
@@ -170,7 +170,7 @@ OPENAI: list[tuple[Any, str, Any]] = [  # body, field, value
     (_complete(top_k=-2), "top_k", -2),
     (_complete(top_k=2**31), "top_k", 2**31),
     (_complete(n=0), "n", 0),
-    (_complete(n=17), "n", 17),
+    (_complete(n=65), "n", 65),
     (_complete(seed=2**63), "seed", 2**63),
     (_complete(stop=""), "stop", ""),
     (_complete(stop=["a", ""]), "stop.1", ""),

@@ -10,13 +10,14 @@ import pytest
 import uvicorn
 from fakes import FakeEngine, small_model, small_tokenizer
 from fastapi import FastAPI
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, TextGenerationInputGrammarType
 from huggingface_hub.errors import ValidationError
 
 from gptj_serve.api.app import create_app
 from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import OverloadedError
+from gptj_serve.types import Grammar, GrammarKind
 
 TEXT = " jumps over the café — 東京."
 
@@ -49,6 +50,47 @@ async def test_openai_stream(openai_client: openai.AsyncOpenAI, engine: FakeEngi
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.prompt_tokens == len(engine.tokenizer.encode("The fox"))
+
+
+async def test_openai_parameters(openai_client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    completion = await openai_client.completions.create(
+        model="tiny",
+        prompt="The fox",
+        max_tokens=4,
+        n=2,
+        best_of=3,
+        logprobs=2,
+        logit_bias={"5": 1},
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        seed=3,
+        extra_body={"repetition_penalty": 1.1, "guided_choice": ["a", "b"], "bad_words": ["dog"], "top_k": 5},
+    )
+    assert [choice.index for choice in completion.choices] == [0, 1]
+    assert all(choice.logprobs is not None and choice.logprobs.token_logprobs for choice in completion.choices)
+    sampling = engine.requests[0].sampling
+    assert sampling is not None
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 0.5, -0.5)
+    assert (sampling.sequence_bias, sampling.warpers.top_k) == ([([5], 1.0)], 5)
+    assert sampling.grammar == Grammar(GrammarKind.CHOICE, '["a", "b"]')
+    beams = await openai_client.completions.create(
+        model="tiny", prompt="The fox", n=2, best_of=4, extra_body={"use_beam_search": True, "length_penalty": 0.5}
+    )
+    assert (beams.choices[0].text, len(beams.choices)) == (TEXT, 2)
+
+
+async def test_openai_streamed_logprobs(openai_client: openai.AsyncOpenAI) -> None:
+    stream = await openai_client.completions.create(
+        model="tiny", prompt="The fox", max_tokens=50, stream=True, logprobs=1, echo=True
+    )
+    chunks = [chunk.choices[0] async for chunk in stream]
+    text = "".join(chunk.text for chunk in chunks)
+    assert text == f"The fox{TEXT}"
+    tokens = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.tokens or []]
+    offsets = [offset for chunk in chunks if chunk.logprobs for offset in chunk.logprobs.text_offset or []]
+    assert [
+        text[at : at + len(t)] for t, at in zip(tokens, offsets, strict=True) if not t.startswith(("bytes", "<"))
+    ] == [token for token in tokens if not token.startswith(("bytes", "<"))]
 
 
 async def test_openai_models(openai_client: openai.AsyncOpenAI) -> None:
@@ -106,7 +148,7 @@ def test_hugging_face_text_generation_with_details(url: str) -> None:
     assert (answer.details.finish_reason, answer.details.seed, answer.details.prefill) == ("eos_token", None, [])
     assert "".join(token.text for token in answer.details.tokens) == TEXT
     assert answer.details.generated_tokens == len(answer.details.tokens)
-    assert answer.details.tokens[0].logprob == -0.25
+    assert all(token.logprob < 0 for token in answer.details.tokens)
 
 
 def test_hugging_face_text_generation_streamed(url: str) -> None:
@@ -116,6 +158,32 @@ def test_hugging_face_text_generation_streamed(url: str) -> None:
     assert (last.generated_text, last.token.special) == (TEXT, True)
     assert last.details is not None
     assert (last.details.finish_reason, last.details.generated_tokens) == ("eos_token", last.index)
+
+
+def test_hugging_face_parameters(url: str) -> None:
+    client = InferenceClient(model=f"{url}/generate")
+    answer = client.text_generation(
+        "The fox",
+        details=True,
+        max_new_tokens=4,
+        best_of=2,
+        top_n_tokens=2,
+        decoder_input_details=True,
+        do_sample=True,
+        typical_p=0.9,
+        repetition_penalty=1.2,
+        frequency_penalty=0.5,
+        truncate=2,
+        grammar=TextGenerationInputGrammarType(type="json", value={"properties": {}}),
+    )
+    assert answer.details is not None
+    assert answer.details.best_of_sequences is not None
+    assert len(answer.details.best_of_sequences) == 1
+    assert answer.details.top_tokens is not None
+    assert [len(top) for top in answer.details.top_tokens] == [2] * answer.details.generated_tokens
+    assert (len(answer.details.prefill), answer.details.prefill[0].logprob) == (2, None)
+    streamed = [*client.text_generation("The fox", stream=True, details=True, max_new_tokens=3, top_n_tokens=2)]
+    assert all(len(event.top_tokens or []) == 2 for event in streamed)
 
 
 def test_hugging_face_text_classification(url: str) -> None:

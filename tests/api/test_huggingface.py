@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptj_serve.api.app import create_app
-from gptj_serve.api.schemas import ClassifyRequest, QAParameters
+from gptj_serve.api.classification import classify
+from gptj_serve.api.huggingface_schemas import ClassifyRequest, QAParameters
 from gptj_serve.api.service import Service
+from gptj_serve.api.zero_shot_classification import classify_zero_shot
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.extractive_qa import QAOptions
@@ -40,20 +42,6 @@ async def test_generate(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert request.sampling == SamplingParams(max_new_tokens=50, seed=request.sampling.seed)
 
 
-async def test_generate_with_all_parameters(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    parameters = {
-        "max_new_tokens": 7,
-        "min_new_tokens": 2,
-        "temperature": 0.5,
-        "top_k": 3,
-        "top_p": 0.9,
-        "seed": 5,
-        "stop_token_ids": [9, 10],
-    }
-    await _post(client, "/generate", {"inputs": "The fox", "parameters": parameters})
-    assert engine.requests[0].sampling == SamplingParams(**parameters)
-
-
 @pytest.mark.parametrize(
     ("parameters", "temperature"),
     [
@@ -62,6 +50,11 @@ async def test_generate_with_all_parameters(client: httpx.AsyncClient, engine: F
         ({"do_sample": True}, 1.0),
         ({"top_k": 5}, 1.0),
         ({"top_p": 0.5}, 1.0),
+        ({"min_p": 0.5}, 1.0),
+        ({"typical_p": 0.5}, 1.0),
+        ({"epsilon_cutoff": 0.5}, 1.0),
+        ({"eta_cutoff": 0.5}, 1.0),
+        ({"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, 0.0),
         ({"do_sample": True, "temperature": 0.3}, 0.3),
         ({"temperature": 0}, 0.0),
     ],
@@ -70,7 +63,7 @@ async def test_a_sampling_parameter_turns_sampling_on(
     client: httpx.AsyncClient, engine: FakeEngine, parameters: dict[str, Any], temperature: float
 ) -> None:
     await _post(client, "/generate", {"inputs": "The fox", "parameters": parameters})
-    assert engine.requests[0].sampling.temperature == temperature
+    assert engine.requests[0].sampling.warpers.temperature == temperature
 
 
 async def test_generate_is_reproducible_with_a_seed_and_only_so(client: httpx.AsyncClient) -> None:
@@ -97,7 +90,9 @@ async def test_generate_with_details(client: httpx.AsyncClient, engine: FakeEngi
     assert [token["id"] for token in details["tokens"]] == [*ids, end_id]
     assert "".join(token["text"] for token in details["tokens"]) == " né"
     assert [token["special"] for token in details["tokens"]] == [False] * len(ids) + [True]
-    assert [token["logprob"] for token in details["tokens"]][:2] == [-0.25, -0.5]
+    (prompt,) = [request.prompt_token_ids for request in engine.requests]
+    scores = engine.score_rows([*prompt, *ids, end_id], len(prompt), 0)
+    assert [[token["logprob"]] for token in details["tokens"]] == scores
     assert (details["finish_reason"], details["generated_tokens"]) == ("eos_token", len(ids) + 1)
     assert (details["seed"], details["prefill"]) == (None, [])
 
@@ -365,13 +360,13 @@ async def test_without_heads_of_its_own_the_only_named_one_is_meant(service: Ser
     named = dict(service.named_heads)
     bare = Service(service.config, engine.model, ["lm_head"], engine.tokenizer, engine, named)
     assert bare.tasks == ["generate", "classify", "qa"]
-    await bare.classify(ClassifyRequest(inputs="The fox"))
+    await classify(bare, ClassifyRequest(inputs="The fox"))
     assert engine.requests[0].head == "tone"
     two = Service(
         service.config, engine.model, ["lm_head"], engine.tokenizer, engine, named | {"second": named["tone"]}
     )
     with pytest.raises(InvalidRequestError, match="choose a head; this service has 'tone', 'second'"):
-        await two.classify(ClassifyRequest(inputs="The fox"))
+        await classify(two, ClassifyRequest(inputs="The fox"))
 
 
 # ── zero-shot ────────────────────────────────────────────────────────────────────────────────────────────
@@ -425,4 +420,4 @@ async def test_zero_shot_needs_the_lm_head(service: Service, engine: FakeEngine)
     bare = Service(service.config, engine.model, ["score"], engine.tokenizer, engine)
     body = ClassifyRequest.model_validate(_zero_shot("The fox", "animal"))
     with pytest.raises(InvalidRequestError, match="no zero-shot classification head"):
-        await bare.classify_zero_shot(body)
+        await classify_zero_shot(bare, body)

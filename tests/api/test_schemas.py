@@ -12,7 +12,9 @@ from calls import events
 from fakes import FakeEngine
 from pydantic import BaseModel
 
-from gptj_serve.api.schemas import ClassifyRequest, CompletionRequest, GenerateRequest, QARequest
+from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
+from gptj_serve.api.openai_schemas import CompletionRequest
+from gptj_serve.api.sampling_schema import SamplingExtras
 
 CONTEXT = "Ana lives in Ljubljana with the quick brown fox, who jumps over Žofka's lazy dog all day long."
 
@@ -23,7 +25,45 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # model → path, smallest bod
     "CompletionRequest": ("/v1/completions", {"model": "tiny", "prompt": "The fox", "seed": 1}),
 }
 
+EXTRAS: dict[str, tuple[Any, dict[str, Any]]] = {  # of both surfaces; as HAS_EFFECT
+    "min_p": (0.1, {}),
+    "typical_p": (0.9, {}),
+    "epsilon_cutoff": (0.1, {}),
+    "eta_cutoff": (0.1, {}),
+    "repetition_penalty": (1.2, {}),
+    "presence_penalty": (0.5, {}),
+    "frequency_penalty": (-0.5, {}),
+    "no_repeat_ngram_size": (2, {}),
+    "exponential_decay_length_penalty": ([3, 1.1], {}),
+    "sequence_bias": ([[[5], 1.0]], {}),
+    "guidance_scale": (1.5, {}),
+    "negative_prompt": ("The dog", {"guidance_scale": 1.5}),
+    "bad_words": (["dog"], {}),
+    "bad_words_ids": ([[5]], {}),
+    "allowed_token_ids": ([5], {}),
+    "suppress_tokens": ([5], {}),
+    "begin_suppress_tokens": ([5], {}),
+    "forced_bos_token_id": (5, {}),
+    "forced_eos_token_id": (5, {}),
+    "stop_token_ids": ([5], {}),
+    "ignore_eos": (True, {}),
+    "max_time": (1.5, {}),
+    "prompt_lookup_num_tokens": (3, {}),
+    "max_matching_ngram_size": (3, {"prompt_lookup_num_tokens": 3}),
+    "priority": (-1, {}),
+    "cache_salt": ("pepper", {}),
+}
+BEAM_EXTRAS: dict[str, Any] = {"length_penalty": 2.0, "early_stopping": True}
+
 HAS_EFFECT: dict[str, tuple[Any, dict[str, Any]]] = {  # field → another value, what else the body needs for it to show
+    **{
+        f"GenerateRequest.parameters.{name}": (value, {f"parameters.{other}": v for other, v in context.items()})
+        for name, (value, context) in EXTRAS.items()
+    },
+    **{
+        f"GenerateRequest.parameters.{name}": (value, {"parameters.num_beams": 2})
+        for name, value in BEAM_EXTRAS.items()
+    },
     "GenerateRequest.inputs": ("The dog", {}),
     "GenerateRequest.stream": (True, {}),
     "GenerateRequest.parameters.max_new_tokens": (3, {}),
@@ -33,10 +73,17 @@ HAS_EFFECT: dict[str, tuple[Any, dict[str, Any]]] = {  # field → another value
     "GenerateRequest.parameters.top_k": (5, {"parameters.do_sample": True}),
     "GenerateRequest.parameters.top_p": (0.5, {"parameters.do_sample": True}),
     "GenerateRequest.parameters.seed": (2, {"parameters.do_sample": True}),
+    "GenerateRequest.parameters.best_of": (2, {"parameters.do_sample": True}),
     "GenerateRequest.parameters.stop": (["mps"], {"inputs": "scripted"}),
-    "GenerateRequest.parameters.stop_token_ids": ([5], {}),
+    "GenerateRequest.parameters.truncate": (1, {}),
+    "GenerateRequest.parameters.grammar.type": ("lark", {"parameters.grammar": {"type": "regex", "value": "a"}}),
+    "GenerateRequest.parameters.grammar.value": ("b", {"parameters.grammar": {"type": "regex", "value": "a"}}),
+    "GenerateRequest.parameters.num_beams": (2, {}),
+    "GenerateRequest.parameters.num_return_sequences": (2, {"parameters.num_beams": 2}),
     "GenerateRequest.parameters.return_full_text": (True, {}),
     "GenerateRequest.parameters.details": (True, {}),
+    "GenerateRequest.parameters.top_n_tokens": (3, {}),
+    "GenerateRequest.parameters.decoder_input_details": (True, {}),
     "ClassifyRequest.inputs": ("The dog", {}),
     "ClassifyRequest.parameters.top_k": (1, {}),
     "ClassifyRequest.parameters.function_to_apply": ("sigmoid", {}),
@@ -54,55 +101,67 @@ HAS_EFFECT: dict[str, tuple[Any, dict[str, Any]]] = {  # field → another value
     "QARequest.parameters.max_answer_len": (1, {"parameters.top_k": 50}),
     "QARequest.parameters.handle_impossible_answer": (True, {"parameters.top_k": 1000}),
     "QARequest.parameters.align_to_words": (False, {"parameters.top_k": 50}),
+    **{f"CompletionRequest.{name}": row for name, row in EXTRAS.items()},
+    **{f"CompletionRequest.{name}": (value, {"use_beam_search": True, "n": 2}) for name, value in BEAM_EXTRAS.items()},
     "CompletionRequest.prompt": ("The dog", {}),
     "CompletionRequest.max_tokens": (3, {}),
     "CompletionRequest.temperature": (0.5, {}),
     "CompletionRequest.top_p": (0.5, {}),
     "CompletionRequest.n": (2, {}),
+    "CompletionRequest.best_of": (2, {}),
     "CompletionRequest.seed": (2, {}),
     "CompletionRequest.stop": ("mps", {"prompt": "scripted"}),
+    "CompletionRequest.echo": (True, {}),
+    "CompletionRequest.logprobs": (0, {}),
+    "CompletionRequest.logit_bias": ({"5": 1.0}, {}),
     "CompletionRequest.stream": (True, {}),
     "CompletionRequest.stream_options.include_usage": (True, {"stream": True}),
+    "CompletionRequest.response_format.type": ("json_object", {"response_format": {"type": "text"}}),
+    "CompletionRequest.response_format.json_schema.schema": (
+        {"type": "array"},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+    ),
     "CompletionRequest.top_k": (5, {}),
     "CompletionRequest.min_tokens": (3, {}),
-    "CompletionRequest.stop_token_ids": ([5], {}),
-    "CompletionRequest.ignore_eos": (True, {"prompt": "scripted"}),
     "CompletionRequest.include_stop_str_in_output": (True, {"prompt": "scripted", "stop": "mps"}),
     "CompletionRequest.return_token_ids": (True, {}),
+    "CompletionRequest.prompt_logprobs": (0, {}),
+    "CompletionRequest.truncate_prompt_tokens": (1, {}),
+    "CompletionRequest.use_beam_search": (True, {"n": 2, "temperature": 0.0}),
+    "CompletionRequest.structured_outputs.json": ({"type": "array"}, {}),
+    "CompletionRequest.structured_outputs.json_object": (True, {}),
+    "CompletionRequest.structured_outputs.regex": ("a", {}),
+    "CompletionRequest.structured_outputs.choice": (["a"], {}),
+    "CompletionRequest.structured_outputs.grammar": ('start: "a"', {}),
+    "CompletionRequest.guided_json": ({}, {}),
+    "CompletionRequest.guided_regex": ("a", {}),
+    "CompletionRequest.guided_choice": (["a"], {}),
+    "CompletionRequest.guided_grammar": ('start: "a"', {}),
 }
 
 REFUSED: dict[str, tuple[Any, list[Any]]] = {  # field → a value that asks for something, values that ask for nothing
     "GenerateRequest.parameters.adapter_id": ("lora", [None]),
-    "GenerateRequest.parameters.best_of": (2, [None, 1]),
-    "GenerateRequest.parameters.decoder_input_details": (True, [None, False]),
-    "GenerateRequest.parameters.frequency_penalty": (0.1, [None, 0, 0.0]),
-    "GenerateRequest.parameters.grammar": ({"type": "regex", "value": "a"}, [None]),
-    "GenerateRequest.parameters.repetition_penalty": (1.2, [None, 1, 1.0]),
-    "GenerateRequest.parameters.top_n_tokens": (3, [None, 0]),
-    "GenerateRequest.parameters.truncate": (5, [None]),
-    "GenerateRequest.parameters.typical_p": (0.9, [None, 1, 1.0]),
     "GenerateRequest.parameters.watermark": (True, [None, False]),
-    "CompletionRequest.best_of": (2, [None, 1]),
-    "CompletionRequest.echo": (True, [None, False]),
-    "CompletionRequest.frequency_penalty": (-0.5, [None, 0, 0.0]),
-    "CompletionRequest.logit_bias": ({"5": 1.0}, [None, {}]),
-    "CompletionRequest.logprobs": (0, [None]),
-    "CompletionRequest.presence_penalty": (0.5, [None, 0, 0.0]),
+    "CompletionRequest.watermark": (True, [None, False]),
     "CompletionRequest.suffix": ("end", [None, ""]),
 }
 
 ELSEWHERE = {
     "CompletionRequest.model": "test_bad_input.test_an_unknown_model_is_not_found",
     "CompletionRequest.user": "the caller's own label; it has no effect by definition",
+    "CompletionRequest.response_format.json_schema.name": "a label",
+    "CompletionRequest.response_format.json_schema.description": "a label",
+    "CompletionRequest.response_format.json_schema.strict": "the schema is always followed",
 }
 
 
 def _fields(model: type[BaseModel], prefix: str) -> list[str]:
     names: list[str] = []
     for name, field in model.model_fields.items():
+        path = f"{prefix}.{field.alias or name}"
         candidates = [field.annotation, *get_args(field.annotation)]
         parts = [part for part in candidates if isinstance(part, type) and issubclass(part, BaseModel)]
-        names += _fields(parts[0], f"{prefix}.{name}") if parts else [f"{prefix}.{name}"]
+        names += _fields(parts[0], path) if parts else [path]
     return names
 
 
@@ -113,6 +172,10 @@ def test_each_field_is_in_one_table() -> None:
         for field in _fields(model, model.__name__)
     ]
     assert sorted(fields) == sorted([*HAS_EFFECT, *REFUSED, *ELSEWHERE])
+
+
+def test_both_surfaces_take_the_same_extras() -> None:
+    assert {*EXTRAS, *BEAM_EXTRAS, "watermark"} == set(SamplingExtras.model_fields)
 
 
 def _with(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -133,7 +196,10 @@ async def _observe(client: httpx.AsyncClient, engine: FakeEngine, path: str, bod
         if isinstance(part, dict):
             part.pop("id", None)
             part.pop("created", None)
-    asked = [(r.task, r.prompt_token_ids, r.continuation_token_ids, r.head, r.sampling) for r in engine.requests]
+    asked = [
+        (r.task, r.prompt_token_ids, r.continuation_token_ids, r.head, r.sampling, r.priority, r.cache_salt)
+        for r in engine.requests
+    ]
     return streamed, answer, asked
 
 
@@ -147,6 +213,21 @@ async def test_a_field_has_an_effect(client: httpx.AsyncClient, engine: FakeEngi
     plain = await _observe(client, engine, path, body)
     assert plain == await _observe(client, engine, path, body), "the field alone makes the difference"
     assert plain != await _observe(client, engine, path, _with(body, name, value))
+
+
+NULLABLE = [
+    f"{model}{name}"
+    for model in ("GenerateRequest.parameters.", "CompletionRequest.")
+    for name in SamplingExtras.model_fields
+]
+
+
+@pytest.mark.parametrize("field", NULLABLE)
+async def test_null_is_the_default(client: httpx.AsyncClient, engine: FakeEngine, field: str) -> None:
+    model, _, name = field.partition(".")
+    path, body = PLAIN[model]
+    plain = await _observe(client, engine, path, body)
+    assert await _observe(client, engine, path, _with(body, name, None)) == plain
 
 
 @pytest.mark.parametrize("field", REFUSED)

@@ -1,0 +1,62 @@
+"""What all request bodies are made of.
+
+Unknown fields are refused, and so is every known one that is not supported, unless it has the value that means "off":
+nothing is silently ignored. Types are strict: "20" is no number, 1 no boolean; an integer may stand for a float.
+Limits that depend on the model or the configuration are checked where those are known.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, StringConstraints
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARACTERS = 256
+MAX_STOP_TOKENS = 256
+MAX_SEQUENCES = 64
+"""Completions of one prompt, or beams."""
+MAX_TOP_LOGPROBS = 20
+"""Alternatives with each token; vLLM's `max_logprobs` too is 20 unless set otherwise."""
+MAX_TOKEN_RULES = 1024
+"""Entries in a list of biased or forbidden words."""
+MAX_WORD_CHARACTERS = 256
+MAX_CACHE_SALT_CHARACTERS = 1024
+
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+PositiveCount = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIdLists = Annotated[list[TokenIds], Field(min_length=1)]
+NumTopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+NumSequences = Annotated[int, Field(ge=1, le=MAX_SEQUENCES)]
+
+Temperature = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveProbability = Annotated[float, Field(gt=0, le=1)]
+Cutoff = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+OpenAIPenalty = Annotated[float, Field(ge=-2, le=2)]
+
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Word = Annotated[str, StringConstraints(min_length=1, max_length=MAX_WORD_CHARACTERS)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_STRING_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)]
+
+JSON_TUPLE = Strict(False)
+"""JSON has no tuples: a strict one would take no list."""
+
+
+def off(*off_values: Any) -> AfterValidator:
+    """Accept a parameter only with a value that asks for nothing."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in off_values:
+            raise ValueError("is not supported")
+        return value
+
+    return AfterValidator(check)
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
