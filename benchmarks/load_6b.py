@@ -30,7 +30,8 @@ from gptj_serve.pipeline.stage_loop import StageLoop
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
 from gptj_serve.pipeline.step_links import StepLinks
 from gptj_serve.planner import Model, Resources, plan
-from gptj_serve.types import EngineRequest, MicroBatch, SamplingParams, StepOutput, Task, TokenEvent
+from gptj_serve.steps import MicroBatch, StepOutput
+from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent
 
 BLOCK_SIZE = 16
 NUM_KV_TOKENS = 256
