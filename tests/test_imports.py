@@ -32,7 +32,7 @@ def ours(*names: str) -> tuple[str, ...]:
 
 LAYERS = [
     ours("types", "steps", "errors", "config"),
-    ours("tokenizer", "extractive_qa", "model", "engine"),
+    ours("tokenizer", "extractive_qa", "generation_rules", "zero_shot", "model", "engine"),
     ours("pipeline", "planner"),
     ours("modeling"),
     ours("api", "fit"),

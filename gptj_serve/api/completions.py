@@ -25,7 +25,7 @@ class Piece:
     """A part of a choice, or all of it: its text with the tokens that it comes of."""
 
     text: str
-    prompt: Sequence[ScoredToken]  # the prompt's tokens, with the first piece
+    prompt: Sequence[ScoredToken]  # the prompt's tokens, with the first piece, if they are scored
     tokens: Sequence[ScoredToken]
     finish_reason: FinishReason | None
 
@@ -66,20 +66,18 @@ async def stream_pieces(service: Service, plan: Plan) -> AsyncGenerator[dict[str
 
 async def _pieces(service: Service, plan: Plan, candidate: Candidate) -> AsyncGenerator[Piece]:
     """With `echo` the prompt comes before the first token, or alone if no token is wanted."""
-    prompt_text = service.tokenizer.decode(candidate.token_ids, skip_special_tokens=False) if plan.body.echo else ""
+    text = _echo(service, plan, candidate)
+    prompt: Sequence[ScoredToken] = []
+    tokens: list[ScoredToken] = []
     if plan.body.num_new_tokens == 0:
-        scores = None
         if plan.scores_prompts:
             scores = await score_prompt(service, candidate.token_ids, plan.num_top_logprobs, candidate.params)
-        prompt = scored_prompt(service.tokenizer, candidate.token_ids, scores)
-        yield Piece(prompt_text, prompt, [], FinishReason.LENGTH)
+            prompt = scored_prompt(service.tokenizer, candidate.token_ids, scores)
+        yield Piece(text, prompt, tokens, FinishReason.LENGTH)
         return
-    text = prompt_text
-    tokens: list[ScoredToken] = []
-    prompt = tokens
     async with aclosing(generate(service, candidate.token_ids, candidate.params)) as chunks:
         async for chunk in chunks:
-            if chunk.is_first:
+            if chunk.is_first and plan.scores_prompts:
                 prompt = scored_prompt(service.tokenizer, candidate.token_ids, chunk.prompt_scores)
             text += chunk.text
             tokens.append(chunk.token)
@@ -100,9 +98,14 @@ async def _whole(service: Service, plan: Plan, candidate: Candidate) -> Piece:
 
 
 async def _beams(service: Service, plan: Plan, candidate: Candidate) -> list[Piece]:
-    prompt_text = service.tokenizer.decode(candidate.token_ids, skip_special_tokens=False) if plan.body.echo else ""
+    prompt_text = _echo(service, plan, candidate)
     beams = await search_beams(service, candidate.token_ids, candidate.params)
     return [Piece(prompt_text + beam.text, [], beam.tokens, beam.finish_reason) for beam in beams]
+
+
+def _echo(service: Service, plan: Plan, candidate: Candidate) -> str:
+    """The prompt as the model saw it."""
+    return service.tokenizer.decode(candidate.token_ids, skip_special_tokens=False) if plan.body.echo else ""
 
 
 def _said(plan: Plan, piece: Piece) -> Sequence[ScoredToken]:

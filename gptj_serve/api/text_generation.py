@@ -16,6 +16,7 @@ from gptj_serve.errors import InvalidRequestError
 from gptj_serve.types import FinishReason, Matrix
 
 _NAMES = {
+    "prompt": "inputs",
     "stream": "stream",
     "num_top_logprobs": "parameters.top_n_tokens",
     "prompt_logprobs": "parameters.decoder_input_details",

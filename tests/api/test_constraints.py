@@ -161,3 +161,13 @@ async def test_what_the_engine_refuses_has_the_clients_name(
         422,
         "parameters.grammar.value='(': is not an expression",
     )
+
+
+async def test_a_prompt_that_the_engine_refuses_is_inputs_in_one_shape(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.refusal = lambda request: InvalidRequestError("prompt", 3, "is too long for this engine")
+    response = await client.post("/generate", json={"inputs": "a"})
+    assert response.json()["error"] == "inputs=3: is too long for this engine"
+    response = await client.post("/v1/completions", json={"model": "tiny", "prompt": "a"})
+    assert response.json()["error"]["param"] == "prompt"

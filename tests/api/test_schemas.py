@@ -4,6 +4,7 @@ A field has an effect if changing it alone changes what the engine is asked or w
 adds a row; `test_each_field_is_in_one_table` fails until then.
 """
 
+from pathlib import Path
 from typing import Any, get_args
 
 import httpx
@@ -16,6 +17,7 @@ from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest,
 from gptj_serve.api.openai_schemas import CompletionRequest
 from gptj_serve.api.sampling_schema import SamplingExtras
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "generation.md"
 CONTEXT = "Ana lives in Ljubljana with the quick brown fox, who jumps over Žofka's lazy dog all day long."
 
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # model → path, smallest body
@@ -176,6 +178,16 @@ def test_each_field_is_in_one_table() -> None:
 
 def test_both_surfaces_take_the_same_extras() -> None:
     assert {*EXTRAS, *BEAM_EXTRAS, "watermark"} == set(SamplingExtras.model_fields)
+
+
+@pytest.mark.parametrize("model", [GenerateRequest, CompletionRequest])
+def test_each_generation_parameter_is_documented(model: type[BaseModel]) -> None:
+    text = DOCUMENTATION.read_text(encoding="utf-8")
+    names = {
+        field.removeprefix(f"{model.__name__}.").removeprefix("parameters.") for field in _fields(model, model.__name__)
+    }
+    names -= {"model", "user", "stream", "stream_options.include_usage"}
+    assert {name for name in names if f"`{name.partition('.')[0]}`" not in text} == set()
 
 
 def _with(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
