@@ -318,30 +318,49 @@ def test_preempted_sequence_does_not_repeat_a_token():
     assert [event for event in events if event.request_id == "young"] == expected_events(young)
 
 
-def test_beams_take_no_step_twice():
-    """As above: the step that was in flight counts, the one that repeats it does not."""
-    scheduler = make_scheduler(num_stages=4, num_blocks=9, block_size=1)
+def events_if_preempted_in_flight(young: EngineRequest, head_start: int) -> list[Event] | None:
+    """Its blocks go to an elder while a step of it flies; then it is computed anew before that step comes back."""
+    scheduler = make_scheduler(num_stages=6, num_blocks=20, block_size=1)
     stages = FakeStages(1)
-    young = generate_request("young", [5], max_new_tokens=4, beams=BeamParams(num_beams=2), ignore_eos=True)
-    scheduler.add(generate_request("elder", [1], max_new_tokens=6, ignore_eos=True))
+    scheduler.add(generate_request("elder", [1], max_new_tokens=19, ignore_eos=True, priority=-1))
+    for _ in range(head_start):
+        scheduler.update(stages.run(scheduled(scheduler)))
     scheduler.add(young)
-    events = scheduler.update(stages.run(scheduled(scheduler)))
-    flying: list[StepOutput] = []
+    events: list[Event] = []
+    flying: list[tuple[MicroBatch, StepOutput]] = []
     while not scheduler.num_preemptions:
-        while len(flying) < 2:
-            flying.append(stages.run(scheduled(scheduler)))
-        events += scheduler.update(flying.pop(0))
-        microbatch = scheduler.schedule()
-        if microbatch is not None:
-            flying.append(stages.run(microbatch))
-    assert flying
+        if (microbatch := scheduler.schedule()) is not None:
+            flying.append((microbatch, stages.run(microbatch)))
+        if not scheduler.num_preemptions and (microbatch is None or len(flying) > 1):
+            if not flying:
+                return None  # there was room for both
+            events += scheduler.update(flying.pop(0)[1])
+    if not any(len(row.samples) and row.token_ids[0] != 1 for microbatch, _ in flying for row in microbatch.rows):
+        return None
     scheduler.abort("elder")
-    flying.append(stages.run(scheduled(scheduler)))
+    while (microbatch := scheduler.schedule()) is not None:
+        flying.append((microbatch, stages.run(microbatch)))
     while flying:
-        events += scheduler.update(flying.pop(0))
+        events += scheduler.update(flying.pop(0)[1])
         scheduler.check_integrity()
-    events += drain(scheduler, stages)
-    assert [event for event in events if event.request_id == "young"] == expected_events(young)
+    return [event for event in [*events, *drain(scheduler, stages)] if event.request_id == young.request_id]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"beams": BeamParams(num_beams=2)},
+        {"beams": BeamParams(num_beams=3), "max_new_tokens": 4},
+        {"prompt_lookup_num_tokens": 3, "seed": 1, "max_new_tokens": 12},
+        {"guidance_scale": 2.0, "max_new_tokens": 6},
+    ],
+    ids=["two beams", "three beams", "drafts", "guide"],
+)
+def test_what_flew_while_its_blocks_went_to_another_counts_once(sampling: dict[str, object]):
+    young = generate_request("young", [2, 3], **{"max_new_tokens": 6, "ignore_eos": True, **sampling})
+    answers = [events_if_preempted_in_flight(young, head_start) for head_start in range(16)]
+    assert any(answer is not None for answer in answers)
+    assert all(answer is None or answer == expected_events(young) for answer in answers)
 
 
 def test_a_rider_is_not_preempted_for_another_row_of_its_microbatch():
