@@ -21,7 +21,7 @@ NOT_FINITE = "the model's logits hold NaN or infinity"
 NOT_FINITE_AFTER_EDITS = "the request's biases, penalties or guidance turn scores into NaN or infinity"
 NOTHING_POSSIBLE = "no token is possible: the request's constraints, taken together, forbid all of them"
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 128
 """On a CPU: larger intermediates would be new memory each time, which costs more than what is computed in it."""
 
 

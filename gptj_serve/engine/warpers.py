@@ -29,7 +29,6 @@ MAX_SORTED_ROWS = 16
 
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-37, 1e37  # normal numbers in fp32; what is beyond makes no difference
 _SPARE_TIES = 16  # room for tokens as good as the k-th
-_MASS_ERROR = 1e-9  # a sum of probabilities this close to top_p has reached it: equal tokens come out as on paper
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +134,7 @@ def _keep_best(x: Tensor, beyond: Tensor, knobs: Knobs, num_token_ids: int) -> T
         top_p = knobs.column("top_p", x)
         weights = x.exp()
         before = (weights.cumsum(dim=-1) - weights) / (weights.sum(dim=-1, keepdim=True) + beyond)
-        is_enough = (before >= (top_p - _MASS_ERROR).clamp(min=_MASS_ERROR)) & (top_p < 1)
-        x = x.masked_fill(is_enough, -torch.inf)
+        x = x.masked_fill((before >= top_p) & (top_p < 1), -torch.inf)
     return x.masked_fill(x < knobs.column("min_p", x).log(), -torch.inf)
 
 
@@ -155,7 +153,7 @@ def _reshape(x: Tensor, knobs: Knobs) -> Tensor:
 def _typical(x: Tensor, mass: Tensor) -> Tensor:
     """Keeps the tokens whose information is closest to the entropy, as many as it takes to reach `mass` [R, 1]."""
     distance = (x.log_softmax(dim=-1) + _entropy(x)).abs()
-    ranked, order = distance.sort(dim=-1, stable=True)
+    ranked, order = distance.sort(dim=-1)
     reached = x.gather(1, order).softmax(dim=-1).cumsum(dim=-1)
     last = (reached < mass).sum(dim=-1, keepdim=True).clamp(max=x.shape[1] - 1)
     return x.masked_fill(distance > ranked.gather(1, last), -torch.inf)

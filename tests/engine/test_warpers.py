@@ -142,6 +142,12 @@ def test_a_row_is_the_same_alone_and_among_others():
         torch.testing.assert_close(together[row], distributions(scores[row : row + 1], [warpers])[0], rtol=0, atol=1e-9)
 
 
+def test_rows_that_need_all_tokens_keep_their_places():
+    """Two are known to from the start, the two between them turn out to."""
+    kinds = [Warpers(temperature=1.0, typical_p=0.9), Warpers(temperature=4.0, top_p=0.999)] * 2
+    check(random_scores(4, LARGE, seed=9), kinds)
+
+
 # ---------------------------------------------------------------------------------------------- equal tokens
 
 # Half-precision logits are multiples of a step: many are equal.

@@ -1,5 +1,5 @@
-"""Stages at work on microbatches made by hand, as they come over the wire: what each thing that a row can ask for gives,
-against transformers' logits in fp32, and that rows don't touch each other."""
+"""Stages at work on microbatches made by hand, as they come over the wire: each thing that a row can ask for, against
+transformers' logits in fp32, and that rows don't touch each other."""
 
 import math
 from dataclasses import dataclass, field
