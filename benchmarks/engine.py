@@ -28,7 +28,7 @@ from gptj_serve.engine.timeline import simulate
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
-from gptj_serve.steps import MicroBatch, RowResult, SampledToken, StepOutput
+from gptj_serve.steps import MicroBatch, RowResult, SampledToken, SampleSpec, StepOutput
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
 
@@ -158,20 +158,23 @@ def drawn_lengths() -> list[tuple[int, int]]:
 
 def measure_bubbles(lengths: Sequence[tuple[int, int]], num_requests: int) -> None:
     """All requests at once over four equal stages; a step costs a stage 1 ms and 10 µs per token."""
-    table = Table("policy", "bubble ratio", "tokens/s", title=f"Four stages, {num_requests} requests of the trace")
-    for name, num_stages in (("all decode rows in one microbatch", 1), ("capped at ceil(decoding / 4)", 4)):
-        limits = SchedulerLimits(num_stages, 256, 512, CONTEXT_LIMIT)
-        scheduler = Scheduler(limits, KVBlocks(40 * CONTEXT_LIMIT // BLOCK_SIZE, BLOCK_SIZE), frozenset())
-        requests = [fixed_request(str(i), *pair) for i, pair in enumerate(lengths[:num_requests])]
-        timeline = simulate(
-            scheduler,
-            [(0.0, request) for request in requests],
-            any_answer,
-            lambda microbatch, stage_index: 1e-3 + 1e-5 * microbatch.num_tokens,
-            num_stages=4,
-        )
-        num_tokens = sum(output for _, output in lengths[:num_requests])
-        table.add_row(name, f"{timeline.bubble_ratio:.3f}", f"{num_tokens / timeline.duration_s:.0f}")
+    table = Table("sequences at a time", "decode rows of a microbatch", "bubble ratio", "tokens/s")
+    table.title = f"Four stages, the lengths of {num_requests} requests"
+    for max_num_sequences in (16, 256):
+        for name, num_stages in (("all", 1), ("at most ceil(decoding / 4)", 4)):
+            limits = SchedulerLimits(num_stages, max_num_sequences, 512, CONTEXT_LIMIT)
+            scheduler = Scheduler(limits, KVBlocks(40 * CONTEXT_LIMIT // BLOCK_SIZE, BLOCK_SIZE), frozenset())
+            requests = [fixed_request(str(i), *pair) for i, pair in enumerate(lengths[:num_requests])]
+            timeline = simulate(
+                scheduler,
+                [(0.0, request) for request in requests],
+                any_answer,
+                lambda microbatch, stage_index: 1e-3 + 1e-5 * microbatch.num_tokens,
+                num_stages=4,
+            )
+            num_tokens = sum(output for _, output in lengths[:num_requests])
+            rate = f"{num_tokens / timeline.duration_s:.0f}"
+            table.add_row(str(max_num_sequences), name, f"{timeline.bubble_ratio:.3f}", rate)
     console.print(table)
 
 
@@ -191,27 +194,37 @@ def any_answer(microbatch: MicroBatch) -> StepOutput:
 
 
 def measure_overhead() -> None:
-    """One step of sequences of 512 tokens that all decode; the sampler over 50,400 logits each."""
-    table = Table("running", "scheduler", "sampler, greedy", "sampler, top-p", "bare argmax", title="µs per step")
-    for num_running in (1, 32, 256):
-        scheduler = Scheduler(SchedulerLimits(1, 256, 512, CONTEXT_LIMIT), KVBlocks(256 * 64, BLOCK_SIZE), frozenset())
-        for index in range(num_running):
-            scheduler.add(fixed_request(str(index), 512, 512))
+    """One step of sequences of 512 tokens that all decode; the sampler over logits as peaked as a language model's."""
+    for vocab_size in (4_096, 50_400):
+        table = Table("running", "scheduler", "greedy", "temperature", "top-p", "bare argmax", "bare logsumexp")
+        table.title = f"µs per step of scheduler and sampler, {vocab_size:,} logits a row"
+        for num_running in (1, 32, 256):
+            table.add_row(str(num_running), *overhead(num_running, vocab_size))
+        console.print(table)
+
+
+def overhead(num_running: int, vocab_size: int) -> list[str]:
+    limits = SchedulerLimits(1, 256, 512, CONTEXT_LIMIT)
+    scheduler = Scheduler(limits, KVBlocks(256 * 64, BLOCK_SIZE), frozenset())
+    for index in range(num_running):
+        scheduler.add(fixed_request(str(index), 512, 1024))
+    microbatch = step(scheduler)
+    while len(microbatch.rows) < num_running or any(len(row.token_ids) > 1 for row in microbatch.rows):
         microbatch = step(scheduler)
-        while len(microbatch.rows) < num_running or any(len(row.token_ids) > 1 for row in microbatch.rows):
-            microbatch = step(scheduler)
-        specs = [spec for row in microbatch.rows for spec in row.samples]
-        logits = torch.randn(num_running, 50_400)
-        positions = [512] * num_running
-        top_p = [type(spec)(warpers=Warpers(temperature=0.8, top_p=0.9), seed=7) for spec in specs]
-        table.add_row(
-            str(num_running),
-            micros(lambda: step(scheduler)),
-            micros(lambda: sample(logits, specs, positions)),
-            micros(lambda: sample(logits, top_p, positions)),
-            micros(lambda: logits.argmax(dim=-1)),
-        )
-    console.print(table)
+    logits = 3 * torch.randn(num_running, vocab_size)
+    positions = [512] * num_running
+
+    def sampler(warpers: Warpers) -> str:
+        return micros(lambda: sample(logits, [SampleSpec(warpers, seed) for seed in range(num_running)], positions))
+
+    return [
+        micros(lambda: step(scheduler)),
+        sampler(Warpers()),
+        sampler(Warpers(temperature=0.8)),
+        sampler(Warpers(temperature=0.8, top_p=0.9)),
+        micros(lambda: logits.argmax(dim=-1)),
+        micros(lambda: logits.logsumexp(dim=-1)),
+    ]
 
 
 def step(scheduler: Scheduler) -> MicroBatch:

@@ -127,7 +127,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     negative_prompt_token_ids: list[TokenId] = []  # empty: the prompt's last token alone, as in transformers
     beams: BeamParams | None = None
     prompt_lookup_num_tokens: Annotated[int, Meta(ge=0, le=64)] = 0  # drafted tokens per step; 0 is off
-    max_matching_ngram_size: Annotated[int, Meta(ge=1, le=8)] = 2  # of the tokens that a draft must follow
+    max_matching_ngram_size: Annotated[int, Meta(ge=1, le=8)] = 2  # each size costs an entry for every token
 
     num_top_logprobs: Annotated[int, Meta(ge=0)] = 0  # alternatives with each token
     prompt_logprobs: bool = False  # also of the prompt's tokens but the first

@@ -13,7 +13,6 @@ from gptj_serve.api.schema_types import (
     Cutoff,
     NonEmpty,
     OpenAIPenalty,
-    PositiveCount,
     PositiveFloat,
     PositiveProbability,
     Probability,
@@ -68,7 +67,7 @@ class SamplingExtras(Body):
 
     # how it is computed
     prompt_lookup_num_tokens: Annotated[int, Field(ge=0, le=64)] | None = None
-    max_matching_ngram_size: PositiveCount | None = None
+    max_matching_ngram_size: Annotated[int, Field(ge=1, le=8)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # lower is sooner
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARACTERS)] | None = None
 

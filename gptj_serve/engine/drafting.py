@@ -6,9 +6,6 @@ It knows tokens only. `prompt_lookup_num_tokens` and `max_matching_ngram_size` m
 
 from collections.abc import Sequence
 
-_MAX_NGRAM = 8
-"""Longer n-grams are not looked up, since each size costs an entry for every token."""
-
 
 class Drafter:
     """Drafts for one sequence, to which tokens are only ever appended.
@@ -22,7 +19,7 @@ class Drafter:
     """
 
     def __init__(self, prompt_token_ids: Sequence[int], max_ngram: int) -> None:
-        self._max_ngram = min(max_ngram, _MAX_NGRAM)
+        self._max_ngram = max_ngram
         self._after: dict[tuple[int, ...], int] = {}  # n-gram → position of what followed the occurrence to choose
         self._num_taken = len(prompt_token_ids)
         for n in range(1, self._max_ngram + 1):
