@@ -21,19 +21,17 @@ from gptj_serve.model.heads import HeadCheckpoint, HeadInfo, HeadKind, fingerpri
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.steps import MicroBatch, Row, RowOutput, RowResult, SampleSpec
 from gptj_serve.types import (
     EngineRequest,
     FailureEvent,
     FinishReason,
     HeadEvent,
-    MicroBatch,
     Pooling,
-    Row,
-    RowFailure,
-    RowOutput,
     SamplingParams,
     Task,
     TokenEvent,
+    Warpers,
 )
 
 BLOCK_SIZE = 4
@@ -106,8 +104,17 @@ async def num_preemptions(engine: LocalEngine) -> int:
 
 
 def generate_request(request_id: str, prompt: list[int], **sampling: object) -> EngineRequest:
-    params = SamplingParams(**{"max_new_tokens": MAX_NEW_TOKENS, **sampling})  # type: ignore[arg-type]
+    warpers = Warpers(**{name: sampling.pop(name) for name in ("temperature", "top_k", "top_p") if name in sampling})
+    params = SamplingParams(**{"max_new_tokens": MAX_NEW_TOKENS, "warpers": warpers, **sampling})
     return EngineRequest(request_id=request_id, task=Task.GENERATE, prompt_token_ids=prompt, sampling=params)
+
+
+def long_requests(prompts: list[list[int]]) -> list[EngineRequest]:
+    """Requests that outgrow a scarce pool."""
+    return [
+        generate_request(f"long {i}", prompt, max_new_tokens=N_POSITIONS - 70, ignore_eos=True)
+        for i, prompt in enumerate(prompts[3:13])
+    ]
 
 
 async def generate(engine: LocalEngine, request: EngineRequest) -> list[int]:
@@ -174,7 +181,7 @@ async def test_head_logits_equal_transformers(directory: Path, prompts, num_stag
     async with serving(
         directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13
     ) as engine:
-        others = asyncio.gather(*(generate(engine, generate_request(str(i), p)) for i, p in enumerate(prompts[:10])))
+        others = asyncio.gather(*(generate(engine, request) for request in long_requests(prompts)))
         classes = await asyncio.gather(*(head_logits(engine, Task.CLASSIFY, i, p) for i, p in enumerate(prompts)))
         spans = await asyncio.gather(*(head_logits(engine, Task.QA, i, p) for i, p in enumerate(prompts)))
         await others
@@ -200,7 +207,7 @@ async def test_hidden_states_equal_transformers(directory: Path, prompts, num_st
     async with serving(
         directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13
     ) as engine:
-        others = asyncio.gather(*(generate(engine, generate_request(str(i), p)) for i, p in enumerate(prompts[:10])))
+        others = asyncio.gather(*(generate(engine, request) for request in long_requests(prompts)))
         answers = await asyncio.gather(*(values(engine, request) for request in requests.values()))
         await others
         assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
@@ -229,7 +236,7 @@ async def test_scores_of_continuations_equal_transformers(
             )
             for i, cut in cuts
         ]
-        others = asyncio.gather(*(generate(engine, generate_request(str(i), p)) for i, p in enumerate(prompts[:10])))
+        others = asyncio.gather(*(generate(engine, request) for request in long_requests(prompts)))
         answers = await asyncio.gather(*(values(engine, request) for request in requests))
         await others
         assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
@@ -244,17 +251,17 @@ def test_only_the_rows_of_a_continuation_go_through_the_lm_head(directory: Path,
     (runner,) = make_runners(directory, 1, 40)
     num_rows: list[int] = []
     runner.stage.lm_head.register_forward_hook(lambda _, inputs, __: num_rows.append(len(inputs[0])))
-    row = Row(prompts[2], 0, list(range(30)), RowOutput.LOGPROBS, target_token_ids=[1, 2, 3])
-    assert len(runner.run(MicroBatch(0, [row]), None).rows[0].values.rows()) == 3
+    row = Row(prompts[2], 0, list(range(30)), target_token_ids=[1, 2, 3])
+    assert len(runner.run(MicroBatch(0, [row]), None).rows[0].targets.rows()) == 3
     assert num_rows == [3]
 
 
 def test_a_target_without_a_logit_fails_its_row_alone(directory: Path):
     (runner,) = make_runners(directory, 1, 4)
-    rows = [Row([1], 0, [i], RowOutput.LOGPROBS, target_token_ids=[target]) for i, target in enumerate([5, 97])]
+    rows = [Row([1], 0, [i], target_token_ids=[target]) for i, target in enumerate([5, 97])]
     good, bad = runner.run(MicroBatch(0, rows), None).rows
-    assert good.values.array.shape == (1, 1)
-    assert bad == RowFailure("token id 97 has no logit: the model's are below 97")
+    assert good.targets.array.shape == (1, 1)
+    assert bad == RowResult(failure="token id 97 has no logit: the model's are below 97")
 
 
 # ------------------------------------------------------------------------------------------------- several heads
@@ -436,12 +443,12 @@ def test_ids_without_a_token_are_never_sampled(directory: Path):
     spec = StageSpec(range(6), 4, BLOCK_SIZE, torch.float32, torch.device("cpu"), num_token_ids=10)
     runner = StageRunner.load(checkpoint, spec)
     rows = [
-        Row([i + 1], 0, [i], RowOutput.SAMPLE, SamplingParams(max_new_tokens=1, temperature=t, seed=i))
+        Row([i + 1], 0, [i], samples=[SampleSpec(Warpers(temperature=t), seed=i)])
         for i, t in enumerate([0.0, 0.0, 5.0, 50.0])
     ]
     for microbatch_id in range(20):
         output = runner.run(MicroBatch(microbatch_id, rows), None)
-        assert all(result.token_id < 10 for result in output.rows)
+        assert all(result.tokens[0].token_id < 10 for result in output.rows)
 
 
 async def test_failure_of_a_stage_is_recovered_from(directory: Path, prompts, greedy_reference):

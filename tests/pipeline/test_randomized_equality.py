@@ -89,7 +89,7 @@ def load(directory: Path) -> Model:
     return Model(directory, oracle, oracle.config.vocab_size, frequent, eos=frequent[3])
 
 
-def draw_case(model: Model, chance: random.Random, shared: list[list[int]]) -> Case:
+def draw_case(model: Model, chance: random.Random, shared: list[list[int]], max_sequences: int) -> Case:
     prompt = [*chance.choice(shared), *(draw_token(model, chance) for _ in range(chance.randint(0, 6)))]
     prompt = (prompt or [draw_token(model, chance)])[:MAX_PROMPT]
     max_new = chance.randint(1, MAX_NEW)
@@ -129,14 +129,14 @@ def draw_case(model: Model, chance: random.Random, shared: list[list[int]]) -> C
     if maybe(0.1) and model.eos not in suppressed:
         theirs["forced_eos_token_id"] = model.eos
         ours["forced_eos_token_id"] = [model.eos]
-    if maybe(0.4):
-        num_beams = chance.randint(2, 8)
+    if max_sequences > 1 and maybe(0.4):
+        num_beams = chance.randint(2, max_sequences)
         early_stopping = chance.choice(list(EARLY_STOPPING))
         length_penalty = chance.choice([1.0, 1.0, 0.0, 2.0, -1.0])
         theirs |= {"num_beams": num_beams, "early_stopping": EARLY_STOPPING[early_stopping]}
         theirs["length_penalty"] = length_penalty
         ours["beams"] = BeamParams(num_beams=num_beams, early_stopping=early_stopping, length_penalty=length_penalty)
-    elif maybe(0.2):
+    elif max_sequences > 1 and maybe(0.2):
         scale = chance.choice([0.5, 1.5, 3.0])
         negative = tokens(chance.randint(0, 10))
         theirs["guidance_scale"] = ours["guidance_scale"] = scale
@@ -161,14 +161,20 @@ def expected(model: Model, case: Case) -> list[int]:
     return out[0, len(case.prompt) :].tolist()
 
 
-def draw_engine(model: Model, chance: random.Random) -> tuple[Scheduler, InProcessPipeline]:
-    """Any number of stages, and now and then so few KV blocks that requests are preempted again and again."""
+def num_blocks_of(case: Case, block_size: int) -> int:
+    """That is enough for the case alone, whatever its beams have in common."""
+    length = max(len(case.prompt), len(case.ours.negative_prompt_token_ids)) + case.ours.max_new_tokens
+    num_sequences = case.ours.beams.num_beams if case.ours.beams else 1 + (case.ours.guidance_scale != 1)
+    return num_sequences * -(-length // block_size)
+
+
+def draw_engine(model: Model, cases: list[Case], chance: random.Random) -> tuple[Scheduler, InProcessPipeline]:
+    """Any number of stages, and often so few KV blocks that requests are preempted again and again."""
     checkpoint = Checkpoint.open(model.directory)
     config = checkpoint.config
     num_stages = chance.randint(1, 4)
-    block_size = chance.choice([1, 3, 4, 16])
-    most = 8 * -(-(MAX_PROMPT + MAX_NEW) // block_size) + 8  # the widest beam search, sharing nothing
-    num_blocks = most + chance.choice([0, 5, 200])
+    block_size = chance.choice([1, 1, 2, 4, 16])
+    num_blocks = max(num_blocks_of(case, block_size) for case in cases) + chance.choice([0, 0, 3, 200])
     runners = [
         StageRunner.load(
             checkpoint,
@@ -183,10 +189,10 @@ def draw_engine(model: Model, chance: random.Random) -> tuple[Scheduler, InProce
 
 async def serve(model: Model, cases: list[Case], chance: random.Random, seen: Counter[str]) -> list[list[int] | None]:
     """Each case's tokens, or None where the stream was closed early; `seen` adds up the engine's counters."""
-    scheduler, pipeline = draw_engine(model, chance)
+    scheduler, pipeline = draw_engine(model, cases, chance)
     try:
         async with LocalEngine(scheduler, pipeline) as engine:
-            delays = [chance.choice([0, 0, chance.random() * 0.2]) for _ in cases]
+            delays = [chance.choice([0, 0, 0, chance.random() * 0.1]) for _ in cases]
             requests = [
                 EngineRequest(
                     request_id=str(index),
@@ -233,7 +239,9 @@ def compare(models: list[Model], seed: int, num_requests: int, seen: Counter[str
     while num_compared < num_requests:
         model = chance.choice(models)
         shared = [[], *([draw_token(model, chance) for _ in range(chance.randint(1, 34))] for _ in range(2))]
-        cases = [draw_case(model, chance, shared) for _ in range(min(REQUESTS_PER_ENGINE, num_requests - num_compared))]
+        max_sequences = chance.choice([1, 2, 8])  # of a request: the fewer, the smaller the pool
+        num_cases = min(REQUESTS_PER_ENGINE, num_requests - num_compared)
+        cases = [draw_case(model, chance, shared, max_sequences) for _ in range(num_cases)]
         for case, tokens in zip(cases, asyncio.run(serve(model, cases, chance, seen)), strict=True):
             if tokens is not None and tokens != (reference := expected(model, case)):
                 yield f"{model.directory}: {case}\n  ours   {tokens}\n  theirs {reference}"
@@ -242,7 +250,7 @@ def compare(models: list[Model], seed: int, num_requests: int, seen: Counter[str
 
 def test_what_is_served_is_what_transformers_generates(models: list[Model]) -> None:
     seen: Counter[str] = Counter()
-    mismatches = list(compare(models, 1, 120, seen))
+    mismatches = list(compare(models, 2, 120, seen))
     assert not mismatches, "\n".join(mismatches)
     for counter in ("preemptions", "prefix_tokens_reused", "draft_tokens_accepted", "requests_aborted"):
         assert seen[f"num_{counter}"] > 0, counter

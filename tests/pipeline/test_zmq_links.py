@@ -23,7 +23,8 @@ from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender
 from gptj_serve.pipeline.stage_loop import StageLoop
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
 from gptj_serve.pipeline.step_links import StepLinks
-from gptj_serve.types import EngineRequest, MicroBatch, Row, SamplingParams, StepOutput, Task, TokenEvent
+from gptj_serve.steps import MicroBatch, Row, StepOutput
+from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 4
 STEP = MicroBatch(0, [Row([1, 2, 3], 0, [0])])
@@ -90,7 +91,7 @@ async def generate_all(checkpoint: Checkpoint, pipeline: LinkedPipeline | InProc
     scheduler = Scheduler(limits, KVBlocks(NUM_BLOCKS, BLOCK_SIZE), frozenset())
 
     async def generate(engine: LocalEngine, n: int) -> list[int]:
-        sampling = SamplingParams(max_new_tokens=12, temperature=n % 2, seed=n)
+        sampling = SamplingParams(max_new_tokens=12, warpers=Warpers(temperature=n % 2), seed=n)
         prompt = [(5 * n + i) % 90 + 1 for i in range(3 * n + 1)]
         request = EngineRequest(request_id=str(n), task=Task.GENERATE, prompt_token_ids=prompt, sampling=sampling)
         return [event.token_id async for event in engine.submit(request) if isinstance(event, TokenEvent)]

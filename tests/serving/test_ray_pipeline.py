@@ -15,7 +15,7 @@ from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.serving.pipeline_deployment import stage_settings
 from gptj_serve.serving.ray_pipeline import RayPipeline
-from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent
+from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
 
 pytestmark = pytest.mark.serve
 
@@ -50,7 +50,7 @@ async def engine_over_actors(checkpoint: Checkpoint, num_stages: int) -> AsyncIt
 async def generate_all(engine: LocalEngine, num_requests: int) -> list[list[int]]:
     async def generate(n: int) -> list[int]:
         prompt = [(7 * n + 13 * i) % 1000 + 1 for i in range(1 + 5 * n)]
-        sampling = SamplingParams(max_new_tokens=40, temperature=float(n % 2), seed=n)
+        sampling = SamplingParams(max_new_tokens=40, warpers=Warpers(temperature=float(n % 2)), seed=n)
         request = EngineRequest(request_id=str(n), task=Task.GENERATE, prompt_token_ids=prompt, sampling=sampling)
         return [event.token_id async for event in engine.submit(request) if isinstance(event, TokenEvent)]
 
