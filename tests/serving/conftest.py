@@ -1,21 +1,52 @@
-"""One service for all tests here: the README's command, on the demo checkpoint with two stages."""
+"""One service for all tests here: the README's deployment, with two heads more beside the checkpoint's own."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 import ray
 import torch
+import yaml
 
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import HeadCheckpoint, HeadInfo, HeadKind, fingerprint
 from tests.serving.service import ROOT, URL, ServeRun
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeRun]:
+def named_heads(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> dict[str, HeadCheckpoint]:
+    """A classifier "tone", which looks at the mean of a text's states, and a reader."""
+    checkpoint = Checkpoint.open(demo)
+    directory = tmp_path_factory.mktemp("heads")
+    rng = np.random.default_rng(0)
+
+    def make(kind: HeadKind, name: str, num_outputs: int, **info: Any) -> HeadCheckpoint:
+        weight = rng.normal(size=(num_outputs, checkpoint.config.n_embd)).astype(np.float32)
+        bias = None if kind is HeadKind.CLASSIFIER else np.array([0.5, -0.5], dtype=np.float32)
+        described = HeadInfo(kind=kind, name=name, backbone=fingerprint(checkpoint), **info)
+        head = HeadCheckpoint(directory / name, described, weight, bias)
+        head.save()
+        return head
+
+    tone = {"labels": ["glad", "sad", "flat"], "problem_type": "multi_label_classification", "pooling": "mean"}
+    return {
+        "tone": make(HeadKind.CLASSIFIER, "tone", 3, **tone),
+        "reader": make(HeadKind.QA, "reader", 2),
+    }
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, named_heads: dict[str, HeadCheckpoint]) -> Iterator[ServeRun]:
     """Also checks how it ends: Ctrl-C stops it soon and leaves no process."""
-    run = ServeRun(ROOT / "deployments" / "gptj.yaml", tmp_path_factory.mktemp("serve") / "output.log")
+    directory = tmp_path_factory.mktemp("serve")
+    config = yaml.safe_load((ROOT / "deployments" / "gptj.yaml").read_text())
+    config["applications"][0]["args"]["heads"] = {name: str(head.directory) for name, head in named_heads.items()}
+    (directory / "gptj.yaml").write_text(yaml.safe_dump(config))
+    run = ServeRun(directory / "gptj.yaml", directory / "output.log")
     try:
         yield run.wait_until_ready()
         processes = run.descendants()

@@ -94,19 +94,37 @@ async def stream_tokens(http: httpx.AsyncClient, body: dict[str, Any], started: 
     return tokens
 
 
+VARIED = [
+    {},
+    {"do_sample": True},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+    {"do_sample": True, "frequency_penalty": 0.4, "prompt_lookup_num_tokens": 4},
+    {"guidance_scale": 1.5, "negative_prompt": "The President"},
+    {"grammar": {"type": "regex", "value": "[a-z ]{400}"}},
+]
+
+
+async def whole_answer(http: httpx.AsyncClient, body: dict[str, Any]) -> Any:
+    return (await http.post("/generate", json=body)).json()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int) -> None:
     bodies = [
-        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 150, "do_sample": n % 2 == 1, "seed": n}}
-        for n in range(6)
+        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 120, "seed": n, **parameters}}
+        for n, parameters in enumerate(VARIED)
     ]
+    beams = {"inputs": "Chapter six.", "parameters": {"max_new_tokens": 60, "num_beams": 4}}
     undisturbed = await asyncio.gather(*[stream_tokens(http, body, asyncio.Event()) for body in bodies])
+    undisturbed_beams = await whole_answer(http, beams)
     started = asyncio.Event()
     streams = [asyncio.create_task(stream_tokens(http, body, started)) for body in bodies]
+    search = asyncio.create_task(whole_answer(http, beams))
     await started.wait()
     stage = (await pipeline_status(http))["stages"][victim]
     os.kill(stage["pid"], signal.SIGKILL)
     assert await asyncio.gather(*streams) == undisturbed
+    assert await search == undisturbed_beams
     status = await pipeline_status(http)
     assert status["engine"]["num_recoveries"] > 0
     assert status["stages"][victim]["pid"] != stage["pid"]
@@ -115,15 +133,22 @@ async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int
 
 
 async def test_killed_pipeline_replica_is_only_a_pause(http: httpx.AsyncClient, cluster: None) -> None:
-    body = {"inputs": "Chapter one.", "parameters": {"max_new_tokens": 250, "do_sample": True, "seed": 3}}
-    undisturbed = await stream_tokens(http, body, asyncio.Event())
+    bodies = [
+        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 150, "seed": n, **parameters}}
+        for n, parameters in enumerate(VARIED)
+    ]
+    beams = {"inputs": "Chapter six.", "parameters": {"max_new_tokens": 60, "num_beams": 4}}
+    undisturbed = await asyncio.gather(*[stream_tokens(http, body, asyncio.Event()) for body in bodies])
+    undisturbed_beams = await whole_answer(http, beams)
     started = asyncio.Event()
-    stream = asyncio.create_task(stream_tokens(http, body, started))
+    streams = [asyncio.create_task(stream_tokens(http, body, started)) for body in bodies]
+    search = asyncio.create_task(whole_answer(http, beams))
     await started.wait()
     replica_id = (await pipeline_status(http))["replica_id"]
     replicas = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "ServeReplica:gptj:Pipeline")])
     os.kill(replicas[0].pid, signal.SIGKILL)
-    assert await stream == undisturbed
+    assert await asyncio.gather(*streams) == undisturbed
+    assert await search == undisturbed_beams
     assert (await pipeline_status(http))["replica_id"] != replica_id
 
 
