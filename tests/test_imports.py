@@ -32,7 +32,7 @@ def ours(*names: str) -> tuple[str, ...]:
 
 LAYERS = [
     ours("types", "steps", "errors", "config"),
-    ours("tokenizer", "extractive_qa", "generation_rules", "zero_shot", "model", "engine"),
+    ours("tokenizer", "grammar", "extractive_qa", "generation_rules", "zero_shot", "model", "engine"),
     ours("pipeline", "planner"),
     ours("modeling"),
     ours("api", "fit"),
@@ -59,6 +59,10 @@ RULES = [
         ("torch", *ours("engine", "model.stage", "model.weights", "pipeline")),
         allowed=ours("pipeline.partition"),
     ),
+    Rule(
+        "a grammar knows texts and tokens only", ours("grammar"), ("torch", *ours("extractive_qa", "model", "engine"))
+    ),
+    Rule("a grammar's trial starts fast", ours("grammar.library"), (PACKAGE,)),
     Rule("the model does not know the engine", ours("model"), ours("engine")),
     Rule("the engine does not know the model", ours("engine"), ours("model")),
     Rule(
@@ -132,6 +136,8 @@ def test_rule_holds(rule: Rule):
         ("api/app.py", "from gptj_serve.modeling.heads import GPTJForCausalLM"),
         ("modeling/heads.py", "from gptj_serve.serving import app"),
         ("planner.py", "from gptj_serve.pipeline.stage_runner import StageRunner"),
+        ("grammar/matcher.py", "from gptj_serve.engine.sequence import Sequence"),
+        ("grammar/library.py", "from gptj_serve.types import Grammar"),
     ],
 )
 def test_a_planted_wrong_import_is_found(tmp_path: Path, importer: str, source: str):
