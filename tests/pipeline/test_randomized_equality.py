@@ -126,7 +126,8 @@ def draw_case(model: Model, chance: random.Random, shared: list[list[int]], max_
     suppressed = ours.get("suppress_tokens", [])  # transformers refuses to force these
     if maybe(0.1) and (forced := draw_token(model, chance)) not in suppressed:
         both("forced_bos_token_id", forced)
-    if maybe(0.1) and model.eos not in suppressed:
+    # Forced and forbidden at the beginning at once, transformers generates token 0.
+    if maybe(0.1) and model.eos not in [*suppressed, *ours.get("begin_suppress_tokens", [])]:
         theirs["forced_eos_token_id"] = model.eos
         ours["forced_eos_token_id"] = [model.eos]
     if max_sequences > 1 and maybe(0.4):
