@@ -118,10 +118,8 @@ class LogitEditor:
         return tuple(self._token_ids[position - self._rules.ngram_size + 1 : position])
 
     def _ends_with_prefix_of(self, token_ids: Sequence[int]) -> bool:
-        """All but the last of `token_ids` came just now. As in transformers, never if they are more than all tokens."""
+        """All but the last of `token_ids` came just now."""
         num_prefix = len(token_ids) - 1
-        if len(token_ids) > len(self._token_ids):
-            return num_prefix == 0
         return num_prefix == 0 or self._token_ids[-num_prefix:] == token_ids[:-1]
 
     def _forced(self) -> list[int]:
@@ -131,7 +129,12 @@ class LogitEditor:
             forced = [params.forced_bos_token_id]
         if params.forced_eos_token_id and self.num_output == params.max_new_tokens - 1:
             forced = params.forced_eos_token_id
-        return [token_id for token_id in forced if token_id not in params.suppress_tokens]
+        suppressed = {*params.suppress_tokens, *self._suppressed_at_begin()}
+        return [token_id for token_id in forced if token_id not in suppressed]
+
+    def _suppressed_at_begin(self) -> list[int]:
+        is_begin = len(self._token_ids) == self._rules.begin_index
+        return self._rules.params.begin_suppress_tokens if is_begin else []
 
     def _boost(self) -> float:
         """`ExponentialDecayLengthPenalty`, from as many tokens after the prompt as it starts with."""
@@ -155,8 +158,7 @@ class LogitEditor:
         banned.update(ids[-1] for ids in rules.bad_words_ids if self._ends_with_prefix_of(ids))
         if self.num_output < params.min_new_tokens:
             banned.update(rules.eos_token_ids, params.stop_token_ids)
-        if len(self._token_ids) == rules.begin_index:
-            banned.update(params.begin_suppress_tokens)
+        banned.update(self._suppressed_at_begin())
         return list(banned)
 
     def _allowed_mask(self) -> bytes:

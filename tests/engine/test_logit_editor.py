@@ -141,6 +141,15 @@ def test_a_forced_token_that_is_suppressed_is_not_forced():
     banned = editor([1], suppress_tokens=[3], forced_eos_token_id=[3], max_new_tokens=1).edits()
     assert banned is not None
     assert (banned.forced_token_ids, banned.banned_token_ids) == ([], [3])
+    at_begin = editor([1], begin_suppress_tokens=[3], forced_eos_token_id=[3, 4], max_new_tokens=1).edits()
+    assert at_begin is not None
+    assert at_begin.forced_token_ids == [4]
+
+
+def test_a_sequence_may_begin_where_the_prompt_begins():
+    edits = editor([5], bad_words_ids=[[5, 3], [7, 5, 4]], sequence_bias=[([5, 2], 1.0)]).edits()
+    assert edits is not None
+    assert (edits.banned_token_ids, edits.biases) == ([3], [(2, 1.0)])
 
 
 def test_boost_grows_with_the_tokens_beyond_its_start():
