@@ -6,6 +6,7 @@ GPTJServeError
 │   └── ConversionError     a sound checkpoint can't be written elsewhere as asked
 ├── DataError               a file of examples can't be used; the message names file, line and field
 ├── InvalidRequestError     the request itself is at fault; carries the field and its value
+│   └── InvalidOptionError  an option of `generate` is; a ValueError besides, as in transformers
 ├── OverloadedError         the service can't take the request now; worth another try later
 ├── RequestFailedError      the request was accepted and then could not be finished
 └── PipelineError           a stage was lost or a link broke; every step in flight is void
@@ -47,6 +48,10 @@ class InvalidRequestError(GPTJServeError):
 
     def __str__(self) -> str:
         return f"{self.field}={_shortened(self.value)}: {self.reason}"
+
+
+class InvalidOptionError(InvalidRequestError, ValueError):
+    """An option of a call in this process can't be followed."""
 
 
 class OverloadedError(GPTJServeError):

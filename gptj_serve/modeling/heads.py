@@ -12,17 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptj_serve.errors import InvalidOptionError
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.modeling.attention import Cache
 from gptj_serve.modeling.backbone import GPTJModel
-from gptj_serve.modeling.generation import Decoder, generate
-from gptj_serve.modeling.generation_config import GenerationConfig
+from gptj_serve.modeling.generation import generate
+from gptj_serve.modeling.generation_config import GENERATION_CONFIG_FILE, GenerationConfig
+from gptj_serve.modeling.generation_inputs import GenerationInputs
+from gptj_serve.modeling.generation_outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from gptj_serve.modeling.generation_params import chosen_options
+from gptj_serve.modeling.generation_run import Streamer
 from gptj_serve.modeling.outputs import (
     CausalLMOutputWithPast,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
 )
 from gptj_serve.modeling.pretrained import GPTJPreTrainedModel
+from gptj_serve.modeling.stop_strings import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -79,24 +85,43 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
 
     def generate(
         self,
+        inputs: Tensor | None = None,  # the same as input_ids
+        generation_config: GenerationConfig | None = None,
+        *,
         input_ids: Tensor | None = None,  # [B, T]; default: one row with the bos token
         attention_mask: Tensor | None = None,  # [B, T]; default: what is not padding, if that can be told
-        *,
-        generation_config: GenerationConfig | None = None,
+        negative_prompt_ids: Tensor | None = None,  # [B, N], for guidance_scale; default: each prompt's last token
+        negative_prompt_attention_mask: Tensor | None = None,  # [B, N]
         tokenizer: Decoder | None = None,  # needed for stop_strings
+        streamer: Streamer | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
         """Prompts and what continues them, [B * num_return_sequences, T + new], padded on the right.
 
-        `options` are those of `GenerationConfig`. Greedy tokens equal transformers'. Sampling draws with noise of its
-        own, which `seed` fixes. Tokens hidden by the mask are no part of a prompt, on whichever side they are: after
-        right padding, a row goes on from its last real token. Raises ValueError for options that can't be followed,
-        `InvalidRequestError` for prompts that are too long. Dropout is off, whatever the mode.
+        `options` are those of `GenerationConfig`; they mean what they do in transformers, and greedy and beam search
+        give the same tokens. Sampling draws with noise of its own, which `seed` fixes. Tokens hidden by the mask are
+        no part of a prompt, on whichever side they are: each row comes out as if it were alone and without padding,
+        so after right padding it goes on from its last real token. With `return_dict_in_generate` the sequences are
+        in an output with `scores`, `logits` or, of beams, `sequences_scores`.
+
+        Raises `InvalidOptionError`, a ValueError, for what can't be followed, and `RequestFailedError` where nothing
+        can be generated. Dropout is off, whatever the mode.
         """
-        return generate(self, input_ids, attention_mask, generation_config, tokenizer, options)
+        if inputs is not None and input_ids is not None:
+            raise InvalidOptionError("inputs", list(inputs.shape), "is another name of input_ids: pass one of them")
+        tensors = GenerationInputs(
+            inputs if input_ids is None else input_ids,
+            attention_mask,
+            negative_prompt_ids,
+            negative_prompt_attention_mask,
+        )
+        chosen = chosen_options(self.generation_config, generation_config, options)
+        return generate(self, tensors, chosen, tokenizer, streamer)
 
     def load_generation_config(self, directory: Path) -> None:
-        self.generation_config = self.generation_config.updated_from(directory)
+        """The checkpoint's, if it has one, counts alone, as in transformers."""
+        if (path := directory / GENERATION_CONFIG_FILE).is_file():
+            self.generation_config = GenerationConfig.from_file(path)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head

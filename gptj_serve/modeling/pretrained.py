@@ -73,7 +73,7 @@ class GPTJPreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE) -> None:
-        """Write config.json and safetensors that transformers and the service load; files of at most `max_shard_size`.
+        """Write configs and safetensors that transformers and the service load; files of at most `max_shard_size`.
 
         All is written aside first, so a full disk leaves the directory as it was.
         """

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptj_serve.model.checkpoint import INDEX_FILE, SINGLE_FILE
 from gptj_serve.model.config import CONFIG_FILE
+from gptj_serve.modeling.generation_config import GENERATION_CONFIG_FILE, GenerationConfig
 
 if TYPE_CHECKING:
     from gptj_serve.modeling.pretrained import GPTJPreTrainedModel
@@ -43,6 +44,9 @@ def save_checkpoint(model: "GPTJPreTrainedModel", directory: Path, max_shard_siz
             index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
             (scratch / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             files.append(INDEX_FILE)
+        if isinstance(generation_config := getattr(model, "generation_config", None), GenerationConfig):
+            generation_config.save_pretrained(scratch)
+            files.append(GENERATION_CONFIG_FILE)
         (scratch / CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
         for old in [path for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name)]:
             old.unlink()

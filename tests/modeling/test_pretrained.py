@@ -44,7 +44,8 @@ def test_saving_again_leaves_no_file_of_before(tmp_path: Path):
     _, model = pair("GPTJForCausalLM")
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     model.save_pretrained(tmp_path, max_shard_size=4000)
     assert not (tmp_path / "model.safetensors").exists()
     assert_same_output(gptj_serve.GPTJForCausalLM.from_pretrained(tmp_path)(IDS), model(IDS))
@@ -215,11 +216,23 @@ def test_generation_config_of_the_checkpoint(tmp_path: Path):
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({"max_new_tokens": 2, "eos_token_id": [1, 2], "transformers_version": "5"}))
     model = gptj_serve.GPTJForCausalLM.from_pretrained(tmp_path)
-    assert model.generation_config.eos_token_id == [1, 2]
+    reference = transformers.GPTJForCausalLM.from_pretrained(tmp_path).generation_config
+    for name in ("max_new_tokens", "eos_token_id", "bos_token_id", "pad_token_id"):
+        assert getattr(model.generation_config, name) == getattr(reference, name)
     assert model.generate(IDS[:1]).shape == (1, 6)
-    path.write_text(json.dumps({"num_beams": 3}))
-    with pytest.raises(ConfigError, match=r"generation_config\.json: .*num_beams=3"):
+    path.write_text(json.dumps({"penalty_alpha": 0.6}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: .*penalty_alpha=0\.6"):
         gptj_serve.GPTJForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_models_generation_config_is_saved_with_it(tmp_path: Path):
+    _, ours = pair("GPTJForCausalLM")
+    ours.generation_config.num_beams = 3
+    ours.generation_config.eos_token_id = None
+    ours.save_pretrained(tmp_path)
+    assert gptj_serve.GPTJForCausalLM.from_pretrained(tmp_path).generation_config == ours.generation_config
+    reference = transformers.GPTJForCausalLM.from_pretrained(tmp_path).generation_config
+    assert (reference.num_beams, reference.eos_token_id, reference.bos_token_id) == (3, None, 0)
 
 
 def test_config_from_a_directory(tmp_path: Path):
