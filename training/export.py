@@ -15,6 +15,22 @@ from training.tokenizer import save_tokenizer
 
 DTYPE = torch.float16  # keeps three bits more than bfloat16 of weights that are all far below 65,504
 
+SHAPE = {
+    "vocab_size",
+    "n_positions",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "rotary_dim",
+    "n_inner",
+    "activation_function",
+    "layer_norm_epsilon",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}  # of the config's fields those that say what was trained; the others are defaults
+
 
 def export_demo(model: DemoModel, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
@@ -38,7 +54,7 @@ def config_json(config: GPTJConfig) -> dict[str, Any]:
         "architectures": ["GPTJForCausalLM"],
         "model_type": "gptj",
         "dtype": str(DTYPE).removeprefix("torch."),
-        **config.model_dump(exclude={"id2label", "problem_type"}),
+        **config.model_dump(include=SHAPE),
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,

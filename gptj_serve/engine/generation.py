@@ -43,7 +43,7 @@ class Generation:
         self._params: SamplingParams = request.sampling
         self._eos_token_ids = eos_token_ids
         self._deadline = deadline
-        self._num_prompt = len(request.prompt_token_ids)
+        self._num_output = len(request.output_token_ids)
         prompts = [request.prompt_token_ids]
         if self._params.guidance_scale != 1:
             prompts.append(self._params.negative_prompt_token_ids or request.prompt_token_ids[-1:])
@@ -55,7 +55,7 @@ class Generation:
         self._editor = LogitEditor(self._params, request.prompt_token_ids, eos_token_ids, matcher)
         for token_id in request.output_token_ids:
             self._editor.push(token_id)
-        num_scored = self._num_prompt - 1 if self._params.prompt_logprobs else 0
+        num_scored = len(request.prompt_token_ids) - 1 if self._params.prompt_logprobs else 0
         self._prompt_scores: ValuesByPosition | None = ValuesByPosition(num_scored) if num_scored else None
         self._spec = SampleSpec(
             warpers=self._params.warpers,
@@ -68,14 +68,10 @@ class Generation:
             self._drafter = Drafter(request.prompt_token_ids, self._params.max_matching_ngram_size)
 
     @property
-    def num_output(self) -> int:
-        return len(self.sequences[0].token_ids) - self._num_prompt
-
-    @property
     def is_decoding(self) -> bool:
         if len(self.sequences) > 1:
             return all(sequence.num_uncomputed <= 1 for sequence in self.sequences)
-        return self.sequences[0].num_uncomputed <= 1 and self.num_output > 0
+        return self._num_output > 0 and self.sequences[0].num_uncomputed <= 1
 
     def num_reusable(self, sequence: Sequence) -> int:
         is_scored = self._prompt_scores is not None and sequence is self.sequences[0]
@@ -84,7 +80,7 @@ class Generation:
     def draft(self, max_tokens: int) -> list[int]:
         if self._drafter is None:
             return []
-        room = self._params.max_new_tokens - self.num_output - 1
+        room = self._params.max_new_tokens - self._num_output - 1
         num_tokens = min(self._params.prompt_lookup_num_tokens, max_tokens, room)
         return self._drafter.propose(self.sequences[0].token_ids, num_tokens)
 
@@ -145,13 +141,14 @@ class Generation:
     def _append(self, token: SampledToken, now: float) -> TokenEvent | FailureEvent:
         for sequence in self.sequences:
             sequence.token_ids.append(token.token_id)
+        self._num_output += 1
         try:
             self._editor.push(token.token_id)
         except ValueError as error:
             return FailureEvent(self.request.request_id, f"the token {token.token_id} breaks the grammar: {error}")
         return TokenEvent(
             self.request.request_id,
-            self.num_output - 1,
+            self._num_output - 1,
             token.token_id,
             token.logprob,
             self._finish_reason(token.token_id, now),
@@ -166,6 +163,6 @@ class Generation:
             return FinishReason.EOS
         if matcher is not None and matcher.is_finished:
             return FinishReason.EOS
-        if self.num_output >= self._params.max_new_tokens:
+        if self._num_output >= self._params.max_new_tokens:
             return FinishReason.LENGTH
         return FinishReason.TIME if self._deadline is not None and now >= self._deadline else None

@@ -63,9 +63,9 @@ class LogitEditor:
 
     def pop(self, num_tokens: int) -> None:
         """Take back the last tokens; not with a matcher, which only goes forward."""
-        assert self.matcher is None
-        if not self._rules.is_active:
+        if not num_tokens or not self._rules.is_active:
             return
+        assert self.matcher is None
         for _ in range(num_tokens):
             if self._rules.ngram_size and len(self._token_ids) >= self._rules.ngram_size:
                 self._followers[self._ngram_before(len(self._token_ids) - 1)].pop()

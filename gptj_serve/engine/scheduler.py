@@ -135,17 +135,18 @@ class Scheduler:
     def schedule(self) -> MicroBatch | None:
         """The next microbatch, or None if nothing can be scheduled now."""
         step = _Step(self.limits.max_microbatch_tokens)
-        num_decoding = sum(len(entry.job.sequences) for entry in self._running if entry.job.is_decoding)
-        decode_cap = -(-num_decoding // self.limits.num_stages)
-        # All loops may preempt, which takes entries off the end of the list they go through: a list allows that.
-        for entry in self._running:
+        decoding = [entry for entry in self._running if entry.job.is_decoding]
+        has_prompts = len(decoding) < len(self._running)
+        decode_cap = -(-sum(len(entry.job.sequences) for entry in decoding) // self.limits.num_stages)
+        for entry in decoding:  # those that are preempted on the way have more than one token to compute
             if len(step.rows) >= decode_cap:
                 break
-            if entry.job.is_decoding:
-                self._schedule_decode(entry, step)
-        for entry in self._running:
-            if not entry.job.is_decoding:
-                self._schedule_prompt(entry, step)
+            self._schedule_decode(entry, step)
+        if has_prompts:
+            # Preemption takes entries off the end of the list that is gone through here: a list allows that.
+            for entry in self._running:
+                if not entry.job.is_decoding:
+                    self._schedule_prompt(entry, step)
         while step.budget > 0 and (admitted := self._admit_next()) is not None:
             self._schedule_prompt(admitted, step)
         if not step.rows:
@@ -199,10 +200,12 @@ class Scheduler:
     def _schedule_decode(self, entry: _Entry, step: _Step) -> None:
         """One token of each of the job's sequences, or none: they belong together. A lone one may bring a draft."""
         sequences = entry.job.sequences
-        if len(sequences) > step.budget or any(sequence.num_uncomputed != 1 for sequence in sequences):
-            return
-        missing = sum(self._num_missing(sequence, 1) for sequence in sequences)
-        if not self._make_room(entry, missing, step):
+        missing = 0
+        for sequence in sequences:
+            if sequence.num_uncomputed != 1:
+                return
+            missing += self._num_missing(sequence, 1)
+        if len(sequences) > step.budget or not self._make_room(entry, missing, step):
             return
         draft: list[int] = []
         if len(sequences) == 1:
@@ -289,7 +292,8 @@ class Scheduler:
             self.blocks.withdraw(block for sequence in job.sequences for block in sequence.block_table)
             return [FailureEvent(job.request.request_id, failure)]
         events = job.take(rides, results, self.blocks, now)
-        self.num_draft_tokens_accepted += max(0, sum(isinstance(event, TokenEvent) for event in events) - 1)
+        if len(events) > 1:
+            self.num_draft_tokens_accepted += max(0, sum(isinstance(event, TokenEvent) for event in events) - 1)
         return events
 
     def _preempt(self, entry: _Entry) -> None:

@@ -11,7 +11,16 @@ from ray.exceptions import ActorUnavailableError
 from gptj_serve.errors import OverloadedError
 from gptj_serve.serving import engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
-from gptj_serve.types import EngineRequest, FailureEvent, FinishReason, SamplingParams, Task, TokenEvent
+from gptj_serve.types import (
+    EngineRequest,
+    FailureEvent,
+    FinishReason,
+    Matrix,
+    PromptEvent,
+    SamplingParams,
+    Task,
+    TokenEvent,
+)
 
 NUM_TOKENS = 6
 REQUEST = EngineRequest(
@@ -63,6 +72,8 @@ class FakePipelines:
         self.attempts.append(request)
         outbox = self.outboxes[replica_id] = asyncio.Queue()
         yield replica_id
+        if request.sampling is not None and request.sampling.prompt_logprobs:
+            outbox.put_nowait(msgspec.msgpack.encode([PromptEvent(request.request_id, Matrix.of([[-1.0]]))]))
         for life, index in enumerate(range(len(request.output_token_ids), NUM_TOKENS)):
             if life == self.lives[min(int(replica_id), len(self.lives) - 1)]:
                 outbox.put_nowait(ActorUnavailableError("gone", None))
@@ -82,9 +93,9 @@ class FakePipelines:
             yield item
 
 
-async def collect(pipelines: FakePipelines) -> list[Any]:
+async def collect(pipelines: FakePipelines, request: EngineRequest = REQUEST) -> list[Any]:
     client = ServeEngineClient(pipelines)  # type: ignore[arg-type]
-    return [event async for event in client.submit(REQUEST)]
+    return [event async for event in client.submit(request)]
 
 
 async def test_lost_replicas_are_only_pauses() -> None:
@@ -93,6 +104,20 @@ async def test_lost_replicas_are_only_pauses() -> None:
     assert [(event.index, event.token_id) for event in events] == [(i, 100 + i) for i in range(NUM_TOKENS)]
     assert [len(attempt.output_token_ids) for attempt in pipelines.attempts] == [0, 2, 2, 5]
     assert len({attempt.request_id for attempt in pipelines.attempts}) == 4
+
+
+async def test_another_attempt_owes_only_the_rest() -> None:
+    """The prompt's scores come once, and max_time_s goes on from the request's beginning."""
+    sampling = SamplingParams(max_new_tokens=NUM_TOKENS, prompt_logprobs=True, max_time_s=60.0)
+    pipelines = FakePipelines(2)
+    events = await asyncio.wait_for(collect(pipelines, msgspec.structs.replace(REQUEST, sampling=sampling)), 10)
+    assert [type(event) for event in events] == [PromptEvent, *[TokenEvent] * NUM_TOKENS]
+    first, second = (attempt.sampling for attempt in pipelines.attempts)
+    assert first is not None
+    assert second is not None
+    assert (first.prompt_logprobs, second.prompt_logprobs) == (True, False)
+    assert second.max_time_s is not None
+    assert 50 < second.max_time_s < 60 - engine_client.REPLAY_DELAY_S / 2
 
 
 async def test_request_that_gets_no_further_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

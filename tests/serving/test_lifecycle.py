@@ -111,10 +111,10 @@ async def whole_answer(http: httpx.AsyncClient, body: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("victim", [0, 1])
 async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int) -> None:
     bodies = [
-        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 120, "seed": n, **parameters}}
+        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 180, "seed": n, **parameters}}
         for n, parameters in enumerate(VARIED)
     ]
-    beams = {"inputs": "Chapter six.", "parameters": {"max_new_tokens": 60, "num_beams": 4}}
+    beams = {"inputs": "Chapter six.", "parameters": {"max_new_tokens": 80, "num_beams": 4}}
     undisturbed = await asyncio.gather(*[stream_tokens(http, body, asyncio.Event()) for body in bodies])
     undisturbed_beams = await whole_answer(http, beams)
     started = asyncio.Event()
@@ -122,6 +122,7 @@ async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int
     search = asyncio.create_task(whole_answer(http, beams))
     await started.wait()
     stage = (await pipeline_status(http))["stages"][victim]
+    assert not any(stream.done() for stream in streams)
     os.kill(stage["pid"], signal.SIGKILL)
     assert await asyncio.gather(*streams) == undisturbed
     assert await search == undisturbed_beams
@@ -134,10 +135,10 @@ async def test_killed_stage_is_only_a_pause(http: httpx.AsyncClient, victim: int
 
 async def test_killed_pipeline_replica_is_only_a_pause(http: httpx.AsyncClient, cluster: None) -> None:
     bodies = [
-        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 150, "seed": n, **parameters}}
+        {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 180, "seed": n, **parameters}}
         for n, parameters in enumerate(VARIED)
     ]
-    beams = {"inputs": "Chapter six.", "parameters": {"max_new_tokens": 60, "num_beams": 4}}
+    beams = {"inputs": "Chapter six.", "parameters": {"max_new_tokens": 80, "num_beams": 4}}
     undisturbed = await asyncio.gather(*[stream_tokens(http, body, asyncio.Event()) for body in bodies])
     undisturbed_beams = await whole_answer(http, beams)
     started = asyncio.Event()
@@ -146,6 +147,7 @@ async def test_killed_pipeline_replica_is_only_a_pause(http: httpx.AsyncClient, 
     await started.wait()
     replica_id = (await pipeline_status(http))["replica_id"]
     replicas = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "ServeReplica:gptj:Pipeline")])
+    assert not any(stream.done() for stream in streams)
     os.kill(replicas[0].pid, signal.SIGKILL)
     assert await asyncio.gather(*streams) == undisturbed
     assert await search == undisturbed_beams

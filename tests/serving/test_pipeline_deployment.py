@@ -16,7 +16,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.aborted: list[str] = []
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, matcher: object = None) -> None:
         pass
 
     def abort(self, request_id: str) -> None:
