@@ -97,7 +97,7 @@ class GenerationConfig(BaseModel):
     early_stopping: bool | Literal["never"] | None = None
     num_return_sequences: PositiveInt | None = None
     prompt_lookup_num_tokens: Annotated[int, Field(ge=1, le=64)] | None = None
-    max_matching_ngram_size: PositiveInt | None = None
+    max_matching_ngram_size: Annotated[int, Field(ge=1, le=8)] | None = None
 
     return_dict_in_generate: bool | None = None
     output_scores: bool | None = None

@@ -109,10 +109,5 @@ def test_a_loop_goes_round(text: str, draft: str):
     assert drafts(text[0], text[1:], num_tokens=6)[-1] == draft
 
 
-def test_larger_ngrams_than_are_indexed_are_as_good_as_the_largest():
-    text = "abcdefghij0 abcdefghij1 Zcdefghij2 abcdefghij"
-    assert drafts(text, "", max_ngram=100) == drafts(text, "", max_ngram=8) == ["0 ab"]
-
-
 def test_nothing_is_drafted_if_nothing_is_asked_for():
     assert drafts("aaaa", "a", num_tokens=0) == ["", ""]
