@@ -5,6 +5,7 @@ Each processor follows the transformers class of its name in `transformers.gener
 has the order. What transformers lacks follows vLLM: presence and frequency penalties, stop and allowed token ids.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Protocol, Self
@@ -141,7 +142,10 @@ class LogitEditor:
         if self._rules.params.exponential_decay_length_penalty is None:
             return 0.0
         start, factor = self._rules.params.exponential_decay_length_penalty
-        return factor ** (self.num_output - start) - 1.0 if self.num_output > start else 0.0
+        try:
+            return factor ** (self.num_output - start) - 1.0 if self.num_output > start else 0.0
+        except OverflowError:
+            return math.inf
 
     def _biases(self) -> list[tuple[int, float]]:
         sums: defaultdict[int, float] = defaultdict(float)

@@ -1,5 +1,7 @@
 """What the editor keeps of a history; that its edits are transformers' is compared where they are applied."""
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,3 +160,6 @@ def test_boost_grows_with_the_tokens_beyond_its_start():
     edits = editor([1], [5, 5, 5, 5], **params).edits()
     assert edits is not None
     assert (edits.boosted_token_ids, edits.boost) == ([EOS], 1.5**2 - 1)
+    endless = editor([1], [5] * 40, exponential_decay_length_penalty=(0, 1e300)).edits()
+    assert endless is not None
+    assert endless.boost == math.inf
