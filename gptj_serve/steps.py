@@ -117,13 +117,17 @@ class SampledToken(Struct, frozen=True, array_like=True):
 
 
 class RowResult(Struct, frozen=True, array_like=True):
-    """What came of one row. With a `failure`, the numbers of this row alone went wrong and there is nothing else."""
+    """What came of one row. With a `failure`, this row alone went wrong and there is nothing else.
+
+    `is_kv_suspect`: it was the model's own numbers that went wrong, so nobody should build on the row's KV.
+    """
 
     tokens: list[SampledToken] = []  # one for each of the row's samples
     candidates: list[TokenLogprob] = []  # of a sample with num_candidates, best first, finite ones only
     values: Matrix | None = None  # of the row's output
     targets: Matrix | None = None  # [len(target_token_ids), 1 + 2 * num_top_targets]; columns as in `HeadEvent`
     failure: str | None = None
+    is_kv_suspect: bool = False
 
 
 class StepOutput(Struct, frozen=True, array_like=True):

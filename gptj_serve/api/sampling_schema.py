@@ -51,8 +51,8 @@ class SamplingExtras(Body):
     bad_words: Annotated[list[Word], Field(max_length=MAX_TOKEN_RULES)] | None = None
     bad_words_ids: Annotated[list[TokenIds], Field(max_length=MAX_TOKEN_RULES)] | None = None
     allowed_token_ids: TokenIds | None = None
-    suppress_tokens: list[TokenId] | None = None
-    begin_suppress_tokens: list[TokenId] | None = None
+    suppress_tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_RULES)] | None = None
+    begin_suppress_tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_RULES)] | None = None
     forced_bos_token_id: TokenId | None = None
     forced_eos_token_id: TokenId | TokenIds | None = None
 

@@ -117,7 +117,8 @@ class BeamSearch:
         parents = np.repeat(np.arange(len(candidates)), [len(beam) for beam in candidates])
         token_ids = [token_id for beam in candidates for token_id, _ in beam]
         logprobs = np.array([logprob for beam in candidates for _, logprob in beam], np.float32)
-        scores = self._scores[parents] + logprobs
+        with np.errstate(over="ignore"):
+            scores = np.clip(self._scores[parents] + logprobs, _FLOAT32.min, _FLOAT32.max)
         for index in np.argsort(-scores, kind="stable"):
             yield _Extension(int(parents[index]), token_ids[index], scores[index])
 
@@ -152,4 +153,4 @@ class BeamSearch:
             divisor = sys.float_info.max
         divisor = min(max(divisor, float(_FLOAT32.tiny)), float(_FLOAT32.max))
         with np.errstate(over="ignore"):
-            return float(np.maximum(score / np.float32(divisor), _FLOAT32.min))
+            return float(np.clip(score / np.float32(divisor), _FLOAT32.min, _FLOAT32.max))

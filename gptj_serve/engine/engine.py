@@ -104,6 +104,7 @@ class Engine:
     def _fill_pipeline(self) -> None:
         while len(self._steps) < self._scheduler.limits.num_stages:
             microbatch = self._scheduler.schedule()
+            self._publish(self._scheduler.take_failures())
             if microbatch is None:
                 break
             self._steps.append(asyncio.create_task(self._pipeline.run(microbatch)))

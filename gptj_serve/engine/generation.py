@@ -118,8 +118,8 @@ class Generation:
             if index == len(draft) or draft[index] != token.token_id:
                 break
             num_accepted += 1
-        if ride.has_kv:
-            self.sequences[0].num_computed += num_accepted
+        if ride.has_kv:  # of the last token too, if nothing sound came after it; but its logits are wanted
+            self.sequences[0].num_computed += min(num_accepted, len(result.tokens) - 1)
         return events
 
     def _targets(self, start: int, end: int) -> list[int]:

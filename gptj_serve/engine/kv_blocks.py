@@ -44,6 +44,16 @@ class KVBlocks:
         """How many free blocks it takes before positions [start, end) can be written through `table`."""
         return self.blocks_for(end) - len(table) + self._is_shared_at(table, start)
 
+    def num_missing_together(self, writes: Iterable[tuple[Sequence[int], int, int]]) -> int:
+        """The same for several (table, start, end): of a block's owners the last one to write needs no copy."""
+        num_missing = 0
+        num_sharers: Counter[int] = Counter()
+        for table, start, end in writes:
+            num_missing += self.blocks_for(end) - len(table)
+            if self._is_shared_at(table, start):
+                num_sharers[table[start // self.block_size]] += 1
+        return num_missing + sum(min(n, self._num_owners[block] - 1) for block, n in num_sharers.items())
+
     def prepare(self, table: list[int], start: int, end: int) -> list[tuple[int, int]]:
         """Make positions [start, end) writable through `table`; as many blocks as `num_missing` says must be free.
 

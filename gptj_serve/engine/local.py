@@ -39,9 +39,10 @@ class LocalEngine:
 
         Raises `InvalidRequestError`, or `PipelineError` once the engine has stopped.
         """
+        matcher = await self._matcher(request)
         if self._loop_task is None or self._loop_task.done():
             raise PipelineError("the engine has stopped")
-        self._engine.add(request, await self._matcher(request))
+        self._engine.add(request, matcher)
         queue = self._streams[request.request_id] = asyncio.Queue()
         try:
             while True:

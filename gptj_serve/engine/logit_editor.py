@@ -46,10 +46,13 @@ class LogitEditor:
         self._token_ids: list[int] = []
         self._counts: Counter[int] = Counter()
         self._output_counts: Counter[int] = Counter()
-        self._followers: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # by the n - 1 tokens before
+        # By the n - 1 tokens before: what followed in the prompt, which all forks share, and in the output.
+        self._prompt_followers: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        self._followers = self._prompt_followers
         if self._rules.is_active:
             for token_id in prompt_token_ids:
                 self._extend(token_id)
+        self._followers = defaultdict(list)
 
     @property
     def num_output(self) -> int:
@@ -83,6 +86,7 @@ class LogitEditor:
         copy._token_ids = self._token_ids.copy()
         copy._counts = self._counts.copy()
         copy._output_counts = self._output_counts.copy()
+        copy._prompt_followers = self._prompt_followers
         copy._followers = defaultdict(list, {ngram: ids.copy() for ngram, ids in self._followers.items()})
         return copy
 
@@ -121,7 +125,9 @@ class LogitEditor:
     def _ends_with_prefix_of(self, token_ids: Sequence[int]) -> bool:
         """All but the last of `token_ids` came just now."""
         num_prefix = len(token_ids) - 1
-        return num_prefix == 0 or self._token_ids[-num_prefix:] == token_ids[:-1]
+        if num_prefix == 0:
+            return True
+        return self._token_ids[-1] == token_ids[-2] and self._token_ids[-num_prefix:] == token_ids[:-1]
 
     def _forced(self) -> list[int]:
         params = self._rules.params
@@ -158,7 +164,8 @@ class LogitEditor:
         rules, params = self._rules, self._rules.params
         banned = set(params.suppress_tokens)
         if rules.ngram_size and len(self._token_ids) + 1 >= rules.ngram_size:
-            banned.update(self._followers.get(self._ngram_before(len(self._token_ids)), ()))
+            last = self._ngram_before(len(self._token_ids))
+            banned.update(self._prompt_followers.get(last, ()), self._followers.get(last, ()))
         banned.update(ids[-1] for ids in rules.bad_words_ids if self._ends_with_prefix_of(ids))
         if self.num_output < params.min_new_tokens:
             banned.update(rules.eos_token_ids, params.stop_token_ids)

@@ -1,7 +1,7 @@
 """The best tokens of rows of scores, without sorting the vocabulary. Shapes: `R` rows, `V` tokens, `K` best ones.
 
 Equal scores are common in half precision, and which token is chosen among them must not depend on anything else: the
-lower id comes first.
+lower id comes first. Tokens at -inf are an exception: nobody may choose them.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,10 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(scores, token ids), each [R, K], of the `count` best tokens, or of all if there are fewer."""
     num_token_ids = scores.shape[1]
     ranked, token_ids = leading(scores, min(count + _SPARE_TIES, num_token_ids))
-    if count + _SPARE_TIES < num_token_ids and (tied := rows_where(ranked[:, count - 1] == ranked[:, -1])):
+    if count + _SPARE_TIES >= num_token_ids:
+        return ranked[:, :count], token_ids[:, :count]
+    last = ranked[:, -1]
+    if tied := rows_where((ranked[:, count - 1] == last) & (last > -torch.inf)):  # the order of impossible ones is open
         in_order, all_ids = scores[tied].sort(dim=-1, descending=True, stable=True)
         ranked[tied, :count], token_ids[tied, :count] = in_order[:, :count], all_ids[:, :count]
     return ranked[:, :count], token_ids[:, :count]

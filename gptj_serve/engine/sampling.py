@@ -64,7 +64,7 @@ def _sample(
     results = []
     for row, (token_id, logprob) in enumerate(zip(chosen[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True)):
         if row in failures:
-            results.append(RowResult(failure=failures[row]))
+            results.append(RowResult(failure=failures[row], is_kv_suspect=failures[row] == NOT_FINITE))
         elif row in candidates:
             results.append(RowResult(candidates=candidates[row]))
         else:

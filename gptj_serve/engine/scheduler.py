@@ -14,6 +14,7 @@ its tokens are computed again later. That is safe even while a step of it is in 
 order, so nothing still to be written can land in a block after its next owner's.
 """
 
+import logging
 import time
 from bisect import insort
 from collections.abc import Callable
@@ -38,12 +39,16 @@ class SchedulerLimits:
     max_sequence_tokens: int  # n_positions
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     """A job and its place in the order of service."""
 
     job: Job
     rank: tuple[int, int]
+    is_running: bool = False
 
 
 @dataclass(slots=True)
@@ -54,16 +59,22 @@ class _Step:
     rows: list[Row] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     riders: list[tuple[_Entry, list[Ride]]] = field(default_factory=list)  # in the order of the rows
+    booked: set[_Entry] = field(default_factory=set)  # those that have a row, or blocks for one
 
     def carries(self, entry: _Entry) -> bool:
-        return any(rider is entry for rider, _ in self.riders)
+        return entry in self.booked
 
     def add(self, entry: _Entry, ride: Ride) -> None:
         if not self.riders or self.riders[-1][0] is not entry:
             self.riders.append((entry, []))
+            self.booked.add(entry)
         self.riders[-1][1].append(ride)
         self.rows.append(ride.row)
-        self.budget -= len(ride.row.token_ids)
+
+    def remove(self, entry: _Entry) -> None:
+        """Take back the rows of the entry that was added last, if it has any."""
+        if self.riders and self.riders[-1][0] is entry:
+            del self.rows[-len(self.riders.pop()[1]) :]
 
 
 class Scheduler:
@@ -86,6 +97,7 @@ class Scheduler:
         self._in_flight: dict[int, _Step] = {}  # by microbatch id
         self._num_arrivals = 0
         self._next_microbatch_id = 0
+        self._failures: list[Event] = []
         self.num_preemptions = 0
         self.num_prefix_tokens = 0
         self.num_prefix_tokens_reused = 0
@@ -138,10 +150,7 @@ class Scheduler:
         decoding = [entry for entry in self._running if entry.job.is_decoding]
         has_prompts = len(decoding) < len(self._running)
         decode_cap = -(-sum(len(entry.job.sequences) for entry in decoding) // self.limits.num_stages)
-        for entry in decoding:  # those that are preempted on the way have more than one token to compute
-            if len(step.rows) >= decode_cap:
-                break
-            self._schedule_decode(entry, step)
+        self._schedule_decoding(decoding, decode_cap, step)
         if has_prompts:
             # Preemption takes entries off the end of the list that is gone through here: a list allows that.
             for entry in self._running:
@@ -181,6 +190,11 @@ class Scheduler:
             self._preempt(entry)
         self.blocks.withdraw_all()
 
+    def take_failures(self) -> list[Event]:
+        """The ends of requests whose jobs could not be scheduled; each is given once."""
+        failures, self._failures = self._failures, []
+        return failures
+
     def fail_all(self, message: str) -> list[Event]:
         """End every request with a failure."""
         events: list[Event] = [FailureEvent(request_id, message) for request_id in self._entries]
@@ -194,26 +208,54 @@ class Scheduler:
         self.blocks.check_integrity([s.block_table for e in self._entries.values() for s in e.job.sequences])
         assert {id(e) for e in self._entries.values()} == {id(e) for e in [*self._waiting, *self._running]}
         assert all(not s.block_table and s.num_computed == 0 for e in self._waiting for s in e.job.sequences)
+        assert all(e.is_running for e in self._running)
+        assert not any(e.is_running for e in self._waiting)
         assert [e.rank for e in self._running] == sorted(e.rank for e in self._running)
         assert [e.rank for e in self._waiting] == sorted(e.rank for e in self._waiting)
 
-    def _schedule_decode(self, entry: _Entry, step: _Step) -> None:
-        """One token of each of the job's sequences, or none: they belong together. A lone one may bring a draft."""
+    def _schedule_decoding(self, entries: list[_Entry], max_rows: int, step: _Step) -> None:
+        """One token of each sequence of these jobs; then, as far as there is room, drafts to go with them."""
+        booked: list[_Entry] = []
+        num_rows = 0
+        for entry in entries:
+            if num_rows >= max_rows:
+                break
+            if self._book(entry, step):
+                booked.append(entry)
+                num_rows += len(entry.job.sequences)
+        # Half of what is left is for prompts, if there are any: a draft is only a guess.
+        has_prompts = bool(self._waiting) or len(entries) < len(self._running)
+        max_draft = step.budget // (1 + has_prompts) // max(1, len(booked))
+        for entry in booked:
+            draft = self._draft(entry.job, max_draft)
+            step.budget -= len(draft)
+            for sequence in entry.job.sequences:
+                self._board(entry, sequence, 1, draft, step)
+
+    def _book(self, entry: _Entry, step: _Step) -> bool:
+        """Budget and blocks for one token of each of the job's sequences, or nothing: they belong together."""
         sequences = entry.job.sequences
-        missing = 0
-        for sequence in sequences:
-            if sequence.num_uncomputed != 1:
-                return
-            missing += self._num_missing(sequence, 1)
-        if len(sequences) > step.budget or not self._make_room(entry, missing, step):
-            return
-        draft: list[int] = []
-        if len(sequences) == 1:
-            draft = entry.job.draft(step.budget - 1)
-            while draft and self._num_missing(sequences[0], 1 + len(draft)) > self.blocks.num_free:
-                draft.pop()
-        for sequence in sequences:
-            self._board(entry, sequence, 1, draft, step)
+        if not entry.is_running or len(sequences) > step.budget:
+            return False
+        if any(sequence.num_uncomputed != 1 for sequence in sequences):
+            return False
+        writes = [(s.block_table, s.num_computed, s.num_computed + 1) for s in sequences]
+        if not self._make_room(entry, self.blocks.num_missing_together(writes), step):
+            return False
+        for write in writes:
+            step.copies += self.blocks.prepare(*write)
+        step.budget -= len(sequences)
+        step.booked.add(entry)
+        return True
+
+    def _draft(self, job: Job, max_tokens: int) -> list[int]:
+        """A draft that takes no block that anyone else will need soon."""
+        if len(job.sequences) > 1 or max_tokens <= 0:
+            return []
+        draft = job.draft(max_tokens)
+        while draft and self._num_missing(job.sequences[0], 1 + len(draft)) > max(0, self._num_blocks_to_give()):
+            draft.pop()
+        return draft
 
     def _schedule_prompt(self, entry: _Entry, step: _Step) -> None:
         """As much of the job's sequences as the budget allows. Of several, the last token waits for the others'."""
@@ -224,9 +266,10 @@ class Scheduler:
             if num_tokens > 0:
                 if not self._make_room(entry, self._num_missing(sequence, num_tokens), step):
                     return
+                step.budget -= num_tokens
                 self._board(entry, sequence, num_tokens, [], step)
         if len(entry.job.sequences) > 1 and not step.carries(entry):
-            self._schedule_decode(entry, step)  # others had computed all of it
+            self._schedule_decoding([entry], len(entry.job.sequences), step)  # others had computed all of it
 
     def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
         start = sequence.num_computed
@@ -244,9 +287,18 @@ class Scheduler:
         return True
 
     def _board(self, entry: _Entry, sequence: Sequence, num_tokens: int, draft: list[int], step: _Step) -> None:
+        if entry.job.request.request_id not in self._entries:
+            return  # its first row failed
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         step.copies += self.blocks.prepare(sequence.block_table, start, end + len(draft))
-        row = entry.job.row(sequence, end, draft)
+        try:
+            row = entry.job.row(sequence, end, draft)
+        except Exception:
+            logger.exception("request %s could not be scheduled", entry.job.request.request_id)
+            step.remove(entry)
+            self._drop(entry)
+            self._failures.append(FailureEvent(entry.job.request.request_id, INTERNAL_ERROR))
+            return
         sequence.num_computed = end
         sequence.publish(self.blocks, end)
         step.add(entry, Ride(sequence, row, sequence.num_evictions))
@@ -262,6 +314,7 @@ class Scheduler:
         if self._num_blocks_needed(entry.job) > self._num_blocks_to_give():
             return None
         self._waiting.pop(0)
+        entry.is_running = True
         insort(self._running, entry, key=_rank)
         for sequence in entry.job.sequences:
             reusable = entry.job.num_reusable(sequence) // self.blocks.block_size
@@ -279,7 +332,7 @@ class Scheduler:
     def _num_blocks_to_give(self) -> int:
         """Free blocks, less those that running prompts have yet to take, less one for each running sequence to grow."""
         reserved = sum(
-            self.blocks.blocks_for(len(s.token_ids)) - len(s.block_table)
+            max(0, self.blocks.blocks_for(len(s.token_ids)) - len(s.block_table))
             for entry in self._running
             for s in entry.job.sequences
             if s.num_uncomputed
@@ -287,17 +340,23 @@ class Scheduler:
         return self.blocks.num_free - reserved - self.num_running
 
     def _take(self, job: Job, rides: list[Ride], results: list[RowResult], now: float) -> list[Event]:
-        failure = next((result.failure for result in results if result.failure is not None), None)
-        if failure is not None:
-            self.blocks.withdraw(block for sequence in job.sequences for block in sequence.block_table)
-            return [FailureEvent(job.request.request_id, failure)]
-        events = job.take(rides, results, self.blocks, now)
+        failed = next((result for result in results if result.failure is not None), None)
+        if failed is not None and failed.failure is not None:
+            if failed.is_kv_suspect:
+                self.blocks.withdraw(block for sequence in job.sequences for block in sequence.block_table)
+            return [FailureEvent(job.request.request_id, failed.failure)]
+        try:
+            events = job.take(rides, results, self.blocks, now)
+        except Exception:
+            logger.exception("request %s: its results could not be used", job.request.request_id)
+            return [FailureEvent(job.request.request_id, INTERNAL_ERROR)]
         if len(events) > 1:
             self.num_draft_tokens_accepted += max(0, sum(isinstance(event, TokenEvent) for event in events) - 1)
         return events
 
     def _preempt(self, entry: _Entry) -> None:
         self._running.remove(entry)
+        entry.is_running = False
         for sequence in entry.job.sequences:
             sequence.evict(self.blocks)
         insort(self._waiting, entry, key=_rank)
@@ -307,10 +366,13 @@ class Scheduler:
         del self._entries[entry.job.request.request_id]
         for sequence in entry.job.sequences:
             self.blocks.release(sequence.block_table)
-        (self._running if entry in self._running else self._waiting).remove(entry)
+        (self._running if entry.is_running else self._waiting).remove(entry)
 
 
 _NOTHING = RowResult()
+
+INTERNAL_ERROR = "an internal error; the service's log has more"
+"""One job's own. It must not take the others down with it."""
 
 
 def _rank(entry: _Entry) -> tuple[int, int]:

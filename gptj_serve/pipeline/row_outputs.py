@@ -4,7 +4,7 @@ Shapes: `T` packed tokens of a microbatch, `D` n_embd, `V` the ids that have a t
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, islice, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -138,22 +138,20 @@ def _checked(values: Tensor) -> Answer:
 
 
 def _in_order(results: Sequence[RowResult]) -> RowResult:
-    """The results of a row's samples as one; it fails if any of them did."""
-    if len(results) == 1:
+    """The results of a row's samples as one, up to the first that failed: after a wrong draft it may mean nothing."""
+    if results[0].failure is not None or len(results) == 1:
         return results[0]
-    for result in results:
-        if result.failure is not None:
-            return result
-    return RowResult(tokens=[token for result in results for token in result.tokens])
+    sound = takewhile(lambda result: result.failure is None, results)
+    return RowResult(tokens=[token for result in sound for token in result.tokens])
 
 
 def _together(chosen: RowResult, values: Answer | None, targets: Answer | None) -> RowResult:
     if chosen.failure is not None:
         return chosen
     if isinstance(values, str):
-        return RowResult(failure=values)
+        return RowResult(failure=values, is_kv_suspect=values == NOT_FINITE)
     if isinstance(targets, str):
-        return RowResult(failure=targets)
+        return RowResult(failure=targets, is_kv_suspect=targets == NOT_FINITE)
     return RowResult(chosen.tokens, chosen.candidates, values, targets)
 
 

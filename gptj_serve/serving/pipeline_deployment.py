@@ -98,9 +98,11 @@ class Pipeline:
         Raises `InvalidRequestError`. When the engine stops, so does this process.
         """
         request = msgspec.msgpack.decode(encoded_request, type=EngineRequest)
-        outbox = self._outboxes.setdefault(ingress_id, _Outbox())
         grammar = request.sampling.grammar if request.sampling is not None else None
-        self._engine.add(request, None if grammar is None else await self._grammars.compile_async(grammar))
+        matcher = None if grammar is None else await self._grammars.compile_async(grammar)
+        # No await from here to the count of the outbox's requests: one without any is given up.
+        outbox = self._outboxes.setdefault(ingress_id, _Outbox())
+        self._engine.add(request, matcher)
         self._outbox_of[request.request_id] = outbox
         finished = self._finished[request.request_id] = asyncio.Event()
         outbox.num_requests += 1

@@ -30,8 +30,9 @@ def test_best_is_the_beginning_of_a_stable_sort(vocab_size: int, count: int, num
     ranked, token_ids = best(scores, count)
     for row in range(4):
         expected = sorted_tokens(scores[row].tolist())[:count]
-        assert token_ids[row].tolist() == expected
         assert ranked[row].tolist() == scores[row, expected].tolist()
+        possible = int(scores[row, expected].isfinite().sum())
+        assert token_ids[row, :possible].tolist() == expected[:possible]
 
 
 def test_zeros_of_both_signs_are_equal():

@@ -209,7 +209,7 @@ def test_nan_or_infinity_fails_its_own_row_only(bad: float):
         poisoned = logits.clone()
         poisoned[victims, 1_700] = bad
         results = run(poisoned, specs)
-        assert results[victims] == [RowResult(failure=NOT_FINITE)] * len(specs[victims])
+        assert results[victims] == [RowResult(failure=NOT_FINITE, is_kv_suspect=True)] * len(specs[victims])
         spared = slice(1 - victims.start, None, 2)
         assert results[spared] == sound[spared]
 
@@ -251,7 +251,7 @@ def test_minus_infinity_only_rules_a_token_out():
     logits = torch.tensor([[1.0, -math.inf, 0.5]] * 200)
     specs = [SampleSpec(Warpers(temperature=1.0), seed=i) for i in range(200)]
     assert set(choose(logits, specs)) == {0, 2}
-    assert run(torch.full((1, 3), -math.inf), [GREEDY]) == [RowResult(failure=NOT_FINITE)]
+    assert run(torch.full((1, 3), -math.inf), [GREEDY]) == [RowResult(failure=NOT_FINITE, is_kv_suspect=True)]
 
 
 # -------------------------------------------------------------------------------------------- log-probabilities

@@ -1,10 +1,12 @@
 """The scheduler's rules one by one; test_scheduler_chaos.py mixes them."""
 
+import random
+
 import msgspec
 import pytest
 from fake_stages import EOS, VOCAB_SIZE, FakeStages, expected_events, generate_request, head_request, make_scheduler
 
-from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.engine.scheduler import INTERNAL_ERROR, Scheduler
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.steps import MicroBatch, RowOutput, RowResult, SampleSpec, StepOutput
 from gptj_serve.types import (
@@ -549,9 +551,15 @@ def test_what_came_of_a_failed_row_is_not_reused():
     stages = FakeStages(4)
     scheduler.add(generate_request("a", range(9)))
     output = stages.run(scheduled(scheduler))
-    output.rows[0] = RowResult(failure="NaN")
+    output.rows[0] = RowResult(failure="nothing is possible")
     scheduler.update(output)
     scheduler.add(generate_request("b", range(9)))
+    microbatch = scheduled(scheduler)
+    assert microbatch.rows[0].start == 8  # the request was to blame, not the numbers
+    output = stages.run(microbatch)
+    output.rows[0] = RowResult(failure="NaN", is_kv_suspect=True)
+    scheduler.update(output)
+    scheduler.add(generate_request("c", range(9)))
     assert scheduled(scheduler).rows[0].start == 0
 
 
@@ -656,3 +664,82 @@ def test_time_ends_a_request_after_the_token_at_hand():
     events += scheduler.update(stages.run(scheduled(scheduler)))
     assert [event.finish_reason for event in events] == [None, FinishReason.TIME]
     assert not scheduler.has_work
+
+
+def test_drafts_hold_up_nobody():
+    """Drafters first in rank: each sequence still gets a token in every step, and a new prompt begins."""
+    few = {"suppress_tokens": list(range(2, VOCAB_SIZE)), "ignore_eos": True, "max_new_tokens": 40}
+    scheduler = make_scheduler(max_microbatch_tokens=12)
+    stages = FakeStages(4)
+    for index in range(6):
+        lookup = {"prompt_lookup_num_tokens": 8} if index < 2 else {}
+        scheduler.add(generate_request(str(index), [index % 2, 0, 1], **few, **lookup))
+    while scheduler.num_waiting:
+        scheduler.update(stages.run(scheduled(scheduler)))
+    for _ in range(10):
+        events = scheduler.update(stages.run(scheduled(scheduler)))
+        assert {event.request_id for event in events} == set("012345")
+    assert scheduler.num_draft_tokens_accepted > 0
+    late = generate_request("late", [7] * 12, max_new_tokens=1)
+    scheduler.add(late)
+    answers = [event for _ in range(6) for event in scheduler.update(stages.run(scheduled(scheduler)))]
+    assert [event for event in answers if event.request_id == "late"] == expected_events(late)
+
+
+def test_a_guided_prompt_of_one_token_waits_like_any_other():
+    """Its sequences have one token left to compute even while it waits; none of its rows may ride then."""
+    for seed in range(60):
+        chance = random.Random(seed)
+        scheduler = make_scheduler(
+            num_blocks=chance.randint(6, 10), block_size=1, num_stages=2, max_microbatch_tokens=chance.randint(3, 6)
+        )
+        stages = FakeStages(1)
+        requests = [
+            generate_request("a", [1, 2, 1, 2], max_new_tokens=2, ignore_eos=True),
+            generate_request("b", [1, 2], max_new_tokens=4, ignore_eos=True, prompt_lookup_num_tokens=3, seed=1),
+            generate_request("c", [3], max_new_tokens=2, ignore_eos=True, guidance_scale=2.0),
+        ]
+        for request in chance.sample(requests, 3):
+            scheduler.add(request)
+        events: list[Event] = []
+        flying: list[StepOutput] = []
+        while scheduler.has_work:
+            microbatch = scheduler.schedule() if len(flying) < 2 else None
+            scheduler.check_integrity()
+            if microbatch is not None:
+                flying.append(stages.run(microbatch))
+            elif chance.random() < 0.2:
+                scheduler.reset()
+                stages.restart()
+                flying.clear()
+            else:
+                events += scheduler.update(flying.pop(0))
+        for request in requests:
+            assert [event for event in events if event.request_id == request.request_id] == expected_events(request)
+
+
+def test_beams_run_in_just_the_blocks_that_they_may_need():
+    request = generate_request("a", [1] * 6, max_new_tokens=8, beams=BeamParams(num_beams=3), ignore_eos=True)
+    scheduler = make_scheduler(num_blocks=1 + 3 * 3, block_size=4)
+    scheduler.add(request)
+    assert drain(scheduler) == expected_events(request)
+    assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("at", ["row", "take"])
+def test_a_job_that_breaks_fails_alone(at: str, caplog):
+    scheduler = make_scheduler()
+    stages = FakeStages(4)
+    good = generate_request("good", [1, 2])
+    scheduler.add(generate_request("bad", [3, 4, 5]))
+    scheduler.add(good)
+    (bad,) = [entry.job for request_id, entry in scheduler._entries.items() if request_id == "bad"]
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    setattr(bad, at, broken)
+    events = drain(scheduler, stages) + scheduler.take_failures()
+    assert [event for event in events if event.request_id == "bad"] == [FailureEvent("bad", INTERNAL_ERROR)]
+    assert [event for event in events if event.request_id == "good"] == expected_events(good)
+    assert "a bug" in caplog.text

@@ -65,6 +65,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             sampling["prompt_lookup_num_tokens"] = 0
         else:
             sampling["negative_prompt_token_ids"] = []
+        if sampling["guidance_scale"] != 1 and sampling["priority"] == 1:
+            prompts = [prompt[:1] for prompt in prompts]  # both its sequences have one token to compute
         for prompt in prompts:
             request_id = str(len(self.expected))
             request = generate_request(request_id, prompt, **sampling)

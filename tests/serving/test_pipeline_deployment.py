@@ -1,11 +1,14 @@
 """`Pipeline`'s bookkeeping of requests, without Serve around it."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 
 import msgspec
+import pytest
 
+from gptj_serve.serving import pipeline_deployment
 from gptj_serve.serving.pipeline_deployment import Pipeline
-from gptj_serve.types import EngineRequest, FailureEvent, SamplingParams, Task
+from gptj_serve.types import EngineRequest, Event, FailureEvent, Grammar, GrammarKind, SamplingParams, Task
 
 REQUEST = EngineRequest(
     request_id="r", task=Task.GENERATE, prompt_token_ids=[1], sampling=SamplingParams(max_new_tokens=1)
@@ -28,6 +31,33 @@ def make_pipeline(engine: FakeEngine) -> Pipeline:
     pipeline._engine, pipeline._replica_id = engine, "replica"  # type: ignore[assignment]
     pipeline._outboxes, pipeline._outbox_of, pipeline._finished = {}, {}, {}
     return pipeline
+
+
+async def test_events_of_a_request_whose_grammar_took_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event stream that idles meanwhile gives up an outbox without requests; the request must not be on that one."""
+    monkeypatch.setattr(pipeline_deployment, "IDLE_STREAM_S", 0.01)
+
+    class SlowGrammars:
+        async def compile_async(self, grammar: Grammar) -> None:
+            await asyncio.sleep(0.1)
+
+    pipeline = make_pipeline(FakeEngine())
+    pipeline._grammars = SlowGrammars()  # type: ignore[assignment]
+    sampling = SamplingParams(max_new_tokens=1, grammar=Grammar(GrammarKind.REGEX, "a"))
+    request = msgspec.structs.replace(REQUEST, sampling=sampling)
+    idle = asyncio.create_task(anext_all(pipeline.events("ingress", replica_id="replica")))
+    call = pipeline.run("ingress", msgspec.msgpack.encode(request))
+    assert await anext(call) == "replica"
+    await idle
+    stream = pipeline.events("ingress", replica_id="replica")
+    await anext(stream)
+    pipeline._distribute([FailureEvent("r", "the end")])
+    assert msgspec.msgpack.decode(await asyncio.wait_for(anext(stream), 5), type=list[Event])
+    await call.aclose()
+
+
+async def anext_all(stream: AsyncGenerator[bytes]) -> list[bytes]:
+    return [item async for item in stream]
 
 
 async def test_request_that_ends_while_its_client_leaves() -> None:
