@@ -71,6 +71,11 @@ class PipelineConfig(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and KV cache. auto: float32 on CPU; on GPU the checkpoint's own half precision."
     )
+    deterministic: bool = Field(
+        False,
+        description="The same request gives the same tokens and bit-equal log-probabilities whatever runs beside it, "
+        "however it is cut and over however many stages. On CPU only; docs/determinism.md has the cost.",
+    )
     stage: StageConfig = StageConfig()
     kv_cache: KVCacheConfig = KVCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -88,6 +93,12 @@ class PipelineConfig(_Part):
     max_queued_requests: PositiveInt = Field(
         4096, description="Requests on their way from each ingress to a pipeline; more are refused with 503."
     )
+
+    @model_validator(mode="after")
+    def _can_be_deterministic(self) -> Self:
+        if self.deterministic and (self.stage.num_gpus > 0 or self.dtype == "float16"):
+            raise ValueError("deterministic is for stages on CPU (num_gpus: 0) in float32 or bfloat16")
+        return self
 
 
 class IngressConfig(_Part):

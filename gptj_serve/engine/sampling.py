@@ -48,7 +48,7 @@ def sample(
 def _sample(
     scores: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], unconditional: Tensor | None
 ) -> list[RowResult]:
-    normalizers = scores.logsumexp(dim=-1, keepdim=True)  # [N, 1]
+    normalizers = log_normalizers(scores)
     is_sound = normalizers[:, 0].isfinite()
     alternatives = _best(scores, [spec.num_top_logprobs for spec in specs], normalizers)
     changed = [row for row, spec in enumerate(specs) if _changes_scores(spec)]
@@ -70,6 +70,14 @@ def _sample(
         else:
             results.append(RowResult([SampledToken(token_id, logprob, alternatives.get(row, []))]))
     return results
+
+
+def log_normalizers(scores: Tensor) -> Tensor:
+    """Rows' logarithms of the sum of exp, [N, 1], each bit of which depends on the row alone.
+
+    torch cuts the sum of a lone row of many numbers into one part for each thread, and leaves those of two rows whole.
+    """
+    return scores.expand(max(2, len(scores)), -1).logsumexp(dim=-1, keepdim=True)[: len(scores)]
 
 
 def _changes_scores(spec: SampleSpec) -> bool:

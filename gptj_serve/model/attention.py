@@ -84,16 +84,44 @@ class _DecodeGroup:
     mask: Tensor  # [S, 1, 1, C], True where there is a token
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [T, H, Dh], a layer's keys and values, each [blocks, block_size, H, Dh]) → attended values [T, H, Dh]."""
+
+AttentionPlan = Callable[[Sequence[PagedRow], KVCache], Attend]
+"""How the rows of a microbatch attend to what the cache holds of them: worked out once for all layers."""
+
+
 class PagedAttention:
     """The attention of one microbatch, planned once and used by every layer of the stage."""
 
-    def __init__(self, rows: Sequence[PagedRow], cache: KVCache) -> None:
+    def __init__(self, rows: Sequence[PagedRow], cache: KVCache, plan: AttentionPlan | None = None) -> None:
         self._cache = cache
         device = cache.keys.device
         self.positions = torch.cat([torch.arange(row.start, row.end) for row in rows]).to(device)  # [T]
         self._slots = _slots(rows, cache.block_size).to(device)  # [T]
         # A block's last owner may have left NaN behind, which no mask hides: NaN times a weight of 0 is NaN.
         self._begun_blocks = (self._slots[self._slots % cache.block_size == 0]) // cache.block_size
+        self._attend = (plan or _WholeContexts)(rows, cache)
+
+    def layer(self, index: int) -> AttentionFn:
+        """The attention function of the stage's `index`-th layer; it writes k and v to the cache, then attends."""
+        keys, values = self._cache.keys[index], self._cache.values[index]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys[self._begun_blocks] = 0
+            values[self._begun_blocks] = 0
+            keys.view(-1, *k.shape[1:])[self._slots] = k
+            values.view(-1, *v.shape[1:])[self._slots] = v
+            return self._attend(q, keys, values)
+
+        return attend
+
+
+class _WholeContexts:
+    """Each row, or group of decoding rows, attends to its whole context at once."""
+
+    def __init__(self, rows: Sequence[PagedRow], cache: KVCache) -> None:
+        device = cache.keys.device
         self._chunks: list[_Chunk] = []
         decoding: list[tuple[int, PagedRow]] = []  # (place among the packed tokens, row)
         offset = 0
@@ -105,25 +133,15 @@ class PagedAttention:
             offset += row.num_tokens
         self._decode_groups = [_plan_decode(group, cache) for group in _by_length(decoding)]
 
-    def layer(self, index: int) -> AttentionFn:
-        """The attention function of the stage's `index`-th layer; it writes k and v to the cache, then attends."""
-        keys, values = self._cache.keys[index], self._cache.values[index]
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys[self._begun_blocks] = 0
-            values[self._begun_blocks] = 0
-            keys.view(-1, *k.shape[1:])[self._slots] = k
-            values.view(-1, *v.shape[1:])[self._slots] = v
-            out = torch.empty_like(q)
-            for chunk in self._chunks:
-                key, value = (part[chunk.blocks].flatten(0, 1)[: chunk.end] for part in (keys, values))  # [C, H, Dh]
-                out[chunk.tokens] = _attend(q[None, chunk.tokens], key[None], value[None], chunk.mask)[0]
-            for group in self._decode_groups:
-                key, value = (part[group.tables].flatten(1, 2) for part in (keys, values))  # [S, C, H, Dh]
-                out[group.tokens] = _attend(q[group.tokens].unsqueeze(1), key, value, group.mask)[:, 0]
-            return out
-
-        return attend
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        for chunk in self._chunks:
+            key, value = (part[chunk.blocks].flatten(0, 1)[: chunk.end] for part in (keys, values))  # [C, H, Dh]
+            out[chunk.tokens] = _attend(q[None, chunk.tokens], key[None], value[None], chunk.mask)[0]
+        for group in self._decode_groups:
+            key, value = (part[group.tables].flatten(1, 2) for part in (keys, values))  # [S, C, H, Dh]
+            out[group.tokens] = _attend(q[group.tokens].unsqueeze(1), key, value, group.mask)[:, 0]
+        return out
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

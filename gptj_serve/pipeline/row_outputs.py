@@ -3,14 +3,14 @@
 Shapes: `T` packed tokens of a microbatch, `D` n_embd, `V` the ids that have a token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, islice, takewhile
 
 import torch
 from torch import Tensor, nn
 
 from gptj_serve.engine.ranking import best
-from gptj_serve.engine.sampling import NOT_FINITE, sample
+from gptj_serve.engine.sampling import NOT_FINITE, log_normalizers, sample
 from gptj_serve.model.heads import HeadCheckpoint, HeadKind
 from gptj_serve.model.stage import GPTJStage
 from gptj_serve.steps import Row, RowOutput, RowResult
@@ -26,17 +26,25 @@ Answer = Matrix | str
 class RowOutputs:
     """The last stage's heads, and what rows can ask of them. A row whose numbers go wrong fails alone."""
 
-    def __init__(self, stage: GPTJStage, num_token_ids: int, heads: Mapping[str, HeadCheckpoint]) -> None:
+    def __init__(
+        self,
+        stage: GPTJStage,
+        num_token_ids: int,
+        heads: Mapping[str, HeadCheckpoint],
+        convert: Callable[[nn.Linear], nn.Module] | None = None,
+    ) -> None:
+        """`convert` is applied to the `heads`, which are not the stage's own."""
         self._stage = stage
         self._num_token_ids = num_token_ids
-        self._heads: dict[tuple[RowOutput, str], nn.Linear] = {}
+        self._heads: dict[tuple[RowOutput, str], nn.Module] = {}
         if hasattr(stage, "score"):
             self._heads[RowOutput.CLASSIFY, DEFAULT_HEAD] = stage.score
         if hasattr(stage, "qa_outputs"):
             self._heads[RowOutput.QA, DEFAULT_HEAD] = stage.qa_outputs
         for name, head in heads.items():
             output = RowOutput.CLASSIFY if head.info.kind is HeadKind.CLASSIFIER else RowOutput.QA
-            self._heads[output, name] = _linear(head, stage.ln_f.weight)
+            linear = _linear(head, stage.ln_f.weight)
+            self._heads[output, name] = convert(linear) if convert else linear
 
     def of(self, rows: Sequence[Row], hidden: Tensor) -> list[RowResult | None]:
         """One entry for each row, whose tokens have the `hidden` states [T, D], row after row."""
@@ -96,7 +104,7 @@ class RowOutputs:
         for first in range(0, len(places), MAX_SCORED_ROWS):
             part = slice(first, first + MAX_SCORED_ROWS)
             logits = self._logits(hidden, places[part]).float()
-            normalizers = logits.logsumexp(dim=-1, keepdim=True)
+            normalizers = log_normalizers(logits)
             wanted = torch.tensor(targets[part], device=logits.device)[:, None]
             columns = [logits.gather(1, wanted) - normalizers]
             if num_top:

@@ -1,12 +1,14 @@
 """`StageRunner`: one stage at work: its layers, its KV cache, and on the last stage heads and sampler."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptj_serve.model.attention import KVCache, PagedAttention, PagedRow
+from gptj_serve.model.attention import AttentionPlan, KVCache, PagedAttention, PagedRow
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.deterministic import make_deterministic
 from gptj_serve.model.heads import HeadCheckpoint
 from gptj_serve.model.stage import GPTJStage, load_stage
 from gptj_serve.pipeline.row_outputs import RowOutputs
@@ -23,6 +25,7 @@ class StageSpec:
     dtype: torch.dtype
     device: torch.device
     num_token_ids: int  # the tokenizer's; logits beyond have no token and are never sampled
+    deterministic: bool = False  # what comes of a row doesn't depend on the other rows, in any bit
 
 
 class StageRunner:
@@ -35,10 +38,14 @@ class StageRunner:
     def __init__(self, stage: GPTJStage, spec: StageSpec, heads: dict[str, HeadCheckpoint] | None = None) -> None:
         self.stage = stage
         self.spec = spec
+        self._attention_plan: AttentionPlan | None = None
+        convert: Callable[[nn.Linear], nn.Module] | None = None
+        if spec.deterministic:
+            self._attention_plan, convert = make_deterministic(stage)
         self._cache = KVCache(
             stage.config, len(spec.span), spec.num_kv_blocks, spec.block_size, spec.dtype, spec.device
         )
-        self._outputs = RowOutputs(stage, spec.num_token_ids, heads or {}) if stage.is_last else None
+        self._outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, convert) if stage.is_last else None
         self._last_microbatch_id: int | None = None
 
     @classmethod
@@ -68,7 +75,7 @@ class StageRunner:
         if microbatch.block_copies:
             self._cache.copy_blocks(microbatch.block_copies)
         rows = [PagedRow(row.start, len(row.token_ids), row.block_table) for row in microbatch.rows]
-        attention = PagedAttention(rows, self._cache)
+        attention = PagedAttention(rows, self._cache, self._attention_plan)
         if hidden is None:
             token_ids = [token_id for row in microbatch.rows for token_id in row.token_ids]
             hidden = torch.tensor(token_ids, device=self.spec.device)

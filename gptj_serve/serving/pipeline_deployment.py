@@ -181,6 +181,7 @@ def stage_settings(
             num_threads=config.stage.num_threads,
             uses_gpu=config.stage.num_gpus > 0,
             heads=heads or {},
+            deterministic=config.deterministic,
         )
         for stage in plan.stages
     ]

@@ -30,6 +30,7 @@ class StageSettings(NamedTuple):
     num_threads: int | None
     uses_gpu: bool
     heads: dict[str, str]  # name → directory
+    deterministic: bool
 
 
 class GPTJStage:
@@ -41,7 +42,8 @@ class GPTJStage:
         self._loop: StageLoop | None = None
 
     def load(self) -> dict[str, Any]:
-        """Load the weights; returns a description of the stage. Raises `CheckpointError`."""
+        """Load the weights; returns a description of the stage. Raises `CheckpointError`,
+        and `ConfigError` where the machine can't be deterministic."""
         import torch
 
         from gptj_serve.model.checkpoint import Checkpoint
@@ -58,6 +60,7 @@ class GPTJStage:
             dtype=getattr(torch, settings.dtype),
             device=device,
             num_token_ids=settings.num_token_ids,
+            deterministic=settings.deterministic,
         )
         checkpoint = Checkpoint.open(Path(settings.checkpoint_dir))
         heads = open_heads({name: Path(directory) for name, directory in settings.heads.items()}, checkpoint)
