@@ -170,12 +170,18 @@ def num_blocks_of(case: Case, block_size: int) -> int:
 
 
 def draw_engine(model: Model, cases: list[Case], chance: random.Random) -> tuple[Scheduler, InProcessPipeline]:
-    """Any number of stages, and often so few KV blocks that requests are preempted again and again."""
+    """Any number of stages, and so few KV blocks that requests are preempted."""
     checkpoint = Checkpoint.open(model.directory)
     config = checkpoint.config
     num_stages = chance.randint(1, 4)
-    block_size = chance.choice([1, 1, 2, 4, 16])
-    num_blocks = max(num_blocks_of(case, block_size) for case in cases) + chance.choice([0, 0, 3, 200])
+    are_wide = any(case.ours.beams or case.ours.guidance_scale != 1 for case in cases)
+    block_size, num_spare, max_num_sequences, max_microbatch_tokens = 1, 0, 64, 64
+    if are_wide:
+        block_size = chance.choice([1, 1, 2, 4, 16])
+        num_spare = chance.choice([0, 0, 3, 200])
+        max_num_sequences = chance.choice([8, 64])
+        max_microbatch_tokens = chance.choice([8, 24, 64, 512])
+    num_blocks = max(num_blocks_of(case, block_size) for case in cases) + num_spare
     runners = [
         StageRunner.load(
             checkpoint,
@@ -183,7 +189,7 @@ def draw_engine(model: Model, cases: list[Case], chance: random.Random) -> tuple
         )
         for span in partition(config.n_layer, num_stages, head_cost(config))
     ]
-    limits = SchedulerLimits(num_stages, chance.choice([8, 64]), chance.choice([8, 24, 64, 512]), config.n_positions)
+    limits = SchedulerLimits(num_stages, max_num_sequences, max_microbatch_tokens, config.n_positions)
     blocks = KVBlocks(num_blocks, block_size, reuse_prefixes=chance.random() < 0.8)
     return Scheduler(limits, blocks, frozenset({model.eos})), InProcessPipeline(runners)
 
@@ -240,7 +246,7 @@ def compare(models: list[Model], seed: int, num_requests: int, seen: Counter[str
     while num_compared < num_requests:
         model = chance.choice(models)
         shared = [[], *([draw_token(model, chance) for _ in range(chance.randint(1, 34))] for _ in range(2))]
-        max_sequences = chance.choice([1, 2, 8])  # of a request: the fewer, the smaller the pool
+        max_sequences = chance.choice([1, 2, 8]) if num_compared else 1  # of a request
         num_cases = min(REQUESTS_PER_ENGINE, num_requests - num_compared)
         cases = [draw_case(model, chance, shared, max_sequences) for _ in range(num_cases)]
         for case, tokens in zip(cases, asyncio.run(serve(model, cases, chance, seen)), strict=True):

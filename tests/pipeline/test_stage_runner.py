@@ -324,14 +324,19 @@ def test_a_row_whose_numbers_go_wrong_fails_alone(directory: Path, num_stages: i
             assert result == (RowResult(failure=NOT_FINITE, is_kv_suspect=True) if index in concerned else sound[index])
 
 
-def test_a_row_for_which_nothing_is_possible_fails_alone_and_as_a_whole(stages: Stages):
+def test_a_row_fails_alone_and_only_if_nothing_is_possible_after_its_first_token(stages: Stages):
+    """What follows a draft means nothing if the draft was wrong: the tokens before it stand."""
     nothing = SampleSpec(edits=LogitEdits(allowed_mask=b"\x00"))
     results = stages.run(
-        whole(PROMPT, 0, samples=[GREEDY, nothing, GREEDY], target_token_ids=[1]),
+        whole(PROMPT, 0, samples=[nothing, GREEDY, GREEDY], target_token_ids=[1]),
         whole(PROMPT, 4, samples=[GREEDY, GREEDY, GREEDY], target_token_ids=[1]),
+        whole(PROMPT, 8, samples=[GREEDY, nothing, GREEDY], target_token_ids=[1]),
     )
     assert results[0] == RowResult(failure=NOTHING_POSSIBLE)
     assert len(chosen(results[1])) == 3
+    assert results[2] is not None
+    assert results[2].failure is None
+    assert chosen(results[2]) == chosen(results[1])[:1]
 
 
 # ------------------------------------------------------------------------------------------------------- blocks
