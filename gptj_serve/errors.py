@@ -9,6 +9,7 @@ GPTJServeError
 │   └── InvalidOptionError  an option of `generate` is; a ValueError besides, as in transformers
 ├── OverloadedError         the service can't take the request now; worth another try later
 ├── RequestFailedError      the request was accepted and then could not be finished
+│   └── UnsatisfiableError  since its own constraints leave nothing to go on with
 └── PipelineError           a stage was lost or a link broke; every step in flight is void
 
 Whoever raises one states the offending value and what to do about it: the message reaches the user as it is.
@@ -66,7 +67,11 @@ class OverloadedError(GPTJServeError):
 
 
 class RequestFailedError(GPTJServeError):
-    """An accepted request could not be finished, through no fault of its own."""
+    """An accepted request could not be finished."""
+
+
+class UnsatisfiableError(RequestFailedError):
+    """The request's own constraints, together or with what the model says, leave nothing to go on with."""
 
 
 class PipelineError(GPTJServeError):

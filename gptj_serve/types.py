@@ -176,6 +176,14 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
 
 
+class Refusal(Struct, frozen=True):
+    """`InvalidRequestError` on its way back: a pipeline can't take the request."""
+
+    field: str
+    value: Any
+    reason: str
+
+
 class FinishReason(StrEnum):
     EOS = "eos"
     STOP = "stop"
@@ -240,6 +248,7 @@ class FailureEvent(Struct, frozen=True, array_like=True, tag="failure"):
 
     request_id: str
     message: str
+    is_request_at_fault: bool = False  # its own constraints left nothing to go on with
 
 
 Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent

@@ -8,7 +8,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from gptj_serve.errors import GPTJServeError, InvalidRequestError, OverloadedError, RequestFailedError
+from gptj_serve.errors import (
+    GPTJServeError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+    UnsatisfiableError,
+)
 
 OPENAI_PREFIX = "/v1/"
 
@@ -17,6 +23,7 @@ ErrorBody = Callable[[GPTJServeError], dict[str, Any]]
 _ERRORS: dict[type[GPTJServeError], tuple[int, str]] = {
     InvalidRequestError: (422, "validation"),
     OverloadedError: (503, "overloaded"),
+    UnsatisfiableError: (422, "validation"),
     RequestFailedError: (500, "generation"),
     GPTJServeError: (500, "internal"),
 }
@@ -49,9 +56,10 @@ def install_error_handlers(app: FastAPI) -> None:
         status = _lookup(error)[0]
         headers = {"Retry-After": str(max(1, round(error.retry_after_s)))} if isinstance(error, OverloadedError) else {}
         if request.url.path.startswith(OPENAI_PREFIX):
-            if isinstance(error, InvalidRequestError):
-                is_unknown_model = error.field == "model" and isinstance(error.value, str)
-                status = 404 if is_unknown_model else 400
+            if status == 422:
+                status = 400
+                if isinstance(error, InvalidRequestError) and error.field == "model" and isinstance(error.value, str):
+                    status = 404
             return JSONResponse(openai_error(error), status, headers)
         return JSONResponse(hugging_face_error(error), status, headers)
 

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 from gptj_serve.config import ServiceConfig
-from gptj_serve.errors import InvalidRequestError, RequestFailedError
+from gptj_serve.errors import InvalidRequestError, RequestFailedError, UnsatisfiableError
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.model.heads import HeadInfo, HeadKind
 from gptj_serve.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ class Service:
         async with aclosing(self.engine.submit(request)) as events:
             async for event in events:
                 if isinstance(event, FailureEvent):
-                    raise RequestFailedError(event.message)
+                    raise (UnsatisfiableError if event.is_request_at_fault else RequestFailedError)(event.message)
                 yield event
 
     async def values(self, task: Task, token_ids: list[int], **options: Any) -> Matrix:

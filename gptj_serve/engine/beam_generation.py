@@ -76,7 +76,7 @@ class BeamGeneration:
                 return []
             return [BeamEvent(self.request.request_id, self._search.results())]
         except (ValueError, RequestFailedError) as error:
-            return [FailureEvent(self.request.request_id, str(error))]
+            return [FailureEvent(self.request.request_id, str(error), is_request_at_fault=True)]
 
     def _go_on(self, chosen: list[tuple[int, int]], blocks: KVBlocks) -> None:
         """Replace the beams by these (parent, token id) pairs."""

@@ -145,7 +145,8 @@ class Generation:
         try:
             self._editor.push(token.token_id)
         except ValueError as error:
-            return FailureEvent(self.request.request_id, f"the token {token.token_id} breaks the grammar: {error}")
+            message = f"the token {token.token_id} breaks the grammar: {error}"
+            return FailureEvent(self.request.request_id, message, is_request_at_fault=True)
         return TokenEvent(
             self.request.request_id,
             self._num_output - 1,

@@ -344,7 +344,7 @@ class Scheduler:
         if failed is not None and failed.failure is not None:
             if failed.is_kv_suspect:
                 self.blocks.withdraw(block for sequence in job.sequences for block in sequence.block_table)
-            return [FailureEvent(job.request.request_id, failed.failure)]
+            return [FailureEvent(job.request.request_id, failed.failure, not failed.is_kv_suspect)]
         try:
             events = job.take(rides, results, self.blocks, now)
         except Exception:

@@ -33,23 +33,30 @@ class GPTJPreTrainedModel(nn.Module):
         token: str | bool | None = None,
         local_files_only: bool = False,
         dtype: str | torch.dtype = "auto",
+        torch_dtype: str | torch.dtype | None = None,
         device_map: str | int | torch.device | dict[str, Any] | None = None,
         ignore_mismatched_sizes: bool = False,
+        low_cpu_mem_usage: bool = True,
+        use_safetensors: bool = True,
         **config_values: Any,
     ) -> Self:
         """Load a directory, or a repository of the Hugging Face hub, with safetensors of this or any other head.
 
-        `dtype` "auto" is that of the config, else of the weights. `device_map` is one device; "auto" takes a GPU if
-        there is one. Other arguments change the config (`num_labels=3`). A head that the checkpoint lacks is
-        initialized and named in a warning; with `ignore_mismatched_sizes`, so is one of another size. Raises
-        `CheckpointError` or `ConfigError`. The model comes in eval mode.
+        `dtype` (`torch_dtype`, as it was called) "auto" is that of the config, else of the weights. `device_map` is one
+        device; "auto" takes a GPU if there is one. Other arguments change the config (`num_labels=3`). A head that the
+        checkpoint lacks is initialized and named in a warning; with `ignore_mismatched_sizes`, so is one of another
+        size. Raises `CheckpointError` or `ConfigError`. The model comes in eval mode. Little memory is used anyway, so
+        `low_cpu_mem_usage` has no effect, and as nothing but safetensors is read, `use_safetensors` must be true.
         """
+        if not use_safetensors:
+            raise ValueError("use_safetensors=False: only safetensors are read; `gptj-serve convert` makes them")
         from gptj_serve.modeling.hub import checkpoint_directory
 
         directory = checkpoint_directory(
             pretrained_model_name_or_path, revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
         )
-        return cls._from_directory(directory, config, dtype, device_map, ignore_mismatched_sizes, config_values)
+        chosen_dtype = dtype if torch_dtype is None else torch_dtype
+        return cls._from_directory(directory, config, chosen_dtype, device_map, ignore_mismatched_sizes, config_values)
 
     @classmethod
     def _from_directory(

@@ -21,12 +21,13 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from gptj_serve.errors import GPTJServeError, OverloadedError, PipelineError, RequestFailedError
+from gptj_serve.errors import GPTJServeError, InvalidRequestError, OverloadedError, PipelineError, RequestFailedError
 from gptj_serve.types import (
     EngineRequest,
     Event,
     FailureEvent,
     PromptEvent,
+    Refusal,
     SamplingParams,
     TokenEvent,
     is_terminal,
@@ -133,12 +134,17 @@ class ServeEngineClient:
             call.cancel()
 
     async def _watch(
-        self, call: DeploymentResponseGenerator[str], request_id: str, inbox: asyncio.Queue[Event | Exception]
+        self, call: DeploymentResponseGenerator[str | bytes], request_id: str, inbox: asyncio.Queue[Event | Exception]
     ) -> None:
         """Follow the call of one request to its end, and report an end that is not the request's own."""
         replica_id = None
         try:
-            async for replica_id in call:
+            async for item in call:
+                if isinstance(item, bytes):
+                    refusal = msgspec.msgpack.decode(item, type=Refusal)
+                    inbox.put_nowait(InvalidRequestError(refusal.field, refusal.value, refusal.reason))
+                    return
+                replica_id = item
                 self._requests_at[replica_id].add(request_id)
                 self._ensure_event_stream(replica_id)
             await asyncio.sleep(EVENTS_TIMEOUT_S)  # its last event ends this task

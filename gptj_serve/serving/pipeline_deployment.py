@@ -17,6 +17,7 @@ from gptj_serve.config import PipelineConfig, ServiceConfig
 from gptj_serve.engine.engine import Engine
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.errors import InvalidRequestError
 from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.planner import plan_service
@@ -25,7 +26,7 @@ from gptj_serve.serving.metrics import EngineMetrics
 from gptj_serve.serving.ray_pipeline import RayPipeline
 from gptj_serve.serving.stage_actor import StageSettings
 from gptj_serve.tokenizer import Tokenizer
-from gptj_serve.types import EngineRequest, Event, is_terminal
+from gptj_serve.types import EngineRequest, Event, Refusal, is_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +93,22 @@ class Pipeline:
             )  # fmt: skip
         logger.info("%s is ready", config.served_name)
 
-    async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str]:
+    async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str | bytes]:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
 
-        Raises `InvalidRequestError`. When the engine stops, so does this process.
+        A request that can't be taken gets a `Refusal` instead: of what is raised here, Serve logs the traceback.
+        When the engine stops, so does this process.
         """
         request = msgspec.msgpack.decode(encoded_request, type=EngineRequest)
         grammar = request.sampling.grammar if request.sampling is not None else None
-        matcher = None if grammar is None else await self._grammars.compile_async(grammar)
-        # No await from here to the count of the outbox's requests: one without any is given up.
-        outbox = self._outboxes.setdefault(ingress_id, _Outbox())
-        self._engine.add(request, matcher)
+        try:
+            matcher = None if grammar is None else await self._grammars.compile_async(grammar)
+            # No await from here to the count of the outbox's requests: one without any is given up.
+            outbox = self._outboxes.setdefault(ingress_id, _Outbox())
+            self._engine.add(request, matcher)
+        except InvalidRequestError as error:
+            yield msgspec.msgpack.encode(Refusal(error.field, error.value, error.reason), enc_hook=repr)
+            return
         self._outbox_of[request.request_id] = outbox
         finished = self._finished[request.request_id] = asyncio.Event()
         outbox.num_requests += 1

@@ -11,7 +11,7 @@ from fakes import FakeEngine
 from fastapi import FastAPI
 
 from gptj_serve.api.streaming import merged
-from gptj_serve.errors import OverloadedError, RequestFailedError
+from gptj_serve.errors import OverloadedError, RequestFailedError, UnsatisfiableError
 
 GENERATE = {"inputs": "The fox", "parameters": {"max_new_tokens": 10}}
 COMPLETE = {"model": "tiny", "prompt": "The fox", "max_tokens": 10, "seed": 1}
@@ -50,6 +50,16 @@ async def test_overload(
     response = await client.post(path, json=body)
     assert (response.status_code, response.headers["retry-after"]) == (503, header)
     assert _message(path, response.json(), "overloaded_error", "overloaded") == "1024 requests are waiting"
+
+
+@pytest.mark.parametrize(("path", "body"), CALLS)
+async def test_a_request_that_forbids_its_own_answer_is_at_fault(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, body: Any
+) -> None:
+    engine.fail_at = lambda request, index: UnsatisfiableError("no token is possible")
+    response = await client.post(path, json=body)
+    assert response.status_code == (400 if path.startswith("/v1/") else 422)
+    assert _message(path, response.json(), "invalid_request_error", "validation") == "no token is possible"
 
 
 @pytest.mark.parametrize(("path", "body"), CALLS)

@@ -277,7 +277,7 @@ def test_row_failure_ends_its_request_alone():
     scheduler.add(generate_request("bad", [3]))
     scheduler.add(good)
     output = stages.run(scheduled(scheduler))
-    output.rows[0] = RowResult(failure="NaN")
+    output.rows[0] = RowResult(failure="NaN", is_kv_suspect=True)
     first = scheduler.update(output)
     assert first[0] == FailureEvent("bad", "NaN")
     scheduler.check_integrity()

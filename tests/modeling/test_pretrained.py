@@ -242,3 +242,11 @@ def test_config_from_a_directory(tmp_path: Path):
     config.save_pretrained(tmp_path / "copy")
     assert gptj_serve.GPTJConfig.from_pretrained(tmp_path / "copy") == config
     assert transformers.GPTJConfig.from_pretrained(tmp_path / "copy").n_layer == 5
+
+
+def test_the_former_name_of_dtype_is_followed(tiny_gptj):
+    directory = tiny_gptj()
+    model = gptj_serve.GPTJForCausalLM.from_pretrained(directory, torch_dtype=torch.float64, low_cpu_mem_usage=True)
+    assert model.dtype is torch.float64
+    with pytest.raises(ValueError, match="use_safetensors=False"):
+        gptj_serve.GPTJForCausalLM.from_pretrained(directory, use_safetensors=False)

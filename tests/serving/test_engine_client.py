@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from gptj_serve.errors import OverloadedError
+from gptj_serve.errors import InvalidRequestError, OverloadedError
 from gptj_serve.serving import engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.types import (
@@ -17,6 +17,7 @@ from gptj_serve.types import (
     FinishReason,
     Matrix,
     PromptEvent,
+    Refusal,
     SamplingParams,
     Task,
     TokenEvent,
@@ -144,3 +145,12 @@ async def test_silent_pipelines_make_status_an_error_worth_another_try() -> None
 
     with pytest.raises(OverloadedError, match="does not answer"):
         await ServeEngineClient(Silent()).status()  # type: ignore[arg-type]
+
+
+async def test_a_refusal_comes_back_as_it_was_raised() -> None:
+    class Refusing(FakePipelines):
+        async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[bytes]:
+            yield msgspec.msgpack.encode(Refusal("grammar", "a(", "does not end"))
+
+    with pytest.raises(InvalidRequestError, match=r"grammar='a\(': does not end"):
+        await asyncio.wait_for(collect(Refusing()), 10)
