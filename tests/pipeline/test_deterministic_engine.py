@@ -139,6 +139,33 @@ async def test_answers_have_the_same_bits(
     assert answers == alone
 
 
+@pytest.mark.parametrize("num_times", [60, pytest.param(1000, marks=pytest.mark.large)])
+async def test_one_prompt_again_and_again_among_random_traffic_has_one_answer(tiny_gptj, num_times: int):
+    prompt = [3, 14, 15, 92, 6, 5, 35, 89, 79, 3, 23, 84]
+    params = SamplingParams(max_new_tokens=16, warpers=Warpers(temperature=1.0), seed=5, num_top_logprobs=4)
+    rng = random.Random(0)
+    traffic = requests(num_times // 2, seed=2)
+
+    async def one(engine: LocalEngine, index: int) -> str:
+        await asyncio.sleep(rng.random() * num_times / 100)
+        asked = EngineRequest(
+            request_id=f"same {index}", task=Task.GENERATE, prompt_token_ids=prompt, sampling=params,
+            cache_salt=str(index % 7),
+        )  # fmt: skip
+        return repr([(e.token_id, e.logprob.hex(), e.top_logprobs) for e in await answer(engine, asked)])
+
+    async def other(engine: LocalEngine, request: EngineRequest) -> None:
+        await asyncio.sleep(rng.random() * num_times / 100)
+        await answer(engine, request)
+
+    async with serving(tiny_gptj(), num_stages=3, num_kv_blocks=100, max_microbatch_tokens=48) as engine:
+        others = asyncio.gather(*(other(engine, request) for request in traffic))
+        answers = await asyncio.gather(*(one(engine, index) for index in range(num_times)))
+        await others
+        assert (await engine.status())[0]["engine"]["num_preemptions"] > 0
+    assert len(set(answers)) == 1
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_a_lone_row_of_logits_is_normalized_like_one_among_others(num_threads: int):
     """With GPT-J's vocabulary: small ones are not cut."""
