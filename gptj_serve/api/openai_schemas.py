@@ -24,7 +24,7 @@ from gptj_serve.api.schema_types import (
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-BiasedToken = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+BiasedToken = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Choices = Annotated[list[NonEmpty], Field(min_length=1)]
 JSONSchema = str | dict[str, Any]

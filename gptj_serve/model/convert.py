@@ -130,12 +130,15 @@ class Conversion:
     def run(self, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
         """Write, or go on writing. `progress` is told of bytes done, those of an earlier run too.
 
-        Raises `ConversionError`; what is finished by then is kept for the next run.
+        Raises `ConversionError`; what is finished by then is kept for the next run, unless none can succeed.
         """
         try:
             self.unfinished.mkdir(parents=True, exist_ok=True)
             with _locked(self.unfinished):
                 self._run(progress)
+        except _RangeError:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            raise
         except OSError as error:
             raise ConversionError(
                 f"{error.filename or self.unfinished}: could not be written: {error.strerror or error}. The conversion "
@@ -297,6 +300,10 @@ def _write_shard(shard: _Shard, file: Path, progress: Callable[[int], object]) -
     return digest.hexdigest()
 
 
+class _RangeError(ConversionError):
+    """The chosen dtype can't hold the source's values."""
+
+
 def _contents(shard: _Shard) -> Iterator[memoryview]:
     yield memoryview(shard.header)
     for target in shard.targets:
@@ -310,7 +317,7 @@ def _cast(piece: Tensor, target: _Target) -> Tensor:
     cast = piece.to(dtype)
     if torch.finfo(dtype).max < torch.finfo(piece.dtype).max and not torch.equal(cast.isfinite(), piece.isfinite()):
         largest = piece[piece.isfinite()].abs().max().item()
-        raise ConversionError(
+        raise _RangeError(
             f"{target.source.file}: tensor {target.source.stored_name!r} holds {largest:g}, beyond the range of "
             f"{_TORCH_NAMES[target.dtype]}; choose a dtype with more range, such as bfloat16 or float32"
         )
