@@ -14,7 +14,7 @@ from gptj_serve.engine.engine import MAX_FUTILE_RECOVERIES, Engine
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.errors import InvalidRequestError, PipelineError
 from gptj_serve.steps import MicroBatch, StepOutput
-from gptj_serve.types import EngineRequest, Event, FailureEvent, Task, is_terminal
+from gptj_serve.types import EngineRequest, Event, FailureEvent, Grammar, GrammarKind, Task, is_terminal
 
 
 class FakePipeline:
@@ -282,3 +282,22 @@ async def test_refused_request_disturbs_nobody():
         with pytest.raises(InvalidRequestError, match="max_new_tokens=64"):
             await collect(engine, generate_request("b", [1], max_new_tokens=64))
         assert await answer == expected_events(request)
+
+
+async def test_engine_that_stops_while_a_grammar_is_compiled_takes_no_request():
+    pipeline = FakePipeline(fails=lambda _: True)
+    pipeline.can_recover = False
+    stopped = asyncio.Event()
+
+    async def compile_slowly(grammar: Grammar) -> None:
+        await stopped.wait()
+
+    async with LocalEngine(make_scheduler(), pipeline, compile_slowly) as engine:
+        grammar = Grammar(GrammarKind.REGEX, "a")
+        waiting = asyncio.create_task(collect(engine, generate_request("a", [1], grammar=grammar)))
+        await turns()
+        assert [type(event) for event in await collect(engine, generate_request("b", [1]))] == [FailureEvent]
+        await turns()
+        stopped.set()
+        with pytest.raises(PipelineError, match="has stopped"):
+            await asyncio.wait_for(waiting, 2)

@@ -686,41 +686,41 @@ def test_drafts_hold_up_nobody():
     assert [event for event in answers if event.request_id == "late"] == expected_events(late)
 
 
-def test_a_guided_prompt_of_one_token_waits_like_any_other():
+@pytest.mark.parametrize("seed", range(60))
+def test_a_guided_prompt_of_one_token_waits_like_any_other(seed: int):
     """Its sequences have one token left to compute even while it waits; none of its rows may ride then."""
-    for seed in range(60):
-        chance = random.Random(seed)
-        scheduler = make_scheduler(
-            num_blocks=chance.randint(6, 10), block_size=1, num_stages=2, max_microbatch_tokens=chance.randint(3, 6)
-        )
-        stages = FakeStages(1)
-        requests = [
-            generate_request("a", [1, 2, 1, 2], max_new_tokens=2, ignore_eos=True),
-            generate_request("b", [1, 2], max_new_tokens=4, ignore_eos=True, prompt_lookup_num_tokens=3, seed=1),
-            generate_request("c", [3], max_new_tokens=2, ignore_eos=True, guidance_scale=2.0),
-        ]
-        for request in chance.sample(requests, 3):
+    chance = random.Random(seed)
+    scheduler = make_scheduler(
+        num_blocks=chance.randint(14, 18), block_size=1, max_microbatch_tokens=chance.randint(3, 6),
+        max_sequence_tokens=12, reuse_prefixes=False,
+    )  # fmt: skip
+    stages = FakeStages(1)
+    requests: dict[str, EngineRequest] = {}
+    events: list[Event] = []
+    for index in range(60):
+        if chance.random() < 0.6:
+            guided = chance.random() < 0.5
+            prompt = [i % 4 + 1 for i in range(1 if guided else chance.choice([1, 4, 6]))]
+            sampling = {"guidance_scale": 2.0} if guided else {}
+            request = generate_request(
+                str(index), prompt, max_new_tokens=chance.choice([2, 4, 6]), ignore_eos=True, seed=index, **sampling
+            )
+            requests[str(index)] = request
             scheduler.add(request)
-        events: list[Event] = []
-        flying: list[StepOutput] = []
-        while scheduler.has_work:
-            microbatch = scheduler.schedule() if len(flying) < 2 else None
-            scheduler.check_integrity()
-            if microbatch is not None:
-                flying.append(stages.run(microbatch))
-            elif chance.random() < 0.2:
-                scheduler.reset()
-                stages.restart()
-                flying.clear()
-            else:
-                events += scheduler.update(flying.pop(0))
-        for request in requests:
-            assert [event for event in events if event.request_id == request.request_id] == expected_events(request)
+        microbatch = scheduler.schedule()
+        scheduler.check_integrity()
+        if microbatch is not None:
+            events += scheduler.update(stages.run(microbatch))
+    events += drain(scheduler, stages)
+    for request_id, request in requests.items():
+        assert [event for event in events if event.request_id == request_id] == expected_events(request)
 
 
-def test_beams_run_in_just_the_blocks_that_they_may_need():
-    request = generate_request("a", [1] * 6, max_new_tokens=8, beams=BeamParams(num_beams=3), ignore_eos=True)
-    scheduler = make_scheduler(num_blocks=1 + 3 * 3, block_size=4)
+@pytest.mark.parametrize(("max_new_tokens", "num_own_blocks"), [(8, 3), (2, 1)])
+def test_beams_run_in_just_the_blocks_that_they_may_need(max_new_tokens: int, num_own_blocks: int):
+    params = {"max_new_tokens": max_new_tokens, "beams": BeamParams(num_beams=3), "ignore_eos": True}
+    request = generate_request("a", [1] * 6, **params)
+    scheduler = make_scheduler(num_blocks=1 + 3 * num_own_blocks, block_size=4)
     scheduler.add(request)
     assert drain(scheduler) == expected_events(request)
     assert scheduler.num_preemptions == 0
