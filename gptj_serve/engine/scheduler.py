@@ -237,10 +237,14 @@ class Scheduler:
         sequences = entry.job.sequences
         if not entry.is_running or len(sequences) > step.budget:
             return False
-        if any(sequence.num_uncomputed != 1 for sequence in sequences):
-            return False
-        writes = [(s.block_table, s.num_computed, s.num_computed + 1) for s in sequences]
-        if not self._make_room(entry, self.blocks.num_missing_together(writes), step):
+        writes = []
+        for sequence in sequences:
+            if sequence.num_uncomputed != 1:
+                return False
+            writes.append((sequence.block_table, sequence.num_computed, sequence.num_computed + 1))
+        num_missing = self.blocks.num_missing
+        missing = num_missing(*writes[0]) if len(writes) == 1 else self.blocks.num_missing_together(writes)
+        if not self._make_room(entry, missing, step):
             return False
         for write in writes:
             step.copies += self.blocks.prepare(*write)
@@ -290,7 +294,8 @@ class Scheduler:
         if entry.job.request.request_id not in self._entries:
             return  # its first row failed
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
-        step.copies += self.blocks.prepare(sequence.block_table, start, end + len(draft))
+        if len(sequence.block_table) * self.blocks.block_size < end + len(draft):  # else it is booked
+            step.copies += self.blocks.prepare(sequence.block_table, start, end + len(draft))
         try:
             row = entry.job.row(sequence, end, draft)
         except Exception:
