@@ -104,8 +104,11 @@ class Engine:
     def _fill_pipeline(self) -> None:
         while len(self._steps) < self._scheduler.limits.num_stages:
             microbatch = self._scheduler.schedule()
-            self._publish(self._scheduler.take_failures())
+            failures = self._scheduler.take_failures()
+            self._publish(failures)
             if microbatch is None:
+                if failures:
+                    continue  # what they held back may be schedulable now
                 break
             self._steps.append(asyncio.create_task(self._pipeline.run(microbatch)))
         if self._scheduler.has_work and not self._steps:

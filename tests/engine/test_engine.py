@@ -301,3 +301,24 @@ async def test_engine_that_stops_while_a_grammar_is_compiled_takes_no_request():
         stopped.set()
         with pytest.raises(PipelineError, match="has stopped"):
             await asyncio.wait_for(waiting, 2)
+
+
+async def test_a_job_that_breaks_makes_way_for_who_waits_behind_it():
+    scheduler = make_scheduler(max_microbatch_tokens=4, max_num_sequences=1)
+    emitted: list[Event] = []
+    engine = Engine(scheduler, FakePipeline(), emitted.extend)
+    engine.add(generate_request("bad", range(8)))
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    scheduler._entries["bad"].job.row = broken
+    good = generate_request("good", [1, 2])
+    engine.add(good)
+    task = asyncio.create_task(engine.run())
+    await turns(100)
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert [type(event) for event in emitted if event.request_id == "bad"] == [FailureEvent]
+    assert [event for event in emitted if event.request_id == "good"] == expected_events(good)
