@@ -7,10 +7,8 @@ them puts those in. `stop_strings` and `stream` stand for what is decided where 
 from collections.abc import Iterator, Sequence
 
 from gptj_serve.errors import InvalidRequestError
-from gptj_serve.types import BeamParams, SamplingParams
+from gptj_serve.types import MAX_BEAMS, MIN_BEAMS, BeamParams, SamplingParams
 
-MIN_BEAMS = 2
-MAX_BEAMS = 64
 _DEFAULTS = SamplingParams(max_new_tokens=1)
 
 _NO_LOGPROBS = "a beam search has no log-probabilities of single tokens"

@@ -19,6 +19,10 @@ Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 MAX_PRIORITY = 1000
 PRIORITY_STEP = 256
 
+MIN_BEAMS = 2
+MAX_BEAMS = 64
+MAX_DRAFT_TOKENS = 64
+
 
 DEFAULT_HEAD = "default"
 """The name of the checkpoint's own head of a kind; heads from elsewhere have the names that the service gives them."""
@@ -88,7 +92,7 @@ class EarlyStopping(StrEnum):
 class BeamParams(Struct, frozen=True, kw_only=True):
     """Beam search with transformers' parameters."""
 
-    num_beams: Annotated[int, Meta(ge=2, le=64)]
+    num_beams: Annotated[int, Meta(ge=MIN_BEAMS, le=MAX_BEAMS)]
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
     num_return_sequences: Annotated[int, Meta(ge=1)] = 1
@@ -126,7 +130,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     guidance_scale: float = 1.0  # 1 is off
     negative_prompt_token_ids: list[TokenId] = []  # empty: the prompt's last token alone, as in transformers
     beams: BeamParams | None = None
-    prompt_lookup_num_tokens: Annotated[int, Meta(ge=0, le=64)] = 0  # drafted tokens per step; 0 is off
+    prompt_lookup_num_tokens: Annotated[int, Meta(ge=0, le=MAX_DRAFT_TOKENS)] = 0  # drafted tokens per step; 0 is off
     max_matching_ngram_size: Annotated[int, Meta(ge=1, le=8)] = 2  # each size costs an entry for every token
 
     num_top_logprobs: Annotated[int, Meta(ge=0)] = 0  # alternatives with each token

@@ -22,7 +22,7 @@ from gptj_serve.api.schema_types import (
     Word,
     off,
 )
-from gptj_serve.types import MAX_PRIORITY
+from gptj_serve.types import MAX_DRAFT_TOKENS, MAX_PRIORITY
 
 ExponentialDecay = Annotated[tuple[Count, PositiveFloat], JSON_TUPLE]
 SequenceBias = Annotated[tuple[TokenIds, float], JSON_TUPLE]
@@ -66,7 +66,7 @@ class SamplingExtras(Body):
     early_stopping: bool | Literal["never"] | None = None
 
     # how it is computed
-    prompt_lookup_num_tokens: Annotated[int, Field(ge=0, le=64)] | None = None
+    prompt_lookup_num_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | None = None
     max_matching_ngram_size: Annotated[int, Field(ge=1, le=8)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # lower is sooner
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARACTERS)] | None = None

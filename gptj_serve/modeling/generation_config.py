@@ -15,10 +15,10 @@ from pydantic import (
 )
 
 from gptj_serve.errors import ConfigError, InvalidOptionError
-from gptj_serve.generation_rules import MAX_BEAMS
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.modeling.hub import checkpoint_directory
 from gptj_serve.modeling.unsupported_options import without_inert
+from gptj_serve.types import MAX_BEAMS, MAX_DRAFT_TOKENS
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -96,7 +96,7 @@ class GenerationConfig(BaseModel):
     length_penalty: Finite | None = None
     early_stopping: bool | Literal["never"] | None = None
     num_return_sequences: PositiveInt | None = None
-    prompt_lookup_num_tokens: Annotated[int, Field(ge=1, le=64)] | None = None
+    prompt_lookup_num_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] | None = None
     max_matching_ngram_size: Annotated[int, Field(ge=1, le=8)] | None = None
 
     return_dict_in_generate: bool | None = None
