@@ -8,6 +8,7 @@ GPTJServeError
 ├── InvalidRequestError     the request itself is at fault; carries the field and its value
 │   └── InvalidOptionError  an option of `generate` is; a ValueError besides, as in transformers
 ├── OverloadedError         the service can't take the request now; worth another try later
+├── RequestTimeoutError     the request's own time is over
 ├── RequestFailedError      the request was accepted and then could not be finished
 │   └── UnsatisfiableError  since its own constraints leave nothing to go on with
 └── PipelineError           a stage was lost or a link broke; every step in flight is void
@@ -64,6 +65,10 @@ class OverloadedError(GPTJServeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class RequestTimeoutError(GPTJServeError):
+    """The request was not finished in the time that it was given."""
 
 
 class RequestFailedError(GPTJServeError):

@@ -13,6 +13,7 @@ from gptj_serve.errors import (
     InvalidRequestError,
     OverloadedError,
     RequestFailedError,
+    RequestTimeoutError,
     UnsatisfiableError,
 )
 
@@ -24,12 +25,13 @@ _ERRORS: dict[type[GPTJServeError], tuple[int, str]] = {
     InvalidRequestError: (422, "validation"),
     OverloadedError: (503, "overloaded"),
     UnsatisfiableError: (422, "validation"),
+    RequestTimeoutError: (504, "timeout"),
     RequestFailedError: (500, "generation"),
     GPTJServeError: (500, "internal"),
 }
 """HTTP status and TGI's `error_type`."""
 
-_OPENAI_TYPES = {"validation": "invalid_request_error", "overloaded": "overloaded_error"}
+_OPENAI_TYPES = {"validation": "invalid_request_error", "overloaded": "overloaded_error", "timeout": "timeout_error"}
 INTERNAL_ERROR = GPTJServeError("internal error; the service's log has the details")
 """What a client sees of an exception that nobody foresaw."""
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 
 from gptj_serve.api.field_names import FieldNames
 from gptj_serve.api.logprobs import ScoredToken, finite
-from gptj_serve.api.service import Service, new_request_id
+from gptj_serve.api.service import Service
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.tokenizer import IncrementalDetokenizer, StopStringScanner
 from gptj_serve.types import (
     BeamEvent,
-    EngineRequest,
     Event,
     FinishReason,
     Matrix,
@@ -29,7 +28,7 @@ class GenerationParams:
     sampling: SamplingParams
     stop_strings: Sequence[str] = ()
     include_stop_string: bool = False
-    priority: int = 0
+    priority: int | None = None  # None: that of the HTTP request
     cache_salt: str = ""
     names: FieldNames = field(default_factory=FieldNames)  # in which the engine's refusals are put
 
@@ -109,16 +108,15 @@ async def score_prompt(
 
 
 async def _events(service: Service, token_ids: list[int], params: GenerationParams) -> AsyncGenerator[Event]:
-    request = EngineRequest(
-        request_id=new_request_id(),
-        task=Task.GENERATE,
-        prompt_token_ids=token_ids,
+    stream = service.events(
+        Task.GENERATE,
+        token_ids,
         sampling=params.sampling,
         priority=params.priority,
         cache_salt=params.cache_salt,
     )
     try:
-        async with aclosing(service.events(request)) as events:
+        async with aclosing(stream) as events:
             async for event in events:
                 yield event
     except InvalidRequestError as error:  # what only the engine can find out, as of a grammar

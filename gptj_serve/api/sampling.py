@@ -82,7 +82,7 @@ async def make_params(
     except InvalidRequestError as error:
         raise names.translated(error) from None
     return GenerationParams(
-        sampling, stop_strings, include_stop_string, extras.priority or 0, extras.cache_salt or "", names
+        sampling, stop_strings, include_stop_string, extras.priority, extras.cache_salt or "", names
     )
 
 

@@ -6,17 +6,28 @@ may be in this process or behind Ray Serve.
 """
 
 import asyncio
-import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
+from gptj_serve.api.request_context import RequestContext, current_request
 from gptj_serve.config import ServiceConfig
-from gptj_serve.errors import InvalidRequestError, RequestFailedError, UnsatisfiableError
+from gptj_serve.errors import InvalidRequestError, RequestFailedError, RequestTimeoutError, UnsatisfiableError
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.model.heads import HeadInfo, HeadKind
 from gptj_serve.tokenizer import Tokenizer
-from gptj_serve.types import DEFAULT_HEAD, EngineRequest, Event, FailureEvent, HeadEvent, Matrix, Task
+from gptj_serve.types import (
+    DEFAULT_HEAD,
+    BeamEvent,
+    EngineRequest,
+    Event,
+    FailureEvent,
+    HeadEvent,
+    Matrix,
+    Task,
+    TokenEvent,
+)
 
 Result = TypeVar("Result")
 
@@ -38,7 +49,10 @@ class EngineClient(Protocol):
 
 
 class Service:
-    """Serves one model. All methods raise `InvalidRequestError`, `OverloadedError` or `RequestFailedError`."""
+    """Serves one model.
+
+    All methods raise `InvalidRequestError`, `OverloadedError`, `RequestFailedError` or `RequestTimeoutError`.
+    """
 
     def __init__(
         self,
@@ -154,22 +168,54 @@ class Service:
 
     # ── what the engine answers ──────────────────────────────────────────────────────────────────────────
 
-    async def events(self, request: EngineRequest) -> AsyncGenerator[Event]:
-        """Those of the engine; a failure is raised."""
+    async def events(
+        self, task: Task, token_ids: list[int], *, priority: int | None = None, **options: Any
+    ) -> AsyncGenerator[Event]:
+        """Those of the engine, for a request of its own; `options` are the other fields of `EngineRequest`.
+
+        A failure is raised, and `RequestTimeoutError` when the time of the request that is being answered is over.
+        """
+        context = current_request()
+        request = EngineRequest(
+            request_id=context.new_sequence_id(),
+            task=task,
+            prompt_token_ids=token_ids,
+            priority=context.priority if priority is None else priority,
+            **options,
+        )
+        if context.account is not None:
+            context.account.spend(len(token_ids) + len(request.continuation_token_ids))
         async with aclosing(self.engine.submit(request)) as events:
-            async for event in events:
+            while (event := await _before_deadline(anext(events, None), context)) is not None:
                 if isinstance(event, FailureEvent):
                     raise (UnsatisfiableError if event.is_request_at_fault else RequestFailedError)(event.message)
+                if context.account is not None:
+                    context.account.spend(_num_generated(event))
                 yield event
 
     async def values(self, task: Task, token_ids: list[int], **options: Any) -> Matrix:
-        """The answer to a request that doesn't generate; `options` are the fields of `EngineRequest`."""
-        request = EngineRequest(request_id=new_request_id(), task=task, prompt_token_ids=token_ids, **options)
-        async with aclosing(self.events(request)) as events:
+        """The answer to a request that doesn't generate; `options` as for `events`."""
+        async with aclosing(self.events(task, token_ids, **options)) as events:
             async for event in events:
                 assert isinstance(event, HeadEvent)
                 return event.values
         raise AssertionError("a stream of events ends with a terminal one")
+
+
+async def _before_deadline(step: Coroutine[Any, Any, Result], request: RequestContext) -> Result:
+    if request.deadline is None:
+        return await step
+    try:
+        return await asyncio.wait_for(step, request.deadline - time.monotonic())
+    except TimeoutError:
+        elapsed_s = time.monotonic() - request.arrived_at
+        raise RequestTimeoutError(f"the request was not finished after {elapsed_s:.3g} s") from None
+
+
+def _num_generated(event: Event) -> int:
+    if isinstance(event, BeamEvent):
+        return sum(len(beam.token_ids) for beam in event.beams)
+    return int(isinstance(event, TokenEvent))
 
 
 async def off_loop(num_characters: int, function: Callable[..., Result], *args: Any) -> Result:
@@ -187,7 +233,3 @@ async def run_all(coroutines: Sequence[Coroutine[Any, Any, Result]]) -> list[Res
     except BaseExceptionGroup as group_error:
         raise group_error.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-def new_request_id() -> str:
-    return secrets.token_hex(8)

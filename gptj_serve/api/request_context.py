@@ -1,0 +1,56 @@
+"""What is known of the request that is being answered, wherever in the answering it is needed.
+
+It travels as a context variable: what a request starts (tasks, streams, threads) sees that request's own.
+"""
+
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Account(Protocol):
+    """Who pays for a request's tokens."""
+
+    def spend(self, num_tokens: int) -> None:
+        """Take note of tokens that were read or generated; never refuses, since they are spent already."""
+
+
+def new_request_id() -> str:
+    return secrets.token_hex(8)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """Times are those of `time.monotonic()`."""
+
+    request_id: str = field(default_factory=new_request_id)
+    arrived_at: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
+    priority: int = 0  # of what sets none itself
+    account: Account | None = None
+
+    def new_sequence_id(self) -> str:
+        """An id for one of the request's sequences. A client may send the id of its request twice, at once even."""
+        return f"{self.request_id}-{secrets.token_hex(4)}"
+
+
+_current: ContextVar[RequestContext] = ContextVar("request_context")
+
+
+def current_request() -> RequestContext:
+    """The request that is being answered; outside of any, one of its own for each call."""
+    return _current.get(None) or RequestContext()
+
+
+@contextmanager
+def answering(request: RequestContext) -> Iterator[None]:
+    """All that is done inside is done for `request`."""
+    token = _current.set(request)
+    try:
+        yield
+    finally:
+        _current.reset(token)

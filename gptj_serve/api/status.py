@@ -1,0 +1,63 @@
+"""The shape of `GET /status`, which the page, `gptj-serve status` and operators' scripts read.
+
+Times are seconds; points in time are Unix time of the host that measured them; rates are over the last second.
+"""
+
+from typing import Any
+
+from typing_extensions import TypedDict
+
+
+class StepSpan(TypedDict):
+    """One microbatch on one stage."""
+
+    microbatch_id: int
+    started_at: float
+    duration_s: float  # computing only
+    num_rows: int
+    num_tokens: int
+
+
+class StageStatus(TypedDict):
+    stage_index: int
+    layers: list[int]  # half-open span [first, end)
+    device: str
+    dtype: str
+    num_threads: int
+    pid: int
+    node_ip: str
+    weight_bytes: int
+    kv_cache_bytes: int
+    memory_bytes: int  # resident memory of the process; of a GPU stage what torch has reserved on the device
+    num_restarts: int
+    busy_ratio: float  # share of the last second in which it computed
+    handoff_s: float | None  # from the sender's last instruction to this stage's first; mean; None without any
+    steps: list[StepSpan]  # the newest, at most 64, oldest first
+
+
+class PipelineStatus(TypedDict):
+    replica_id: str
+    is_ready: bool  # False while stages are started again
+    now: float  # of the replica's host, for the ages of its stages' steps
+    tokens_per_s: float  # generated
+    stages: list[StageStatus]
+    engine: dict[str, Any]  # the fields of `types.EngineStats`
+
+
+class IngressStatus(TypedDict):
+    """The ingress process that answered."""
+
+    num_requests: int  # being answered now
+    max_requests: int
+
+
+class Status(TypedDict):
+    model: str
+    version: str
+    uptime_s: float
+    tasks: list[str]
+    heads: dict[str, str]  # name → "classifier" or "qa"
+    max_model_len: int
+    ingress: IngressStatus
+    pipelines: list[PipelineStatus]
+    problems: list[str]  # one line for each pipeline that did not answer
