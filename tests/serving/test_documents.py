@@ -1,0 +1,88 @@
+"""Every command and snippet of README.md and docs/ is run, here or where the table below says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptj_serve.config import ServiceConfig
+from tests.serving.documents import DOCUMENTS, Block, blocks
+from tests.serving.service import ServeRun
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
+
+PICTURES = {"": "plain text", "text": "plain text"}
+
+ELSEWHERE = {
+    "pip install": "`.ci/run` does it, in a fresh virtual environment",
+    "python benchmarks/": "takes minutes; its figures are in the document",
+}
+"""By the beginning of a block: why it is not run here."""
+
+TESTED_IN = {
+    "docs/checkpoints.md": "tests/test_cli.py",
+    "docs/library.md": "tests/modeling/test_documented_examples.py",
+}
+"""Documents that need no service, with the tests that run all of their blocks."""
+
+SUBSTITUTIONS: dict[str, dict[str, str]] = {"docs/heads.md": {'"spam"': '"tone"'}}
+"""By document: what stands for the reader's own."""
+
+
+def write_examples(directory: Path) -> None:
+    """The files that docs/heads.md fits heads to, with a few rows each."""
+    rows = [("spam", f"Win prize number {n} now") for n in range(12)] + [("ham", f"See you at {n}") for n in range(12)]
+    for name, header, separator in (("messages.csv", "label,text", ","), ("polarity.csv", "label,text", ",")):
+        lines = [header, *(f"{label}{separator}{text}" for label, text in rows)]
+        (directory / name).write_text("\n".join(lines) + "\n")
+    (directory / "sms_spam.tsv").write_text("\n".join(["Label\tSMS", *(f"{a}\t{b}" for a, b in rows)]) + "\n")
+    paragraphs = [
+        {
+            "context": f"Anna {n} lives in Paris.",
+            "qas": [{"id": str(n), "question": "Where?", "answers": [{"text": "Paris", "answer_start": 16 + n // 10}]}],
+        }
+        for n in range(12)
+    ]
+    squad = json.dumps({"version": "1.1", "data": [{"title": "", "paragraphs": [p]} for p in paragraphs]})
+    for name in ("squad.json", "squad1.1.train-head.json", "xquad.en.json"):
+        (directory / name).write_text(squad)
+
+
+def is_run_here(block: Block) -> bool:
+    if block.language in PICTURES or block.document in TESTED_IN:
+        return False
+    return block.language != "yaml" and not any(map(block.code.startswith, ELSEWHERE))
+
+
+def test_no_block_is_in_a_language_that_nothing_runs() -> None:
+    assert {block.language for block in BLOCKS} <= {"sh", "python", "yaml", "console", *PICTURES}
+    assert {block.document for block in BLOCKS if block.language == "console"} <= set(TESTED_IN)
+
+
+@pytest.mark.parametrize("beginning", ELSEWHERE)
+def test_no_exception_is_stale(beginning: str) -> None:
+    assert any(block.code.startswith(beginning) for block in BLOCKS)
+
+
+def test_pictures_hold_no_commands() -> None:
+    words = ("curl ", "pip ", "python ", "gptj-serve ", "import ")
+    assert not [str(b) for b in BLOCKS if b.language in PICTURES and any(w in b.code for w in words)]
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
+def test_configuration(block: Block) -> None:
+    """Its `args`, or what would stand below them, are accepted."""
+    values = yaml.safe_load(block.code)
+    if "applications" in values:
+        values = values["applications"][0]
+    ServiceConfig.model_validate(values.get("args", values))
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("block", list(filter(is_run_here, BLOCKS)), ids=str)
+def test_block(block: Block, service: ServeRun, tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    output = block.run(tmp_path, SUBSTITUTIONS.get(block.document, {}))
+    assert output.strip(), "it printed nothing"
+    assert '"error"' not in output
