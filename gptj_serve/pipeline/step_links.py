@@ -73,6 +73,7 @@ class StepLinks:
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(error)
+                future.exception()  # its step may have been given up already: then nobody else asks
 
     def close(self) -> None:
         if self._receiver is not None:

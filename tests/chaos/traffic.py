@@ -69,7 +69,7 @@ def _generate(rng: random.Random) -> Call:
             {"stop": ["the ", "ing"], "max_time": 600},
         ]
     )
-    parameters = {"max_new_tokens": rng.randrange(20, 160), "details": True} | options
+    parameters = {"max_new_tokens": rng.randrange(40, 300), "details": True} | options
     return Call("/generate", {"inputs": _prompt(rng), "parameters": parameters, "stream": rng.random() < 0.7})
 
 
