@@ -57,6 +57,9 @@ class LinkedPipeline:
     async def run(self, microbatch: MicroBatch) -> StepOutput:
         return await self.links.run(microbatch)
 
+    async def watch(self) -> None:
+        await self.links.watch()
+
     async def recover(self) -> None:
         raise PipelineError("nobody recovers this")
 
