@@ -48,6 +48,9 @@ class LinkedStages:
     async def run(self, microbatch: MicroBatch) -> StepOutput:
         return await self._links.run(microbatch)
 
+    async def watch(self) -> None:
+        await self._links.watch()
+
     async def recover(self) -> None:
         raise RuntimeError("a stage was lost")
 

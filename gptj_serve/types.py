@@ -253,6 +253,7 @@ class FailureEvent(Struct, frozen=True, array_like=True, tag="failure"):
     request_id: str
     message: str
     is_request_at_fault: bool = False  # its own constraints left nothing to go on with
+    is_pipeline_at_fault: bool = False  # it may be; another pipeline would show
 
 
 Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent

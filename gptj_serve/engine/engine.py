@@ -19,12 +19,16 @@ from gptj_serve.types import EngineRequest, EngineStats, Event, FailureEvent, To
 
 logger = logging.getLogger(__name__)
 
-MAX_FUTILE_RECOVERIES = 3
-"""After so many losses in a row without a finished step, what is being served is taken for the cause and failed."""
+MAX_FUTILE_RECOVERIES = 8
+"""After so many losses in a row without a finished step the pipeline is taken for broken, and this engine stops.
+
+By then the scheduler has given up several requests that might have been the cause.
+"""
 
 MAX_RECOVERY_ATTEMPTS = 4
 RECOVERY_DELAY_S = 0.25
-"""Before the second attempt to bring the pipeline back; doubled before each later one."""
+MAX_RECOVERY_DELAY_S = 4.0
+"""Before the second attempt in a row to bring the pipeline back; doubled before each later one."""
 
 
 class Pipeline(Protocol):
@@ -32,6 +36,9 @@ class Pipeline(Protocol):
 
     async def run(self, microbatch: MicroBatch) -> StepOutput:
         """Run one microbatch through all stages. Raises `PipelineError` when a stage is lost."""
+
+    async def watch(self) -> None:
+        """Raise `PipelineError` as soon as a stage is lost, also while no step runs; else never return."""
 
     async def recover(self) -> None:
         """After a `PipelineError`: make all stages ready for a fresh start, or raise it again."""
@@ -48,6 +55,7 @@ class Engine:
         self._pipeline = pipeline
         self._emit = emit
         self._steps: deque[asyncio.Task[StepOutput]] = deque()  # in flight, oldest first
+        self._watch: asyncio.Task[None] | None = None
         self._work_arrived = asyncio.Event()
         self._num_futile_recoveries = 0
         self._num_recoveries = 0
@@ -91,6 +99,7 @@ class Engine:
 
         What is unfinished then has no terminal event: whoever runs this knows whether it can go on elsewhere.
         """
+        self._watch = asyncio.create_task(self._pipeline.watch())
         try:
             while True:
                 self._fill_pipeline()
@@ -100,6 +109,7 @@ class Engine:
                     await self._recover(error)
         finally:
             self._cancel_steps()
+            self._watch.cancel()
 
     def _fill_pipeline(self) -> None:
         while len(self._steps) < self._scheduler.limits.num_stages:
@@ -115,34 +125,41 @@ class Engine:
             raise RuntimeError("unfinished sequences, nothing in flight and nothing schedulable: a scheduler bug")
 
     async def _wait_for_step_or_work(self) -> None:
+        assert self._watch is not None
         work_arrived = asyncio.create_task(self._work_arrived.wait())
         try:
-            await asyncio.wait({*self._steps, work_arrived}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*self._steps, work_arrived, self._watch}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             work_arrived.cancel()
         self._work_arrived.clear()
-        for step in self._steps:
-            if step.done() and (error := step.exception()) is not None:
+        for task in (*self._steps, self._watch):
+            if task.done() and (error := task.exception()) is not None:
                 raise error
         while self._steps and self._steps[0].done():
             self._publish(self._scheduler.update(self._steps.popleft().result()))
             self._num_futile_recoveries = 0
 
     async def _recover(self, error: PipelineError) -> None:
+        assert self._watch is not None
         logger.warning("pipeline lost, recomputing all sequences once it is back: %s", error)
         self._cancel_steps()
-        self._scheduler.reset()
+        self._watch.cancel()
+        self._publish(self._scheduler.reset())
         self._num_recoveries += 1
         self._num_futile_recoveries += 1
         if self._num_futile_recoveries > MAX_FUTILE_RECOVERIES:
-            self._publish(self._scheduler.fail_all(f"the pipeline failed again and again on these requests: {error}"))
-            self._num_futile_recoveries = 0
-        for attempt in range(MAX_RECOVERY_ATTEMPTS - 1):
+            raise PipelineError(f"lost {self._num_futile_recoveries} times without a finished step: {error}")
+        await asyncio.sleep(_delay_s(self._num_futile_recoveries - 1))
+        await self._bring_back()
+        self._watch = asyncio.create_task(self._pipeline.watch())
+
+    async def _bring_back(self) -> None:
+        for attempt in range(1, MAX_RECOVERY_ATTEMPTS):
             try:
                 return await self._pipeline.recover()
             except PipelineError as again:
                 logger.warning("the pipeline did not come back: %s", again)
-                await asyncio.sleep(RECOVERY_DELAY_S * 2**attempt)
+                await asyncio.sleep(_delay_s(attempt))
         return await self._pipeline.recover()
 
     def _publish(self, events: list[Event]) -> None:
@@ -157,3 +174,7 @@ class Engine:
         for step in self._steps:
             step.cancel()
         self._steps.clear()
+
+
+def _delay_s(num_failures: int) -> float:
+    return min(RECOVERY_DELAY_S * 2 ** (num_failures - 1), MAX_RECOVERY_DELAY_S) if num_failures else 0.0

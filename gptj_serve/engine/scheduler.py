@@ -12,6 +12,9 @@ Whatever arrives later than that many requests ranks behind, so nobody waits for
 When blocks run out, the last in rank is preempted: its blocks are released at once, it goes back to the queue, and
 its tokens are computed again later. That is safe even while a step of it is in flight: stages run microbatches in
 order, so nothing still to be written can land in a block after its next owner's.
+
+What was in flight when a stage was lost may be the cause. Who is under suspicion more than once, without a token in
+between, is computed alone from then on, until it gets further: so the innocent are soon told from the guilty.
 """
 
 import logging
@@ -41,6 +44,12 @@ class SchedulerLimits:
 
 logger = logging.getLogger(__name__)
 
+MAX_LOSSES_TOGETHER = 2
+"""Losses of the pipeline in a row, while it computed a request, after which the request is computed alone."""
+
+MAX_LOSSES = 4
+"""And so many after which it is given up here."""
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
@@ -49,6 +58,11 @@ class _Entry:
     job: Job
     rank: tuple[int, int]
     is_running: bool = False
+    num_losses: int = 0  # of the pipeline, since it last got further
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.num_losses >= MAX_LOSSES_TOGETHER
 
 
 @dataclass(slots=True)
@@ -94,6 +108,7 @@ class Scheduler:
         self._entries: dict[str, _Entry] = {}  # all unfinished ones
         self._waiting: list[_Entry] = []  # without blocks, by rank
         self._running: list[_Entry] = []  # by rank
+        self._suspects: list[_Entry] = []
         self._in_flight: dict[int, _Step] = {}  # by microbatch id
         self._num_arrivals = 0
         self._next_microbatch_id = 0
@@ -147,6 +162,18 @@ class Scheduler:
     def schedule(self) -> MicroBatch | None:
         """The next microbatch, or None if nothing can be scheduled now."""
         step = _Step(self.limits.max_microbatch_tokens)
+        if self._suspects:
+            self._fill_with_suspect(step)
+        else:
+            self._fill(step)
+        if not step.rows:
+            return None
+        microbatch = MicroBatch(self._next_microbatch_id, step.rows, step.copies)
+        self._in_flight[microbatch.microbatch_id] = step
+        self._next_microbatch_id += 1
+        return microbatch
+
+    def _fill(self, step: _Step) -> None:
         decoding = [entry for entry in self._running if entry.job.is_decoding]
         has_prompts = len(decoding) < len(self._running)
         decode_cap = -(-sum(len(entry.job.sequences) for entry in decoding) // self.limits.num_stages)
@@ -158,12 +185,22 @@ class Scheduler:
                     self._schedule_prompt(entry, step)
         while step.budget > 0 and (admitted := self._admit_next()) is not None:
             self._schedule_prompt(admitted, step)
-        if not step.rows:
-            return None
-        microbatch = MicroBatch(self._next_microbatch_id, step.rows, step.copies)
-        self._in_flight[microbatch.microbatch_id] = step
-        self._next_microbatch_id += 1
-        return microbatch
+
+    def _fill_with_suspect(self, step: _Step) -> None:
+        """Rows of the first suspect and of nobody else, once nothing is in flight."""
+        if self._in_flight:
+            return
+        entry = min(self._suspects, key=_rank)
+        if not entry.is_running:
+            if self._num_blocks_needed(entry.job) > self._num_blocks_to_give():
+                for other in reversed(self._running.copy()):
+                    self._preempt(other)
+            self._waiting.remove(entry)
+            self._start(entry)
+        if entry.job.is_decoding:
+            self._schedule_decoding([entry], len(entry.job.sequences), step)
+        else:
+            self._schedule_prompt(entry, step)
 
     def update(self, output: StepOutput) -> list[Event]:
         """Hand the oldest microbatch's results to the jobs that they are for, if these are still here."""
@@ -179,29 +216,39 @@ class Scheduler:
                 continue  # finished or aborted meanwhile
             taken = self._take(entry.job, rides, own, now)
             events += taken
+            if taken:
+                self._acquit(entry)
             if taken and is_terminal(taken[-1]):
                 self._drop(entry)
         return events
 
-    def reset(self) -> None:
-        """After the loss of a stage: forget what is in flight and recompute every sequence (KV is gone)."""
+    def reset(self) -> list[Event]:
+        """After the loss of a stage: forget what is in flight and recompute every sequence (KV is gone).
+
+        Returns the ends of requests that were under way in too many losses; another pipeline may take them further.
+        """
+        in_flight = {id(entry): entry for step in self._in_flight.values() for entry, _ in step.riders}
         self._in_flight.clear()
         for entry in reversed(self._running.copy()):
             self._preempt(entry)
         self.blocks.withdraw_all()
+        events: list[Event] = []
+        for entry in in_flight.values():
+            if self._entries.get(entry.job.request.request_id) is not entry:
+                continue  # aborted meanwhile
+            entry.num_losses += 1
+            if entry.num_losses >= MAX_LOSSES:
+                message = f"the pipeline was lost {entry.num_losses} times in a row while it computed this request"
+                events.append(FailureEvent(entry.job.request.request_id, message, is_pipeline_at_fault=True))
+                self._drop(entry)
+            elif entry.num_losses == MAX_LOSSES_TOGETHER:
+                self._suspects.append(entry)
+        return events
 
     def take_failures(self) -> list[Event]:
         """The ends of requests whose jobs could not be scheduled; each is given once."""
         failures, self._failures = self._failures, []
         return failures
-
-    def fail_all(self, message: str) -> list[Event]:
-        """End every request with a failure."""
-        events: list[Event] = [FailureEvent(request_id, message) for request_id in self._entries]
-        self._in_flight.clear()
-        for entry in list(self._entries.values()):
-            self._drop(entry)
-        return events
 
     def check_integrity(self) -> None:
         """Assert the invariants; tests call it after every scenario."""
@@ -210,6 +257,7 @@ class Scheduler:
         assert all(not s.block_table and s.num_computed == 0 for e in self._waiting for s in e.job.sequences)
         assert all(e.is_running for e in self._running)
         assert not any(e.is_running for e in self._waiting)
+        assert {id(e) for e in self._suspects} == {id(e) for e in self._entries.values() if e.is_suspect}
         assert [e.rank for e in self._running] == sorted(e.rank for e in self._running)
         assert [e.rank for e in self._waiting] == sorted(e.rank for e in self._waiting)
 
@@ -319,12 +367,15 @@ class Scheduler:
         if self._num_blocks_needed(entry.job) > self._num_blocks_to_give():
             return None
         self._waiting.pop(0)
+        self._start(entry)
+        return entry
+
+    def _start(self, entry: _Entry) -> None:
         entry.is_running = True
         insort(self._running, entry, key=_rank)
         for sequence in entry.job.sequences:
             reusable = entry.job.num_reusable(sequence) // self.blocks.block_size
             self.num_prefix_tokens += reusable * self.blocks.block_size
-        return entry
 
     def _num_blocks_needed(self, job: Job) -> int:
         if len(job.sequences) > 1:
@@ -367,7 +418,13 @@ class Scheduler:
         insort(self._waiting, entry, key=_rank)
         self.num_preemptions += 1
 
+    def _acquit(self, entry: _Entry) -> None:
+        if entry.is_suspect:
+            self._suspects.remove(entry)
+        entry.num_losses = 0
+
     def _drop(self, entry: _Entry) -> None:
+        self._acquit(entry)
         del self._entries[entry.job.request.request_id]
         for sequence in entry.job.sequences:
             self.blocks.release(sequence.block_table)

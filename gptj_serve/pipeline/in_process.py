@@ -30,6 +30,10 @@ class InProcessPipeline:
         assert isinstance(result, StepOutput)
         return result
 
+    async def watch(self) -> None:
+        """Threads are not lost."""
+        await asyncio.Event().wait()
+
     async def recover(self) -> None:
         for runner, thread in zip(self._runners, self._threads, strict=True):
             await asyncio.get_running_loop().run_in_executor(thread, runner.restart)

@@ -23,6 +23,7 @@ class StepLinks:
         self._stages: list[zmq.Socket[bytes]] = []
         self._pending: dict[int, asyncio.Future[StepOutput]] = {}
         self._failure: PipelineError | None = None
+        self._has_failed = asyncio.Event()
         self._receiver: asyncio.Task[None] | None = None
         self._last_result_at = 0.0
         self.timed_out = False
@@ -67,12 +68,20 @@ class StepLinks:
         finally:
             del self._pending[microbatch.microbatch_id]
 
+    async def watch(self) -> None:
+        """Raise what the links failed with, as soon as they do."""
+        await self._has_failed.wait()
+        assert self._failure is not None
+        raise self._failure
+
     def fail(self, error: PipelineError) -> None:
         """End every step in flight, and every later one, with `error`."""
         self._failure = error
+        self._has_failed.set()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(error)
+                future.exception()  # its step may have been given up already: then nobody else asks
 
     def close(self) -> None:
         if self._receiver is not None:

@@ -27,7 +27,7 @@ from gptj_serve.steps import MicroBatch, StepOutput
 
 logger = logging.getLogger(__name__)
 
-HUNG_STOP_TIMEOUT_S = 5.0
+HUNG_STOP_TIMEOUT_S = 1.0
 """After a step that timed out, a stage whose loop does not stop within this time is the one that hangs."""
 
 DIRECTORY_PREFIX = "gptj_serve-"
@@ -70,6 +70,10 @@ class RayPipeline:
     async def run(self, microbatch: MicroBatch) -> StepOutput:
         assert self._links is not None
         return await self._links.run(microbatch)
+
+    async def watch(self) -> None:
+        assert self._links is not None
+        await self._links.watch()
 
     async def recover(self) -> None:
         """Close all links, replace the stages that are dead or hang, and link anew."""

@@ -12,6 +12,7 @@ from fake_stages import HEAD_TASKS, FakeStages, expected_events, generate_reques
 
 from gptj_serve.engine.engine import MAX_FUTILE_RECOVERIES, Engine
 from gptj_serve.engine.local import LocalEngine
+from gptj_serve.engine.scheduler import MAX_LOSSES
 from gptj_serve.errors import InvalidRequestError, PipelineError
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.types import EngineRequest, Event, FailureEvent, Grammar, GrammarKind, Task, is_terminal
@@ -30,6 +31,7 @@ class FakePipeline:
         self._generation = 0
         self.is_lost = False
         self.can_recover = True
+        self.lost_while_idle = asyncio.Event()
         self.num_recoveries = 0
         self.num_steps = 0
         self.max_in_flight = 0
@@ -59,6 +61,11 @@ class FakePipeline:
             raise PipelineError("stage 1 was lost")
         return output
 
+    async def watch(self) -> None:
+        await self.lost_while_idle.wait()
+        self.lost_while_idle.clear()
+        raise PipelineError("stage 0 was lost")
+
     async def recover(self) -> None:
         self.num_recoveries += 1
         await asyncio.sleep(0)
@@ -67,6 +74,11 @@ class FakePipeline:
         self._generation += 1
         self.is_lost = False
         self._stages.restart()
+
+
+@pytest.fixture(autouse=True)
+def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptj_serve.engine.engine.RECOVERY_DELAY_S", 0.0)
 
 
 def mixed_requests(count: int) -> list[EngineRequest]:
@@ -130,27 +142,59 @@ async def test_losing_stages_at_random_changes_no_answer(seed: int):
     assert after["num_kv_blocks_used"] == after["num_requests_failed"] == 0
 
 
-async def test_requests_that_kill_the_pipeline_again_and_again_are_given_up():
-    """13 in a prompt kills a stage. Its request fails after some tries, and whoever comes later is served."""
+@pytest.mark.parametrize("num_stages", [1, 3])
+async def test_request_that_kills_the_pipeline_is_told_from_those_beside_it(num_stages: int):
+    """13 in a prompt kills a stage. That request is given up; the others, also later ones, are served."""
     pipeline = FakePipeline(fails=lambda microbatch: any(13 in row.token_ids for row in microbatch.rows))
-    async with LocalEngine(make_scheduler(num_stages=2), pipeline) as engine:
-        events = await collect(engine, generate_request("poison", [1, 13]))
-        assert [type(event) for event in events] == [FailureEvent]
-        assert "failed again and again" in events[0].message
-        assert pipeline.num_recoveries >= MAX_FUTILE_RECOVERIES
+    scheduler = make_scheduler(num_stages=num_stages, max_microbatch_tokens=16)
+    others = [*mixed_requests(10), generate_request("long", [1, 2], max_new_tokens=40, ignore_eos=True)]
+    async with LocalEngine(scheduler, pipeline) as engine:
+        answers = [asyncio.create_task(collect(engine, request)) for request in others[:6]]
+        poison = asyncio.create_task(collect(engine, generate_request("poison", [1, 13])))
+        answers += [asyncio.create_task(collect(engine, request)) for request in others[6:]]
+        assert await asyncio.gather(*answers) == [expected_events(request) for request in others]
+        (event,) = await poison
+        scheduler.check_integrity()
         good = generate_request("good", [1, 2])
         assert await collect(engine, good) == expected_events(good)
         after = await stats(engine)
-    assert (after["num_requests_failed"], after["num_requests_finished"]) == (1, 1)
+    assert isinstance(event, FailureEvent)
+    assert event.is_pipeline_at_fault
+    assert "4 times in a row" in event.message
+    assert pipeline.num_recoveries == MAX_LOSSES
+    assert (after["num_requests_failed"], after["num_requests_finished"]) == (1, 12)
 
 
-async def test_losses_with_finished_steps_between_them_are_never_given_up():
-    failing = random.Random(1)
-    pipeline = FakePipeline(fails=lambda _: failing.random() < 0.4)
-    request = generate_request("a", [1], max_new_tokens=30, ignore_eos=True)
+async def test_losses_with_tokens_between_them_are_never_given_up():
+    pipeline = FakePipeline(fails=lambda _: pipeline.num_steps % MAX_LOSSES != 0)
+    request = generate_request("a", [1], max_new_tokens=10, ignore_eos=True)
     async with LocalEngine(make_scheduler(), pipeline) as engine:
         assert await collect(engine, request) == expected_events(request)
     assert pipeline.num_recoveries > MAX_FUTILE_RECOVERIES
+
+
+async def test_pipeline_that_never_finishes_a_step_ends_the_engine():
+    pipeline = FakePipeline(fails=lambda _: True)
+    emitted: list[Event] = []
+    engine = Engine(make_scheduler(), pipeline, emitted.extend)
+    for i in range(5):
+        engine.add(generate_request(str(i), [i]))
+    with pytest.raises(PipelineError, match="without a finished step"):
+        await asyncio.wait_for(engine.run(), 10)
+    assert 0 < len(emitted) < 5
+    assert all(isinstance(event, FailureEvent) and event.is_pipeline_at_fault for event in emitted)
+
+
+async def test_stage_lost_while_idle_is_brought_back_before_anyone_asks():
+    pipeline = FakePipeline()
+    async with LocalEngine(make_scheduler(), pipeline) as engine:
+        await turns()
+        for count in (1, 2):
+            pipeline.lost_while_idle.set()
+            await turns()
+            assert pipeline.num_recoveries == count
+        request = generate_request("a", [1])
+        assert await collect(engine, request) == expected_events(request)
 
 
 async def test_several_steps_lost_at_once_leave_no_trace_in_the_log(caplog):

@@ -284,17 +284,6 @@ def test_row_failure_ends_its_request_alone():
     assert first[1:] + drain(scheduler, stages) == expected_events(good)
 
 
-def test_fail_all_ends_every_request_once():
-    scheduler, _ = decoding_scheduler(3)
-    scheduler.schedule()
-    scheduler.add(generate_request("new", [1]))
-    events = scheduler.fail_all("stopped")
-    assert events == [FailureEvent(request_id, "stopped") for request_id in ("0", "1", "2", "new")]
-    assert not scheduler.has_work
-    assert scheduler.num_in_flight == 0
-    assert scheduler.blocks.num_used == 0
-
-
 # -------------------------------------------------------------------------------------- preemption, abort, replay
 
 

@@ -170,7 +170,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def lose_a_stage(self) -> None:
-        self.scheduler.reset()
+        for event in self.scheduler.reset():
+            assert event.is_pipeline_at_fault
+            self.aborted.add(event.request_id)  # for another pipeline to try
         self.stages.restart()
         self.in_flight.clear()
 

@@ -1,6 +1,7 @@
 """Stage loops linked over ZeroMQ, in this process: same tokens, closed to strangers, and no failure unnoticed."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -55,6 +56,9 @@ class LinkedPipeline:
 
     async def run(self, microbatch: MicroBatch) -> StepOutput:
         return await self.links.run(microbatch)
+
+    async def watch(self) -> None:
+        await self.links.watch()
 
     async def recover(self) -> None:
         raise PipelineError("nobody recovers this")
@@ -132,6 +136,21 @@ async def test_failed_links_fail_every_step(tiny_gptj, linked) -> None:
             await step
         with pytest.raises(PipelineError, match="stage 0 was lost"):
             await pipeline.run(STEP)
+
+
+async def test_a_step_that_was_given_up_leaves_no_complaint(tiny_gptj, linked) -> None:
+    """asyncio logs an exception that nobody asked for, when the future is collected."""
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    async with open_links(linked(make_runners(Checkpoint.open(tiny_gptj()), 1))) as pipeline:
+        step = asyncio.create_task(pipeline.run(STEP))
+        await asyncio.sleep(0)
+        step.cancel()
+        pipeline.links.fail(PipelineError("stage 0 was lost"))
+        await asyncio.wait([step])
+    del step
+    gc.collect()
+    assert complaints == []
 
 
 def test_stopping_is_not_a_failure(tiny_gptj, linked) -> None:

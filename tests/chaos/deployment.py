@@ -1,0 +1,22 @@
+"""The deployment that faults are tried on: two of everything, and pools so small that sequences are preempted."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.serving.service import ROOT
+
+
+def chaos_config(directory: Path, **changes: Any) -> Path:
+    config = yaml.safe_load((ROOT / "deployments" / "gptj.yaml").read_text())
+    pipeline = config["applications"][0]["args"]["pipeline"]
+    pipeline |= {"step_timeout_s": 5.0, "kv_cache": {"num_tokens": 2048}, "engine_num_cpus": 0.05}
+    pipeline["stage"]["num_cpus"] = 0.2
+    config["applications"][0]["args"] |= {
+        "num_pipelines": 2,
+        "ingress": {"num_replicas": 2, "num_cpus": 0.05},
+    } | changes
+    path = directory / "chaos.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
