@@ -7,7 +7,7 @@ import json
 from typing import Any, NamedTuple
 
 from gptj_serve.api.huggingface_schemas import TextGrammar
-from gptj_serve.api.openai_schemas import CompletionRequest, ResponseFormat, StructuredOutputs
+from gptj_serve.api.openai_sampling import OpenAISampling, ResponseFormat, StructuredOutputs
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.types import Grammar, GrammarKind
 
@@ -21,7 +21,7 @@ class Constraint(NamedTuple):
     grammar: Grammar
 
 
-def constraint_of_completion(body: CompletionRequest) -> Constraint | None:
+def constraint_of_completion(body: OpenAISampling) -> Constraint | None:
     """vLLM's `structured_outputs`, its older `guided_…`, or OpenAI's `response_format`; only one of them."""
     found: list[Constraint] = []
     if body.structured_outputs is not None:

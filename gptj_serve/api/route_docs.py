@@ -1,0 +1,108 @@
+"""What the OpenAPI schema says of the routes' answers: whole ones, streams and errors.
+
+Routes answer with ready JSON, so that nothing of this costs anything when a request comes.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
+
+from gptj_serve.api.errors import OPENAI_PREFIX
+from gptj_serve.api.huggingface_responses import GenerateEvent, HuggingFaceError
+from gptj_serve.api.openai_responses import ChatCompletionChunk, CompletionChunk, OpenAIError
+
+_ERRORS = {
+    400: "The body can't be read, or the request is refused; the message names field and value.",
+    401: "The API key is missing or not known.",
+    404: "There is no such model or head.",
+    408: "The body did not come in time.",
+    413: "The body is over the limit.",
+    422: "The request is refused; the message names field and value.",
+    429: "Too many requests or tokens; Retry-After says when to try again.",
+    500: "The request failed; the service's log has the details.",
+    503: "The service is full or not ready; Retry-After says when to try again.",
+    504: "The request was not finished in its time.",
+}
+_EVENTS = (CompletionChunk, ChatCompletionChunk, GenerateEvent)
+_COMPONENTS = "#/components/schemas/"
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def openai_answers(model: Any, description: str, *, events: type | None = None) -> Responses:
+    """`events` are what a stream consists of, which the route may answer with instead."""
+    return _answers(model, description, OpenAIError, events, "The last event's data is `[DONE]`.", without=422)
+
+
+def hugging_face_answers(model: Any, description: str, *, events: type | None = None) -> Responses:
+    return _answers(model, description, HuggingFaceError, events)
+
+
+def only_events(events: type, description: str) -> Responses:
+    """Of a route in Hugging Face's shape that always streams."""
+    responses = _answers(None, description, HuggingFaceError, events)
+    del responses[200]["model"]
+    return responses
+
+
+def describe(app: FastAPI) -> None:
+    """Make the schema that `app` shows: with what the events of streams are, without what FastAPI adds of its own."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title, version=app.version, summary=app.summary, tags=app.openapi_tags, routes=app.routes
+            )
+            _add_events(schema["components"]["schemas"])
+            _drop_validation_errors(schema)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to do it
+
+
+def operation_id(route: APIRoute) -> str:
+    """The name of the route's function: stable, and readable in generated clients."""
+    return route.name
+
+
+def _answers(
+    model: Any, description: str, error: type, events: type | None, end: str = "", *, without: int | None = None
+) -> Responses:
+    success: dict[str, Any] = {"model": model, "description": description}
+    if events is not None:
+        text = f"Server-sent events; the data of each is a {events.__name__} or, as the last one, an error. {end}"
+        success["content"] = {
+            "text/event-stream": {
+                "schema": {
+                    "type": "string",
+                    "description": text.strip(),
+                    "contentMediaType": "application/json",
+                    "contentSchema": {"$ref": _COMPONENTS + events.__name__},
+                }
+            }
+        }
+    errors: Responses = {
+        status: {"model": error, "description": text} for status, text in _ERRORS.items() if status != without
+    }
+    return {200: success, **errors}
+
+
+def _add_events(components: dict[str, Any]) -> None:
+    for event in _EVENTS:
+        schema = TypeAdapter(event).json_schema(ref_template=_COMPONENTS + "{model}", mode="serialization")
+        components |= schema.pop("$defs", {})
+        components[event.__name__] = schema
+
+
+def _drop_validation_errors(schema: dict[str, Any]) -> None:
+    """FastAPI says of every route with a body that it answers 422; those under /v1/ answer 400."""
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            if path.startswith(OPENAI_PREFIX):
+                operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
