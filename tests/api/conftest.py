@@ -4,10 +4,11 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from fakes import FakeEngine, small_model, small_tokenizer
+from fakes import SPECIAL_TOKEN, FakeEngine, small_model, small_tokenizer
 from fastapi import FastAPI
 
 from gptj_serve.api.app import create_app
+from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.service import Service
 from gptj_serve.config import IngressConfig, ServiceConfig
 from gptj_serve.model.heads import HeadInfo, HeadKind
@@ -24,6 +25,13 @@ NAMED_HEADS = {
     "reader": HeadInfo(kind=HeadKind.QA, name="reader", backbone="-"),
 }
 HEADS = ("lm_head", "score", "qa_outputs")
+CHAT_TEMPLATE = """\
+{% for message in messages %}
+{% if message.role == "developer" %}{{ raise_exception("only system, user, assistant") }}{% endif %}
+{{ message.role[0] }}{{ "(" + message.name + ")" if message.name }}>{{ message.content }}{{ end or "|" }}
+{%- endfor %}
+{% if add_generation_prompt %}a>{% endif %}"""
+"""A chat of one message, "Hi": u>Hi|a>"""
 
 
 @pytest.fixture
@@ -34,7 +42,8 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def service(engine: FakeEngine) -> Service:
     config = ServiceConfig(model_name="tiny", ingress=IngressConfig(max_body_bytes=4096, max_batch_inputs=4))
-    return Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS)
+    template = ChatTemplate(CHAT_TEMPLATE, {"eos_token": SPECIAL_TOKEN})
+    return Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS, template)
 
 
 @pytest.fixture
