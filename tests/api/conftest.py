@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from calls import CHAT_TEMPLATE
 from fakes import SPECIAL_TOKEN, FakeEngine, small_model, small_tokenizer
 from fastapi import FastAPI
 
@@ -25,13 +26,6 @@ NAMED_HEADS = {
     "reader": HeadInfo(kind=HeadKind.QA, name="reader", backbone="-"),
 }
 HEADS = ("lm_head", "score", "qa_outputs")
-CHAT_TEMPLATE = """\
-{% for message in messages %}
-{% if message.role == "developer" %}{{ raise_exception("only system, user, assistant") }}{% endif %}
-{{ message.role[0] }}{{ "(" + message.name + ")" if message.name }}>{{ message.content }}{{ end or "|" }}
-{%- endfor %}
-{% if add_generation_prompt %}a>{% endif %}"""
-"""A chat of one message, "Hi": u>Hi|a>"""
 
 
 @pytest.fixture
