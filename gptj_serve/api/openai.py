@@ -30,7 +30,9 @@ from gptj_serve.api.streaming import event_stream
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
-@router.get("/models", summary="The served model", responses=openai_answers(ModelList, "A list of one model."))
+@router.get(
+    "/models", summary="The served model", responses=openai_answers(ModelList, "A list of one model.", has_body=False)
+)
 async def list_models(request: Request) -> Response:
     """The served model, and only that.
 

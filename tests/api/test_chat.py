@@ -74,9 +74,7 @@ async def test_without_a_limit_as_many_tokens_as_fit(client: httpx.AsyncClient, 
 @pytest.mark.parametrize(
     "limits", [{"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3}]
 )
-async def test_the_limit_has_two_names(
-    client: httpx.AsyncClient, engine: FakeEngine, limits: dict[str, int]
-) -> None:
+async def test_the_limit_has_two_names(client: httpx.AsyncClient, engine: FakeEngine, limits: dict[str, int]) -> None:
     body = await _chat(client, **limits, ignore_eos=True)
     assert body["usage"]["completion_tokens"] == 3
     assert body["choices"][0]["finish_reason"] == "length"
@@ -102,9 +100,7 @@ async def test_the_limit_has_two_names(
         ({"truncate_prompt_tokens": -1}, PROMPT),
     ],
 )
-async def test_prompt(
-    client: httpx.AsyncClient, engine: FakeEngine, changes: dict[str, Any], prompt: str
-) -> None:
+async def test_prompt(client: httpx.AsyncClient, engine: FakeEngine, changes: dict[str, Any], prompt: str) -> None:
     await _chat(client, max_tokens=5, **changes)
     assert _prompts(engine) == [prompt]
 
@@ -264,9 +260,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [  # changes, the field that is name
 
 
 @pytest.mark.parametrize(("changes", "field"), REFUSED, ids=[field for _, field in REFUSED])
-async def test_refusals(
-    client: httpx.AsyncClient, engine: FakeEngine, changes: dict[str, Any], field: str
-) -> None:
+async def test_refusals(client: httpx.AsyncClient, engine: FakeEngine, changes: dict[str, Any], field: str) -> None:
     response = await client.post("/v1/chat/completions", json=_body(**changes))
     assert response.status_code == 400, response.text
     error = response.json()["error"]

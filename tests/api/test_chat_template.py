@@ -123,6 +123,11 @@ def test_variables_are_not_the_fields_of_the_request() -> None:
         _render(_ours(CHATML), CHATS[0], variables={"messages": "x"})
 
 
+def test_variables_are_valid_text() -> None:
+    with pytest.raises(InvalidRequestError, match=r"chat_template_kwargs=.*no valid text"):
+        _render(_ours("{{ end }}"), CHATS[0], variables={"end": "\ud800"})
+
+
 # ── where it comes from ──────────────────────────────────────────────────────────────────────────────────
 
 

@@ -96,9 +96,7 @@ async def test_base64(client: httpx.AsyncClient) -> None:
     np.testing.assert_array_equal(decoded, np.array(numbers[0]["embedding"], dtype=np.float32))
 
 
-@pytest.mark.parametrize(
-    ("kept", "expected"), [(3, [8, 9, 10]), (99, list(range(1, 11))), (-1, list(range(1, 11)))]
-)
+@pytest.mark.parametrize(("kept", "expected"), [(3, [8, 9, 10]), (99, list(range(1, 11))), (-1, list(range(1, 11)))])
 async def test_truncation_in_openais_shape(
     client: httpx.AsyncClient, engine: FakeEngine, kept: int, expected: list[int]
 ) -> None:
