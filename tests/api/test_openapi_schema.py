@@ -96,7 +96,7 @@ def _bodies() -> Iterator[str]:
     while names:
         name = names.pop()
         yield name
-        names |= {ref for ref in _references(COMPONENTS[name])}
+        names |= _references(COMPONENTS[name])
 
 
 def _references(schema: Any) -> set[str]:
