@@ -23,7 +23,7 @@ from gptj_serve.api.openai_responses import (
     ModelList,
 )
 from gptj_serve.api.openai_schemas import CompletionRequest
-from gptj_serve.api.route_docs import openai_answers
+from gptj_serve.api.route_docs import END_OF_STREAM, openai_answers
 from gptj_serve.api.service import Service
 from gptj_serve.api.streaming import event_stream
 
@@ -68,7 +68,7 @@ async def create_completion(
     service.check_model(body.model)
     plan = await make_plan(service, body)
     if body.stream:
-        return await event_stream(stream_completion(service, plan), openai_error, end_marker="[DONE]")
+        return await event_stream(stream_completion(service, plan), openai_error, end_marker=END_OF_STREAM)
     return JSONResponse(await complete(service, plan))
 
 
@@ -89,7 +89,7 @@ async def create_chat_completion(
     service.check_model(body.model)
     plan = await make_chat_plan(service, body)
     if body.stream:
-        return await event_stream(stream_chat(service, plan), openai_error, end_marker="[DONE]")
+        return await event_stream(stream_chat(service, plan), openai_error, end_marker=END_OF_STREAM)
     return JSONResponse(await complete_chat(service, plan))
 
 
