@@ -124,6 +124,11 @@ class ServiceConfig(_Part):
     model_name: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="The name in /v1/models. Default: the checkpoint directory's name."
     )
+    chat_template: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Path of a Jinja file that makes a prompt of a chat's messages, for /v1/chat/completions. Default: "
+        "the checkpoint directory's chat_template.jinja, else the chat_template of its tokenizer_config.json.",
+    )
     heads: dict[Annotated[str, Field(min_length=1)], str] = Field(
         {},
         description="Task heads beside the checkpoint's own: name → directory made by `fit`. Requests choose one by "
@@ -143,6 +148,10 @@ class ServiceConfig(_Part):
     @property
     def head_dirs(self) -> dict[str, Path]:
         return {name: Path(directory).expanduser() for name, directory in self.heads.items()}
+
+    @property
+    def chat_template_file(self) -> Path | None:
+        return None if self.chat_template is None else Path(self.chat_template).expanduser()
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -56,6 +56,10 @@ class Tokenizer:
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
         return Encoding(encoding.ids, encoding.offsets, encoding.word_ids)
 
+    def token_string(self, token_id: int) -> str:
+        """As it is written in the vocabulary, in GPT-2's byte alphabet; nothing for an id without a token."""
+        return self._backend.id_to_token(token_id) or ""
+
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of whole tokens; bytes that are no UTF-8 become U+FFFD, ids without a token become nothing."""
         return b"".join(self.token_bytes(i, skip_special_tokens) for i in token_ids).decode("utf-8", "replace")

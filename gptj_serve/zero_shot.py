@@ -6,6 +6,7 @@ log-likelihood of the same words without the text is subtracted (PMI-DC: Holtzma
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,20 +32,24 @@ class Hypothesis:
 
 
 def parse_labels(labels: str | Sequence[str]) -> list[str]:
-    """A list, or labels separated by commas. Raises `InvalidRequestError` if there is none."""
+    """A list, or labels separated by commas. Raises `InvalidRequestError` if there is none, or one twice: the scores
+    are shared out among the labels, and the two would get a share each."""
     parsed = [label.strip() for label in labels.split(",")] if isinstance(labels, str) else list(labels)
     parsed = [label for label in parsed if label.strip()]
     if not parsed:
         raise InvalidRequestError("candidate_labels", labels, "must name at least one label")
+    label, count = Counter(parsed).most_common(1)[0]
+    if count > 1:
+        raise InvalidRequestError("candidate_labels", label, "is there twice")
     return parsed
 
 
 def make_hypothesis(template: str, label: str) -> Hypothesis:
     before, placeholder, after = template.partition("{}")
-    if not placeholder:
-        raise InvalidRequestError("hypothesis_template", template, "must have {} where the label goes")
+    if not placeholder or "{}" in after:
+        raise InvalidRequestError("hypothesis_template", template, "must have one {} where the label goes")
     opening = before.rstrip()
-    return Hypothesis(opening, before[len(opening) :] + label + after.replace("{}", label))
+    return Hypothesis(opening, before[len(opening) :] + label + after)
 
 
 def continuation(tokenizer: Tokenizer, hypothesis: Hypothesis) -> list[int]:

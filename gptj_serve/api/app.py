@@ -6,9 +6,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from gptj_serve import __version__
-from gptj_serve.api import huggingface, openai
+from gptj_serve.api import huggingface, openai, tokenization_routes
 from gptj_serve.api.body_limit import BodyLimit
 from gptj_serve.api.errors import install_error_handlers
+from gptj_serve.api.route_docs import describe, operation_id
 from gptj_serve.api.service import Service
 
 
@@ -17,13 +18,16 @@ def create_app(service: Service) -> FastAPI:
         title="gptj_serve",
         version=__version__,
         summary=f"{service.config.served_name}: text generation, classification and extractive question answering",
+        generate_unique_id_function=operation_id,
     )
+    describe(app)
     app.add_middleware(BodyLimit, max_body_bytes=service.config.ingress.max_body_bytes)
     app.state.service = service
     app.state.started_at = int(time.time())
     install_error_handlers(app)
     app.include_router(huggingface.router)
     app.include_router(openai.router)
+    app.include_router(tokenization_routes.router)
     app.get("/health", tags=["Operations"], summary="Is the service live?")(health)
     app.get("/status", tags=["Operations"], summary="What each pipeline is doing")(status)
     return app

@@ -4,16 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptj_serve.api.huggingface_responses import LabelScore
 from gptj_serve.api.huggingface_schemas import ClassifyParameters, ClassifyRequest
 from gptj_serve.api.service import Service, run_all
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.types import DEFAULT_HEAD, Pooling, Task
-
-
-@dataclass(frozen=True, slots=True)
-class LabelScore:
-    label: str
-    score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +54,10 @@ def _without_trailing_pads(service: Service, token_ids: list[int]) -> list[int]:
 
 def _label_scores(logits: Sequence[float], parameters: ClassifyParameters, head: _Head) -> list[LabelScore]:
     scores = _apply_function(logits, parameters.function_to_apply or _default_function(head))
-    labels = [LabelScore(label, score) for label, score in zip(head.labels, scores, strict=True)]
-    return sorted(labels, key=lambda label: -label.score)[: parameters.top_k]
+    labels: list[LabelScore] = [
+        {"label": label, "score": score} for label, score in zip(head.labels, scores, strict=True)
+    ]
+    return sorted(labels, key=lambda label: -label["score"])[: parameters.top_k]
 
 
 def _default_function(head: _Head) -> str:

@@ -8,6 +8,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from gptj_serve.api.huggingface_responses import HuggingFaceError
+from gptj_serve.api.openai_responses import OpenAIError
 from gptj_serve.errors import (
     GPTJServeError,
     InvalidRequestError,
@@ -19,7 +21,7 @@ from gptj_serve.errors import (
 
 OPENAI_PREFIX = "/v1/"
 
-ErrorBody = Callable[[GPTJServeError], dict[str, Any]]
+ErrorBody = Callable[[GPTJServeError], HuggingFaceError | OpenAIError]
 
 _ERRORS: dict[type[GPTJServeError], tuple[int, str]] = {
     InvalidRequestError: (422, "validation"),
@@ -38,12 +40,12 @@ INTERNAL_ERROR = GPTJServeError("internal error; the service's log has the detai
 _TYPE_NAMES = {"bool", "dict", "float", "int", "list", "str"}
 
 
-def hugging_face_error(error: GPTJServeError) -> dict[str, Any]:
+def hugging_face_error(error: GPTJServeError) -> HuggingFaceError:
     """TGI's error object."""
     return {"error": str(error), "error_type": _lookup(error)[1]}
 
 
-def openai_error(error: GPTJServeError) -> dict[str, Any]:
+def openai_error(error: GPTJServeError) -> OpenAIError:
     """OpenAI's error object."""
     param = error.field if isinstance(error, InvalidRequestError) else None
     type_ = _OPENAI_TYPES.get(_lookup(error)[1], "server_error")
@@ -81,7 +83,7 @@ def install_error_handlers(app: FastAPI) -> None:
 def http_error_response(request: Request, error: HTTPException) -> JSONResponse:
     message = f"{request.method} {request.url.path}: {error.detail}"
     if request.url.path.startswith(OPENAI_PREFIX):
-        body: dict[str, Any] = {
+        body: HuggingFaceError | OpenAIError = {
             "error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}
         }
     else:

@@ -1,43 +1,77 @@
-"""Routes in Hugging Face's shape: `/generate` as Text Generation Inference, `/classify` and `/qa` as the pipelines."""
+"""Routes in Hugging Face's shapes.
 
-from dataclasses import asdict
-from typing import Any
+`/generate` as Text Generation Inference, `/embed` as Text Embeddings Inference, `/classify` and `/qa` as transformers'
+pipelines.
+"""
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from typing import Annotated
 
-from gptj_serve.api import question_answering
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from gptj_serve.api import examples, question_answering
 from gptj_serve.api.classification import classify
+from gptj_serve.api.embedding_schemas import EmbedRequest
+from gptj_serve.api.embeddings import embed
 from gptj_serve.api.errors import hugging_face_error
+from gptj_serve.api.huggingface_responses import (
+    ClassifyAnswers,
+    GenerateAnswers,
+    GenerateEvent,
+    LabelScore,
+    QAAnswers,
+)
 from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
+from gptj_serve.api.route_docs import hugging_face_answers
 from gptj_serve.api.service import Service
 from gptj_serve.api.streaming import event_stream
 from gptj_serve.api.text_generation import generate_stream, generate_whole
 from gptj_serve.api.zero_shot_classification import classify_zero_shot
+from gptj_serve.errors import InvalidRequestError
 
 __all__ = ["answer_whole", "classify_whole", "generate_stream", "generate_whole", "router"]
 
 router = APIRouter(tags=["Hugging Face"])
 
+GenerateBody = Annotated[GenerateRequest, Body(openapi_examples=examples.GENERATE)]
+StreamBody = Annotated[GenerateRequest, Body(openapi_examples=examples.GENERATE_STREAM)]
+ClassifyBody = Annotated[ClassifyRequest, Body(openapi_examples=examples.CLASSIFY)]
+HeadClassifyBody = Annotated[ClassifyRequest, Body(openapi_examples=examples.CLASSIFY_WITH_HEAD)]
+QABody = Annotated[QARequest, Body(openapi_examples=examples.QA)]
 
-@router.post("/generate", summary="Complete a text")
-async def generate(body: GenerateRequest, request: Request) -> Response:
+_CLASSIFY_ANSWERS = hugging_face_answers(ClassifyAnswers, "Labels with scores, best first.")
+_QA_ANSWERS = hugging_face_answers(QAAnswers, "The answers, best first.")
+
+
+@router.post(
+    "/generate",
+    summary="Complete a text",
+    responses=hugging_face_answers(
+        GenerateAnswers, "The text; a list for num_return_sequences over 1.", events=GenerateEvent
+    ),
+)
+async def generate(body: GenerateBody, request: Request) -> Response:
     """TGI's `/generate`; with `"stream": true`, server-sent events, one per token."""
     service: Service = request.app.state.service
     if body.stream:
-        events = generate_stream(service, body)
-        return await event_stream(events, hugging_face_error)
+        return await event_stream(generate_stream(service, body), hugging_face_error)
     return JSONResponse(await generate_whole(service, body))
 
 
-@router.post("/generate_stream", summary="Complete a text, streamed")
-async def generate_streamed(body: GenerateRequest, request: Request) -> Response:
+@router.post(
+    "/generate_stream",
+    summary="Complete a text, streamed",
+    response_class=StreamingResponse,
+    responses=hugging_face_answers(None, "The text, as it comes.", events=GenerateEvent),
+)
+async def stream_generate(body: StreamBody, request: Request) -> Response:
     """TGI's `/generate_stream`: always server-sent events."""
     return await event_stream(generate_stream(request.app.state.service, body), hugging_face_error)
 
 
-@router.post("/classify", summary="Classify texts")
-async def classify_texts(body: ClassifyRequest, request: Request) -> Response:
+@router.post("/classify", summary="Classify texts", responses=_CLASSIFY_ANSWERS)
+async def classify_texts(body: ClassifyBody, request: Request) -> Response:
     """Labels with scores, best first: one list per input, also for a single input (as Hugging Face's API answers).
 
     With `candidate_labels`, zero-shot: for a single input its labels with scores, which is what Hugging Face's API
@@ -46,23 +80,62 @@ async def classify_texts(body: ClassifyRequest, request: Request) -> Response:
     return JSONResponse(await classify_whole(request.app.state.service, body))
 
 
-@router.post("/qa", summary="Answer questions from their contexts")
-async def answer(body: QARequest, request: Request) -> Response:
+@router.post("/classify/{head:path}", summary="Classify texts with a head", responses=_CLASSIFY_ANSWERS)
+async def classify_texts_with_head(head: str, body: HeadClassifyBody, request: Request) -> Response:
+    """As `/classify` with this head as `model`, for clients who have only an address to say it with."""
+    service: Service = request.app.state.service
+    _check_head(service, head, body.model, "score", "classification")
+    return JSONResponse(await classify_whole(service, body.model_copy(update={"model": head})))
+
+
+@router.post("/qa", summary="Answer questions from their contexts", responses=_QA_ANSWERS)
+async def answer_questions(body: QABody, request: Request) -> Response:
     """`{"answer", "score", "start", "end"}`; a list of them if `top_k` is over 1, and a list per question for lists."""
     return JSONResponse(await answer_whole(request.app.state.service, body))
 
 
-async def classify_whole(service: Service, body: ClassifyRequest) -> Any:
-    if body.parameters.candidate_labels is not None:
-        results = await classify_zero_shot(service, body)
-        if isinstance(body.inputs, list):
-            return [asdict(result) for result in results]
-        pairs = zip(results[0].labels, results[0].scores, strict=True)
-        return [{"label": label, "score": score} for label, score in pairs]
-    return [[asdict(label) for label in labels] for labels in await classify(service, body)]
+@router.post("/qa/{head:path}", summary="Answer questions with a head", responses=_QA_ANSWERS)
+async def answer_questions_with_head(head: str, body: QABody, request: Request) -> Response:
+    """As `/qa` with this head as `model`, for clients who have only an address to say it with."""
+    service: Service = request.app.state.service
+    _check_head(service, head, body.model, "qa_outputs", "question answering")
+    return JSONResponse(await answer_whole(service, body.model_copy(update={"model": head})))
 
 
-async def answer_whole(service: Service, body: QARequest) -> Any:
-    per_question = [list(map(asdict, answers)) for answers in await question_answering.answer(service, body)]
-    shaped = per_question if body.parameters.top_k > 1 else [answers[0] for answers in per_question]
-    return shaped if isinstance(body.inputs, list) else shaped[0]
+@router.post(
+    "/embed",
+    summary="Embed texts",
+    responses=hugging_face_answers(list[list[float]], "A vector per input, also for a single one."),
+)
+async def embed_texts(
+    body: Annotated[EmbedRequest, Body(openapi_examples=examples.EMBED)], request: Request
+) -> Response:
+    """Text Embeddings Inference's `/embed`; the vectors are those of `/v1/embeddings`."""
+    return JSONResponse(await embed(request.app.state.service, body))
+
+
+async def classify_whole(service: Service, body: ClassifyRequest) -> ClassifyAnswers:
+    if body.parameters.candidate_labels is None:
+        return await classify(service, body)
+    results = await classify_zero_shot(service, body)
+    if isinstance(body.inputs, list):
+        return results
+    pairs = zip(results[0]["labels"], results[0]["scores"], strict=True)
+    return [LabelScore(label=label, score=score) for label, score in pairs]
+
+
+async def answer_whole(service: Service, body: QARequest) -> QAAnswers:
+    per_question = await question_answering.answer(service, body)
+    if body.parameters.top_k > 1:
+        return per_question if isinstance(body.inputs, list) else per_question[0]
+    best = [answers[0] for answers in per_question]
+    return best if isinstance(body.inputs, list) else best[0]
+
+
+def _check_head(service: Service, head: str, model: str | None, kind: str, task: str) -> None:
+    names = service.head_names(kind)
+    if head not in names:
+        there_are = ", ".join(map(repr, names)) or "none"
+        raise HTTPException(404, f"there is no {task} head {head!r}; this service has {there_are}")
+    if model not in (None, head):
+        raise InvalidRequestError("model", model, f"is not the head of the address, {head!r}")

@@ -2,8 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from gptj_serve.api.openai_responses import (
+    ChatLogprobs,
+    ChatTokenLogprob,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TopLogprob,
+)
 from gptj_serve.tokenizer import IncrementalDetokenizer, Tokenizer
 from gptj_serve.types import Matrix, TokenLogprob
 
@@ -59,7 +66,7 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
 
 def openai_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[ScoredToken], num_top: int, text_offset: int
-) -> dict[str, Any]:
+) -> CompletionLogprobs:
     """The `logprobs` object of OpenAI's completions; `text_offset` is where the first token begins in their text.
 
     `top_logprobs` hold `num_top` tokens, and the token itself if it is not among them.
@@ -76,9 +83,17 @@ def openai_logprobs(
     }
 
 
-def vllm_prompt_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[ScoredToken], num_top: int
-) -> list[dict[str, Any] | None]:
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[ScoredToken], num_top: int) -> ChatLogprobs:
+    """The `logprobs` object of OpenAI's chat completions."""
+    content: list[ChatTokenLogprob] = []
+    for token in tokens:
+        assert token.logprob is not None, "each generated token has one"
+        top = [_named(tokenizer, token_id, logprob) for token_id, logprob in token.top[:num_top]]
+        content.append({**_named(tokenizer, token.token_id, token.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def vllm_prompt_logprobs(tokenizer: Tokenizer, tokens: Sequence[ScoredToken], num_top: int) -> PromptLogprobs:
     """vLLM's `prompt_logprobs`. The rank of a token that is not among the likeliest ones asked for is not known."""
     return [_prompt_logprobs(tokenizer, token, num_top) for token in tokens]
 
@@ -90,7 +105,12 @@ def _top_logprobs(tokenizer: Tokenizer, token: ScoredToken, num_top: int) -> dic
     return top | {token_name(tokenizer, token.token_id): token.logprob}
 
 
-def _prompt_logprobs(tokenizer: Tokenizer, token: ScoredToken, num_top: int) -> dict[str, Any] | None:
+def _named(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+    token_bytes = tokenizer.token_bytes(token_id, skip_special_tokens=False)
+    return {"token": token_name(tokenizer, token_id), "logprob": logprob, "bytes": list(token_bytes)}
+
+
+def _prompt_logprobs(tokenizer: Tokenizer, token: ScoredToken, num_top: int) -> dict[str, PromptLogprob] | None:
     if token.logprob is None:
         return None
     ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, 1)}

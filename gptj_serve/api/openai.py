@@ -1,67 +1,116 @@
-"""Routes in OpenAI's shape: `/v1/completions` and `/v1/models`."""
+"""Routes in OpenAI's shape: chats, completions, embeddings, models."""
 
-import secrets
-import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptj_serve.api.completion_plan import Plan, make_plan
-from gptj_serve.api.completions import complete, stream_pieces
+from gptj_serve.api import examples
+from gptj_serve.api.chat import complete_chat, make_chat_plan, stream_chat
+from gptj_serve.api.chat_schemas import ChatCompletionRequest
+from gptj_serve.api.completion_plan import make_plan
+from gptj_serve.api.completions import complete, stream_completion
+from gptj_serve.api.embedding_schemas import EmbeddingRequest
+from gptj_serve.api.embeddings import openai_embeddings
 from gptj_serve.api.errors import openai_error
+from gptj_serve.api.openai_responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    EmbeddingList,
+    ModelCard,
+    ModelList,
+)
 from gptj_serve.api.openai_schemas import CompletionRequest
+from gptj_serve.api.route_docs import END_OF_STREAM, openai_answers
 from gptj_serve.api.service import Service
 from gptj_serve.api.streaming import event_stream
-from gptj_serve.errors import InvalidRequestError
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
-@router.get("/models", summary="The served model")
-async def models(request: Request) -> dict[str, Any]:
+@router.get(
+    "/models", summary="The served model", responses=openai_answers(ModelList, "A list of one model.", has_body=False)
+)
+async def list_models(request: Request) -> Response:
+    """The served model, and only that.
+
+    Its heads are not listed, as vLLM lists its adapters: whoever asks for this list chooses what to generate with, and
+    a head can't do that. `GET /status` names them.
+    """
     service: Service = request.app.state.service
-    return {"object": "list", "data": [_model_card(service, request.app.state.started_at)]}
+    body: ModelList = {"object": "list", "data": [_model_card(service, request.app.state.started_at)]}
+    return JSONResponse(body)
 
 
-@router.get("/models/{model:path}", summary="One model")
-async def model(model: str, request: Request) -> dict[str, Any]:
+@router.get("/models/{model:path}", summary="One model", responses=openai_answers(ModelCard, "The served model."))
+async def get_model(model: str, request: Request) -> Response:
+    """The served model, if that is its name; else 404."""
     service: Service = request.app.state.service
-    _check_model(service, model)
-    return _model_card(service, request.app.state.started_at)
+    service.check_model(model)
+    return JSONResponse(_model_card(service, request.app.state.started_at))
 
 
-@router.post("/completions", summary="Complete one or several prompts")
-async def completions(body: CompletionRequest, request: Request) -> Response:
-    """OpenAI's `/v1/completions`, with vLLM's and transformers' names for what OpenAI lacks."""
+@router.post(
+    "/completions",
+    summary="Complete one or several prompts",
+    responses=openai_answers(Completion, "The choices, in the order of the prompts.", events=CompletionChunk),
+)
+async def create_completion(
+    body: Annotated[CompletionRequest, Body(openapi_examples=examples.COMPLETIONS)], request: Request
+) -> Response:
+    """OpenAI's `/v1/completions`, with vLLM's and transformers' names for what OpenAI lacks.
+
+    With `"stream": true`, server-sent events.
+    """
     service: Service = request.app.state.service
-    _check_model(service, body.model)
+    service.check_model(body.model)
     plan = await make_plan(service, body)
-    header = {
-        "id": f"cmpl-{secrets.token_hex(12)}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": service.config.served_name,
-    }
     if body.stream:
-        return await event_stream(_stream(service, plan, header), openai_error, end_marker="[DONE]")
-    return JSONResponse(header | await complete(service, plan))
+        return await event_stream(stream_completion(service, plan), openai_error, end_marker=END_OF_STREAM)
+    return JSONResponse(await complete(service, plan))
 
 
-async def _stream(service: Service, plan: Plan, header: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-    async with aclosing(stream_pieces(service, plan)) as parts:
-        async for part in parts:
-            yield header | part
+@router.post(
+    "/chat/completions",
+    summary="Answer a chat",
+    responses=openai_answers(ChatCompletion, "The choices.", events=ChatCompletionChunk),
+)
+async def create_chat_completion(
+    body: Annotated[ChatCompletionRequest, Body(openapi_examples=examples.CHATS)], request: Request
+) -> Response:
+    """OpenAI's `/v1/chat/completions`, with vLLM's and transformers' names for what OpenAI lacks.
+
+    GPT-J completes texts. It answers chats once the deployment has a chat template, which makes a text of them:
+    `chat_template` in its configuration, or one in the checkpoint's directory. Without one, 400.
+    """
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    plan = await make_chat_plan(service, body)
+    if body.stream:
+        return await event_stream(stream_chat(service, plan), openai_error, end_marker=END_OF_STREAM)
+    return JSONResponse(await complete_chat(service, plan))
 
 
-def _check_model(service: Service, model: str) -> None:
-    if model != service.config.served_name:
-        raise InvalidRequestError("model", model, f"this service has {service.config.served_name!r} only")
+@router.post(
+    "/embeddings",
+    summary="Embed one or several texts",
+    responses=openai_answers(EmbeddingList, "The vectors, in the order of the inputs."),
+)
+async def create_embeddings(
+    body: Annotated[EmbeddingRequest, Body(openapi_examples=examples.EMBEDDINGS)], request: Request
+) -> Response:
+    """OpenAI's `/v1/embeddings`: the mean of the model's last hidden states, scaled to length 1, unless told otherwise.
+
+    A GPT-J is not trained for it: texts that mean alike come out near each other only by and large.
+    """
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    return JSONResponse(await openai_embeddings(service, body))
 
 
-def _model_card(service: Service, started_at: int) -> dict[str, Any]:
+def _model_card(service: Service, started_at: int) -> ModelCard:
     return {
         "id": service.config.served_name,
         "object": "model",

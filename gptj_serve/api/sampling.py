@@ -80,17 +80,26 @@ async def make_params(
         check_vocabulary(sampling, service.model.vocab_size)
         check_combination(sampling, stop_strings=stop_strings, is_streamed=is_streamed)
     except InvalidRequestError as error:
-        raise names.translated(error) from None
+        raise names.translated(_as_sent(error, extras)) from None
     return GenerationParams(
         sampling, stop_strings, include_stop_string, extras.priority, extras.cache_salt or "", names
     )
 
 
-def for_sequence(params: GenerationParams, token_ids: list[int], index: int) -> GenerationParams:
+def _as_sent(error: InvalidRequestError, extras: SamplingExtras) -> InvalidRequestError:
+    """Of a negative prompt that came as a text, the text and not its tokens."""
+    if error.field != "negative_prompt_token_ids" or not isinstance(extras.negative_prompt, str):
+        return error
+    return InvalidRequestError(error.field, extras.negative_prompt, error.reason)
+
+
+def for_sequence(
+    params: GenerationParams, token_ids: list[int], index: int, *, scores_prompt: bool
+) -> GenerationParams:
     """For one of several sequences: each has noise of its own. Of a prompt of one token there is nothing to score."""
     sampling = params.sampling
     changes: dict[str, Any] = {"seed": (sampling.seed + index) % 2**63}
-    if len(token_ids) == 1:
+    if len(token_ids) == 1 or not scores_prompt:
         changes["prompt_logprobs"] = False
     return dataclasses.replace(params, sampling=msgspec.structs.replace(sampling, **changes))
 

@@ -20,6 +20,9 @@ MAX_TOKEN_RULES = 1024
 """Entries in a list of biased or forbidden words."""
 MAX_WORD_CHARACTERS = 256
 MAX_CACHE_SALT_CHARACTERS = 1024
+MAX_GUIDANCE_SCALE = 100
+"""transformers takes any number but 1 for guidance, also those below 1, which lead away from the prompt. Numbers like
+1e30 would take the scores out of float32."""
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 PositiveCount = Annotated[int, Field(ge=1, lt=2**31)]
@@ -36,8 +39,10 @@ PositiveProbability = Annotated[float, Field(gt=0, le=1)]
 Cutoff = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 OpenAIPenalty = Annotated[float, Field(ge=-2, le=2)]
+GuidanceScale = Annotated[float, Field(ge=-MAX_GUIDANCE_SCALE, le=MAX_GUIDANCE_SCALE)]
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Texts = Annotated[list[NonEmpty], Field(min_length=1)]
 Word = Annotated[str, StringConstraints(min_length=1, max_length=MAX_WORD_CHARACTERS)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_STRING_CHARACTERS)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
@@ -56,6 +61,15 @@ def off(*off_values: Any) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be positive, or -1 for as many as fit")
+    return value
+
+
+NumKeptTokens = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_not_zero)]
 
 
 class Body(BaseModel):

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequen
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
+from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.request_context import RequestContext, current_request
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import InvalidRequestError, RequestFailedError, RequestTimeoutError, UnsatisfiableError
@@ -62,6 +63,7 @@ class Service:
         tokenizer: Tokenizer,
         engine: EngineClient,
         named_heads: Mapping[str, HeadInfo] | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -69,14 +71,15 @@ class Service:
         self.tokenizer = tokenizer
         self.engine = engine
         self.named_heads = named_heads or {}
+        self.chat_template = chat_template
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that the checkpoint has a head for."""
         available = {
             Task.GENERATE: "lm_head" in self.heads,
-            Task.CLASSIFY: bool(self._head_names("score")),
-            Task.QA: bool(self._head_names("qa_outputs")),
+            Task.CLASSIFY: bool(self.head_names("score")),
+            Task.QA: bool(self.head_names("qa_outputs")),
         }
         return [task.value for task, is_available in available.items() if is_available]
 
@@ -131,16 +134,20 @@ class Service:
             )
         return token_ids
 
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.config.served_name:
+            raise InvalidRequestError("model", name, f"this service has {self.config.served_name!r} only")
+
     def check_token_ids(self, token_ids: Sequence[int], field: str) -> list[int]:
         for token_id in token_ids:
             if token_id >= self.model.vocab_size:
                 raise InvalidRequestError(field, token_id, f"token ids are below {self.model.vocab_size}")
         return list(token_ids)
 
-    def check_batch(self, inputs: Sequence[Any]) -> None:
+    def check_batch(self, inputs: Sequence[Any], field: str = "inputs") -> None:
         limit = self.config.ingress.max_batch_inputs
         if len(inputs) > limit:
-            raise InvalidRequestError("inputs", len(inputs), f"at most {limit} inputs in one request")
+            raise InvalidRequestError(field, len(inputs), f"at most {limit} inputs in one request")
 
     def require_head(self, head: str, task: str) -> None:
         if head not in self.heads:
@@ -150,7 +157,7 @@ class Service:
 
     def choose_head(self, name: str | None, kind: str, task: str) -> str:
         """The head of that name; without one the checkpoint's own, or the only one that there is."""
-        names = self._head_names(kind)
+        names = self.head_names(kind)
         if name is None and not names:
             self.require_head(kind, task)
         if name is None and (names[0] == DEFAULT_HEAD or len(names) == 1):
@@ -160,7 +167,7 @@ class Service:
             raise InvalidRequestError("model", name, f"{reason}; this service has {', '.join(map(repr, names))}")
         return name
 
-    def _head_names(self, kind: str) -> list[str]:
+    def head_names(self, kind: str) -> list[str]:
         """The heads of a kind ("score" or "qa_outputs"), the checkpoint's own first."""
         wanted = HeadKind.CLASSIFIER if kind == "score" else HeadKind.QA
         own = [DEFAULT_HEAD] if kind in self.heads else []

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from fastapi.responses import StreamingResponse
@@ -22,7 +22,7 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latte
 
 
 async def event_stream(
-    events: AsyncGenerator[dict[str, Any]], error_body: ErrorBody, end_marker: str | None = None
+    events: AsyncGenerator[Mapping[str, object]], error_body: ErrorBody, end_marker: str | None = None
 ) -> StreamingResponse:
     """Send each object as one event.
 
@@ -56,7 +56,7 @@ class _EventStreamResponse(StreamingResponse):
     Left to the garbage collector, it would happen at some later time.
     """
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any]], encoded: AsyncGenerator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[Mapping[str, object]], encoded: AsyncGenerator[bytes]) -> None:
         super().__init__(encoded, media_type="text/event-stream", headers=_HEADERS)
         self._events = events
         self._encoded = encoded
@@ -96,5 +96,5 @@ async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tupl
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-def _encode(body: dict[str, Any]) -> bytes:
+def _encode(body: Mapping[str, object]) -> bytes:
     return format_sse_event(data_str=msgspec.json.encode(body).decode())

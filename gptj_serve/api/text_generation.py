@@ -3,11 +3,19 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 from gptj_serve.api.constraints import constraint_of_generation
 from gptj_serve.api.field_names import FieldNames
 from gptj_serve.api.generation import GenerationParams, generate, search_beams
+from gptj_serve.api.huggingface_responses import (
+    GenerateAnswer,
+    GenerateAnswers,
+    GenerateDetails,
+    GenerateDetailsOfBest,
+    GenerateEvent,
+    GenerateFinishReason,
+    Token,
+)
 from gptj_serve.api.huggingface_schemas import GenerateParameters, GenerateRequest
 from gptj_serve.api.logprobs import ScoredToken, mean_logprob, scored_prompt
 from gptj_serve.api.sampling import for_sequence, make_beams, make_params, make_warpers, new_seed
@@ -21,7 +29,7 @@ _NAMES = {
     "num_top_logprobs": "parameters.top_n_tokens",
     "prompt_logprobs": "parameters.decoder_input_details",
 }
-_FINISH_REASONS = {
+_FINISH_REASONS: dict[FinishReason, GenerateFinishReason] = {
     FinishReason.EOS: "eos_token",
     FinishReason.STOP: "stop_sequence",
     FinishReason.LENGTH: "length",
@@ -48,24 +56,26 @@ class _Answer:
     tokens: list[ScoredToken]
     finish_reason: FinishReason
     seed: int | None  # of one that was drawn
-    prompt_scores: Matrix | None = None
     beam_score: float | None = None
 
 
-async def generate_whole(service: Service, body: GenerateRequest) -> Any:
+async def generate_whole(service: Service, body: GenerateRequest) -> GenerateAnswers:
     """The whole answer: `generated_text`, and with `details` its tokens. A list of them for `num_return_sequences`."""
     plan = await _make_plan(service, body, is_streamed=False)
+    prompt_scores: Matrix | None = None
     if plan.params[0].sampling.beams is not None:
         answers = await _search(service, plan)
     else:
-        answers = await run_all([_draw(service, plan, params) for params in plan.params])
+        drawn = await run_all([_draw(service, plan, params) for params in plan.params])
+        answers = [answer for answer, _ in drawn]
+        prompt_scores = drawn[0][1]
     if (plan.parameters.num_return_sequences or 1) > 1:
-        return [_answer_body(service, plan, answer, []) for answer in answers]
+        return [_answer_body(service, plan, answer, [], prompt_scores) for answer in answers]
     best = max(answers, key=lambda answer: mean_logprob(answer.tokens))
-    return _answer_body(service, plan, best, [answer for answer in answers if answer is not best])
+    return _answer_body(service, plan, best, [answer for answer in answers if answer is not best], prompt_scores)
 
 
-async def generate_stream(service: Service, body: GenerateRequest) -> AsyncGenerator[dict[str, Any]]:
+async def generate_stream(service: Service, body: GenerateRequest) -> AsyncGenerator[GenerateEvent]:
     """TGI's events: each token, and with the last one the whole text."""
     plan = await _make_plan(service, body, is_streamed=True)
     (params,) = plan.params
@@ -74,7 +84,7 @@ async def generate_stream(service: Service, body: GenerateRequest) -> AsyncGener
         async for chunk in stream:
             text += chunk.text
             num_tokens += 1
-            event: dict[str, Any] = {
+            event: GenerateEvent = {
                 "index": num_tokens,
                 "token": _token(service, chunk.token),
                 "generated_text": None,
@@ -120,7 +130,8 @@ async def _make_plan(service: Service, body: GenerateRequest, *, is_streamed: bo
         body.inputs, parameters.max_new_tokens, "inputs", length_field, num_kept=parameters.truncate
     )
     num_sequences = 1 if beams is not None else max(parameters.best_of or 1, num_returned)
-    return _Plan(body, token_ids, [for_sequence(params, token_ids, index) for index in range(num_sequences)])
+    sequences = [for_sequence(params, token_ids, index, scores_prompt=index == 0) for index in range(num_sequences)]
+    return _Plan(body, token_ids, sequences)
 
 
 def _check(parameters: GenerateParameters, is_streamed: bool) -> None:
@@ -138,18 +149,22 @@ def _check(parameters: GenerateParameters, is_streamed: bool) -> None:
     ):
         if value > 1 and is_wrong:
             raise InvalidRequestError(f"parameters.{field}", value, reason)
+    if has_beams and not is_greedy:
+        field, value = parameters.asks_to_draw
+        raise InvalidRequestError(f"parameters.{field}", value, "a beam search draws no tokens")
     if is_streamed and parameters.decoder_input_details:
         raise InvalidRequestError("parameters.decoder_input_details", True, "can't be streamed")
 
 
-async def _draw(service: Service, plan: _Plan, params: GenerationParams) -> _Answer:
+async def _draw(service: Service, plan: _Plan, params: GenerationParams) -> tuple[_Answer, Matrix | None]:
+    """The answer, and the prompt's scores if this sequence brings them."""
     async with aclosing(generate(service, plan.token_ids, params)) as stream:
         chunks = [chunk async for chunk in stream]
     finish_reason = chunks[-1].finish_reason
     assert finish_reason is not None
     text = "".join(chunk.text for chunk in chunks)
     tokens = [chunk.token for chunk in chunks]
-    return _Answer(text, tokens, finish_reason, _shown_seed(params), chunks[0].prompt_scores)
+    return _Answer(text, tokens, finish_reason, _shown_seed(params)), chunks[0].prompt_scores
 
 
 async def _search(service: Service, plan: _Plan) -> list[_Answer]:
@@ -161,21 +176,29 @@ def _shown_seed(params: GenerationParams) -> int | None:
     return params.sampling.seed if params.sampling.warpers.temperature > 0 else None
 
 
-def _answer_body(service: Service, plan: _Plan, answer: _Answer, others: Sequence[_Answer]) -> dict[str, Any]:
+def _answer_body(
+    service: Service, plan: _Plan, answer: _Answer, others: Sequence[_Answer], prompt_scores: Matrix | None
+) -> GenerateAnswer:
     """As in TGI, `decoder_input_details` asks for details; so does `top_n_tokens`, which shows nowhere else."""
     parameters = plan.parameters
-    body: dict[str, Any] = {"generated_text": _full_text(plan, answer.text)}
+    body: GenerateAnswer = {"generated_text": _full_text(plan, answer.text)}
     if parameters.details or parameters.decoder_input_details or parameters.top_n_tokens:
-        body["details"] = _details(service, plan, answer)
+        details = _details(service, plan, answer, prompt_scores)
+        body["details"] = details
         if others:
-            body["details"]["best_of_sequences"] = [
-                {"generated_text": _full_text(plan, other.text)} | _details(service, plan, other) for other in others
-            ]
+            with_others: GenerateDetailsOfBest = {
+                **details,
+                "best_of_sequences": [
+                    {"generated_text": _full_text(plan, other.text), **_details(service, plan, other, prompt_scores)}
+                    for other in others
+                ],
+            }
+            body["details"] = with_others
     return body
 
 
-def _details(service: Service, plan: _Plan, answer: _Answer) -> dict[str, Any]:
-    details: dict[str, Any] = {
+def _details(service: Service, plan: _Plan, answer: _Answer, prompt_scores: Matrix | None) -> GenerateDetails:
+    details: GenerateDetails = {
         "finish_reason": _FINISH_REASONS[answer.finish_reason],
         "generated_tokens": len(answer.tokens),
         "seed": answer.seed,
@@ -183,7 +206,7 @@ def _details(service: Service, plan: _Plan, answer: _Answer) -> dict[str, Any]:
         "tokens": [_token(service, token) for token in answer.tokens],
     }
     if plan.parameters.decoder_input_details:
-        prompt = scored_prompt(service.tokenizer, plan.token_ids, answer.prompt_scores)
+        prompt = scored_prompt(service.tokenizer, plan.token_ids, prompt_scores)
         details["prefill"] = [{"id": token.token_id, "text": token.text, "logprob": token.logprob} for token in prompt]
     if plan.parameters.top_n_tokens:
         details["top_tokens"] = [_top_tokens(service, token) for token in answer.tokens]
@@ -192,12 +215,12 @@ def _details(service: Service, plan: _Plan, answer: _Answer) -> dict[str, Any]:
     return details
 
 
-def _token(service: Service, token: ScoredToken) -> dict[str, Any]:
+def _token(service: Service, token: ScoredToken) -> Token:
     special = token.token_id in service.tokenizer.special_token_ids
     return {"id": token.token_id, "text": token.text, "logprob": token.logprob, "special": special}
 
 
-def _top_tokens(service: Service, token: ScoredToken) -> list[dict[str, Any]]:
+def _top_tokens(service: Service, token: ScoredToken) -> list[Token]:
     """The likeliest tokens at a token's place, each with its text by itself."""
     decode = service.tokenizer.decode
     return [
@@ -207,4 +230,5 @@ def _top_tokens(service: Service, token: ScoredToken) -> list[dict[str, Any]]:
 
 
 def _full_text(plan: _Plan, text: str) -> str:
+    """With `return_full_text`, after the whole of `inputs`, also what `truncate` left out: as TGI does."""
     return plan.body.inputs + text if plan.parameters.return_full_text else text

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptj_serve import zero_shot
+from gptj_serve.api.huggingface_responses import ZeroShotLabels
 from gptj_serve.api.huggingface_schemas import ClassifyParameters, ClassifyRequest
 from gptj_serve.api.service import Service, off_loop, run_all
 from gptj_serve.errors import InvalidRequestError
@@ -15,15 +16,6 @@ MAX_PAIRS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class ZeroShotResult:
-    """The labels, best first, and their scores: what transformers' zero-shot pipeline returns."""
-
-    sequence: str
-    labels: list[str]
-    scores: list[float]
-
-
-@dataclass(frozen=True, slots=True)
 class _Pair:
     """What is scored: a label's words after a text, or, to calibrate it, after nothing."""
 
@@ -31,7 +23,7 @@ class _Pair:
     continuation: list[int]
 
 
-async def classify_zero_shot(service: Service, request: ClassifyRequest) -> list[ZeroShotResult]:
+async def classify_zero_shot(service: Service, request: ClassifyRequest) -> list[ZeroShotLabels]:
     """Per input its candidate labels, best first."""
     service.require_head("lm_head", "zero-shot classification")
     parameters = request.parameters
@@ -52,12 +44,14 @@ async def classify_zero_shot(service: Service, request: ClassifyRequest) -> list
         _check_lengths(service, text, [*neutral, *pairs])
     scores = await run_all([_log_likelihood(service, pair) for pairs in [neutral, *given] for pair in pairs])
     multi_label = bool(parameters.multi_label)
-    results = []
+    results: list[ZeroShotLabels] = []
     for index, text in enumerate(inputs, 1):
         likelihoods = scores[index * len(labels) : (index + 1) * len(labels)]
         values = zero_shot.label_probabilities(likelihoods, scores[: len(labels)], multi_label=multi_label)
         ranked = sorted(zip(labels, values, strict=True), key=lambda pair: -pair[1])
-        results.append(ZeroShotResult(text, [label for label, _ in ranked], [value for _, value in ranked]))
+        results.append(
+            {"sequence": text, "labels": [label for label, _ in ranked], "scores": [value for _, value in ranked]}
+        )
     return results
 
 

@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.errors import most_telling
 from gptj_serve.config import DEMO_CHECKPOINT, ServiceConfig
 from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
@@ -55,6 +56,8 @@ def build(config: BuilderConfig) -> Application:
         raise
     if config.checkpoint != DEMO_CHECKPOINT:  # the replicas' working directories may differ
         config = config.model_copy(update={"checkpoint": str(config.checkpoint_dir.resolve())})
+    if config.chat_template_file is not None:
+        config = config.model_copy(update={"chat_template": str(config.chat_template_file.resolve())})
     config = config.model_copy(update={"heads": {name: str(d.resolve()) for name, d in config.head_dirs.items()}})
     return _ingress(config).bind(config, _pipeline(config).bind(config))
 
@@ -69,6 +72,7 @@ def _check(config: ServiceConfig) -> None:
             f"vocab_size={model.vocab_size} of config.json"
         )
     open_heads(config.head_dirs, checkpoint)
+    ChatTemplate.open(config, model)
     plan_service(config.pipeline, checkpoint)
     num_kv_tokens = config.pipeline.kv_cache.num_tokens
     if num_kv_tokens is not None and num_kv_tokens < model.n_positions:

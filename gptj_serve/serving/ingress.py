@@ -10,7 +10,9 @@ from ray.serve.handle import DeploymentHandle
 
 from gptj_serve.api import huggingface
 from gptj_serve.api.app import create_app
+from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.errors import invalid_request, most_telling
+from gptj_serve.api.huggingface_responses import GenerateEvent
 from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
 from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
@@ -39,7 +41,10 @@ class Ingress:
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         engine = ServeEngineClient(pipelines)
         named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
-        self._service = Service(config, checkpoint.config, checkpoint.heads, tokenizer, engine, named_heads)
+        chat_template = ChatTemplate.open(config, checkpoint.config)
+        self._service = Service(
+            config, checkpoint.config, checkpoint.heads, tokenizer, engine, named_heads, chat_template
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
@@ -49,7 +54,7 @@ class Ingress:
         with _plain_errors():
             return await huggingface.generate_whole(self._service, _parse(GenerateRequest, request))
 
-    async def generate_stream(self, request: GenerateRequest | dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+    async def generate_stream(self, request: GenerateRequest | dict[str, Any]) -> AsyncGenerator[GenerateEvent]:
         """As `POST /generate_stream`: an item per token. Call it on `handle.options(stream=True)`."""
         with _plain_errors():
             body = _parse(GenerateRequest, request)
