@@ -1,6 +1,7 @@
 """The HTTP application over a fake engine."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -35,6 +36,33 @@ def engine() -> FakeEngine:
 def service(engine: FakeEngine) -> Service:
     config = ServiceConfig(model_name="tiny", ingress=IngressConfig(max_body_bytes=4096, max_batch_inputs=4))
     return Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS)
+
+
+@pytest.fixture
+def app_with(engine: FakeEngine) -> Callable[..., FastAPI]:
+    """`app_with(**ingress)` → the application with these settings of `IngressConfig`."""
+
+    def make(*, echoes_request_id: bool = True, **ingress: Any) -> FastAPI:
+        config = ServiceConfig(model_name="tiny", ingress=IngressConfig(**ingress))
+        service = Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS)
+        return create_app(service, echoes_request_id=echoes_request_id)
+
+    return make
+
+
+@pytest.fixture
+async def client_of() -> AsyncIterator[Callable[[FastAPI], httpx.AsyncClient]]:
+    """`client_of(app)` → a client, closed at the test's end."""
+    clients = []
+
+    def make(app: FastAPI) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        clients.append(httpx.AsyncClient(transport=transport, base_url="http://test"))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.aclose()
 
 
 @pytest.fixture
