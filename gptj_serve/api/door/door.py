@@ -68,7 +68,7 @@ class Door:
 
     def _account(self, scope: Scope) -> KeyAccount | None:
         """Of the key that the request came with; None where none is needed. Raises `UnauthorizedError`."""
-        keys = self._keys.keys()
+        keys = self._keys.current()
         if not keys or scope["method"] == "OPTIONS" or _route_path(scope) in OPEN_PATHS:
             return None
         presented = _presented_key(Headers(scope=scope))

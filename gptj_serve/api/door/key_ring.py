@@ -29,7 +29,7 @@ class KeyRing:
         self._file_state = _state_of(path)  # before reading: what is written meanwhile is seen next time
         self._keys = self._read()
 
-    def keys(self) -> list[ApiKey]:
+    def current(self) -> list[ApiKey]:
         """Looks at the file again if the last look is over a second ago. Empty: the service is open."""
         if self._path is not None and self._clock() - self._looked_at >= REREAD_PERIOD_S:
             self._looked_at = self._clock()
