@@ -149,6 +149,17 @@ def test_a_planted_wrong_import_is_found(tmp_path: Path, importer: str, source: 
     assert all(message.startswith(f"{PACKAGE}/{importer}:") for message in messages)
 
 
+def test_environment_variables_are_read_in_one_place():
+    found = [
+        f"{path.relative_to(ROOT.parent)}:{node.lineno}"
+        for path in ROOT.rglob("*.py")
+        if path != ROOT / "environment.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "getenvb")
+    ]
+    assert found == []
+
+
 def test_the_http_side_starts_without_torch_and_ray():
     code = "import sys, gptj_serve.api.app, gptj_serve.tokenizer; print({'torch', 'ray'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
