@@ -27,6 +27,11 @@ NAMED_HEADS = {
 HEADS = ("lm_head", "score", "qa_outputs")
 
 
+@pytest.fixture(autouse=True)
+def _no_keys_of_the_developers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPTJ_SERVE_API_KEYS", raising=False)
+
+
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine(small_model(), small_tokenizer())

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fakes import FakeEngine
 from fastapi import FastAPI
 
@@ -41,6 +42,40 @@ async def test_a_body_that_does_not_end_in_time(
     assert _message(path, response) == f"POST {path}: the body was not complete after 0.05 s"
     assert app.state.ongoing.num_requests == 0
     assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("head", "piece", "status"),
+    [
+        (b"Content-Length: 1000", b" ", b"408 Request Timeout"),
+        (b"Transfer-Encoding: chunked", b"1\r\n \r\n", b"408 Request Timeout"),
+        (b"Transfer-Encoding: chunked", b"800\r\n" + b" " * 0x800 + b"\r\n", b"413 "),
+    ],
+)
+async def test_a_server_is_rid_of_who_goes_on_sending(
+    app_with: Callable[..., FastAPI], head: bytes, piece: bytes, status: bytes
+) -> None:
+    """The answer comes, the connection is closed, and the server keeps neither connection nor task."""
+    app = app_with(body_timeout_s=0.2, max_body_bytes=4096)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    async with asyncio.timeout(10):
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: test\r\n" + head + b"\r\n\r\n")
+        answer = asyncio.create_task(reader.read())
+        while not answer.done():
+            writer.write(piece)
+            await asyncio.wait([answer], timeout=0.02)
+        assert answer.result().startswith(b"HTTP/1.1 " + status)
+        writer.close()
+        while server.server_state.connections or server.server_state.tasks:
+            await asyncio.sleep(0.01)
+        assert app.state.ongoing.num_requests == 0
+        server.should_exit = True
+        await serving
 
 
 async def test_a_slow_answer_is_not_a_slow_body(
