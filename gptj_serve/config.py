@@ -3,6 +3,7 @@
 Frozen pydantic models that refuse unknown keys. The fields' descriptions are their documentation: unit, default, why.
 """
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -21,6 +22,7 @@ from pydantic import (
 from gptj_serve.types import DEFAULT_HEAD
 
 DEMO_CHECKPOINT = "demo"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 
 
 class _Part(BaseModel):
@@ -104,15 +106,58 @@ class PipelineConfig(_Part):
 class IngressConfig(_Part):
     num_replicas: PositiveInt = Field(1, description="Processes that speak HTTP and tokenize.")
     num_cpus: NonNegativeFloat = Field(0.1, description="CPUs that Ray reserves for each ingress process.")
-    max_ongoing_requests: PositiveInt = Field(1024, description="Requests that one ingress works on at a time.")
+    max_ongoing_requests: PositiveInt = Field(
+        1024,
+        description="Task requests (POST) that one ingress works on at a time, from their headers to their answer's "
+        "end; more get 503 with Retry-After at once. Health, status and page don't count.",
+    )
     max_queued_requests: PositiveInt = Field(
         4096, description="Requests on their way from each proxy to an ingress; more are refused with 503."
     )
     max_body_bytes: PositiveInt = Field(1 << 20, description="Largest accepted HTTP body; a larger one gets 413.")
+    body_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A body that is not complete after this time gets 408: who dribbles holds nothing longer.",
+    )
+    request_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="The longest that a request is worked on, and the default of X-Request-Timeout; then 504, or an "
+        "error event in a stream. Default: no limit.",
+    )
+    api_keys_file: str | None = Field(
+        None,
+        description="YAML or JSON file of API keys (docs/access.md), on each ingress's node; looked at again within a "
+        "second of a change. Limits in it are for the whole service: of num_replicas ingresses each allows its share. "
+        "Default: the keys in GPTJ_SERVE_API_KEYS; without any, the service is open.",
+    )
+    cors_origins: list[str] = Field(
+        [],
+        description="Origins whose pages may call the service, as https://example.org; or only '*', for all. Default: "
+        "none but the service's own page.",
+    )
     max_batch_inputs: PositiveInt = Field(64, description="Longest list of inputs or prompts in one request.")
     max_qa_windows: PositiveInt = Field(
         256, description="Windows that the contexts of one QA request are cut into; each is a sequence for the model."
     )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin: scheme://host or scheme://host:port, in lower case")
+        if "*" in origins and len(origins) > 1:
+            raise ValueError("'*' stands for all origins; leave out the others")
+        return origins
+
+    @property
+    def api_keys_path(self) -> Path | None:
+        """Absolute, but with its symlinks as they are: another target may be put in place at any time."""
+        return None if self.api_keys_file is None else Path(self.api_keys_file).expanduser().absolute()
 
 
 class ServiceConfig(_Part):

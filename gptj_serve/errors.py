@@ -7,7 +7,9 @@ GPTJServeError
 ├── DataError               a file of examples can't be used; the message names file, line and field
 ├── InvalidRequestError     the request itself is at fault; carries the field and its value
 │   └── InvalidOptionError  an option of `generate` is; a ValueError besides, as in transformers
+├── UnauthorizedError       the caller's API key is missing or wrong
 ├── OverloadedError         the service can't take the request now; worth another try later
+│   └── RateLimitedError    since the caller's own limits are used up
 ├── RequestTimeoutError     the request's own time is over
 ├── RequestFailedError      the request was accepted and then could not be finished
 │   └── UnsatisfiableError  since its own constraints leave nothing to go on with
@@ -56,6 +58,10 @@ class InvalidOptionError(InvalidRequestError, ValueError):
     """An option of a call in this process can't be followed."""
 
 
+class UnauthorizedError(GPTJServeError):
+    """The request came without an API key or with a wrong one. Never says which key it was."""
+
+
 class OverloadedError(GPTJServeError):
     """The service is full; `retry_after_s` says when another try may pass."""
 
@@ -65,6 +71,10 @@ class OverloadedError(GPTJServeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class RateLimitedError(OverloadedError):
+    """The caller has used up what its API key allows; `retry_after_s` says when it allows more."""
 
 
 class RequestTimeoutError(GPTJServeError):

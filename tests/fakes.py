@@ -124,7 +124,7 @@ class FakeEngine:
                 self.aborted.append(request.request_id)
 
     async def status(self) -> list[dict[str, Any]]:
-        return [{"engine": {"num_running": self.num_running}}]
+        return [{"replica_id": "fake", "is_ready": True, "engine": {"num_running": self.num_running}}]
 
     def logprobs_after(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """[vocab_size]; what the made-up model says of the token after these."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from gptj_serve.config import ServiceConfig
+from gptj_serve.config import IngressConfig, ServiceConfig
 
 
 def test_defaults() -> None:
@@ -67,6 +67,17 @@ def test_values_arrive_where_they_are_read() -> None:
         {"ingress": {"max_ongoing_requests": 0}},
         {"ingress": {"max_body_bytes": 0}},
         {"ingress": {"max_batch_inputs": 0}},
+        {"ingress": {"body_timeout_s": 0}},
+        {"ingress": {"body_timeout_s": float("inf")}},
+        {"ingress": {"request_timeout_s": 0}},
+        {"ingress": {"request_timeout_s": float("inf")}},
+        {"ingress": {"api_keys_file": 5}},
+        {"ingress": {"cors_origins": "*"}},
+        {"ingress": {"cors_origins": ["example.org"]}},
+        {"ingress": {"cors_origins": ["https://example.org/"]}},
+        {"ingress": {"cors_origins": ["https://Example.org"]}},
+        {"ingress": {"cors_origins": ["https://*.example.org"]}},
+        {"ingress": {"cors_origins": ["*", "https://example.org"]}},
     ],
 )
 def test_a_wrong_key_or_value_is_refused_by_name(values: dict[str, Any]) -> None:
@@ -112,6 +123,23 @@ def test_checkpoint_dir_knows_home_and_the_working_directory(monkeypatch: pytest
     assert ServiceConfig(checkpoint="~/gptj").checkpoint_dir == Path("/home/somebody/gptj")
     monkeypatch.chdir(tmp_path)
     assert ServiceConfig(checkpoint=".").served_name == tmp_path.name
+
+
+def test_api_keys_path_is_absolute_with_its_symlinks_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert IngressConfig().api_keys_path is None
+    assert IngressConfig(api_keys_file="~/keys.yaml").api_keys_path == Path("/home/somebody/keys.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys.yaml").symlink_to("..data/keys.yaml")
+    assert IngressConfig(api_keys_file="keys.yaml").api_keys_path == tmp_path / "keys.yaml"
+
+
+def test_origins_as_browsers_write_them() -> None:
+    origins = ["https://example.org", "http://localhost:3000", "http://[::1]:8080", "chrome-extension://abcdef"]
+    assert IngressConfig(cors_origins=origins).cors_origins == origins
+    assert IngressConfig(cors_origins=["*"]).cors_origins == ["*"]
 
 
 def test_heads_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

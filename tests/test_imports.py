@@ -31,7 +31,7 @@ def ours(*names: str) -> tuple[str, ...]:
 
 
 LAYERS = [
-    ours("types", "steps", "errors", "config"),
+    ours("types", "steps", "errors", "environment", "config"),
     ours("tokenizer", "grammar", "extractive_qa", "generation_rules", "zero_shot", "model", "engine"),
     ours("pipeline", "planner"),
     ours("modeling"),
@@ -147,6 +147,17 @@ def test_a_planted_wrong_import_is_found(tmp_path: Path, importer: str, source: 
     messages = [message for rule in RULES for message in violations(rule, tmp_path / PACKAGE)]
     assert messages
     assert all(message.startswith(f"{PACKAGE}/{importer}:") for message in messages)
+
+
+def test_environment_variables_are_read_in_one_place():
+    found = [
+        f"{path.relative_to(ROOT.parent)}:{node.lineno}"
+        for path in ROOT.rglob("*.py")
+        if path != ROOT / "environment.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "getenvb")
+    ]
+    assert found == []
 
 
 def test_the_http_side_starts_without_torch_and_ray():

@@ -1,19 +1,28 @@
-"""The HTTP application: routes over a `Service`, known by nothing but that."""
+"""The HTTP application: routes over a `Service`, known by nothing but that, behind a door."""
 
 import time
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 
 from gptj_serve import __version__
-from gptj_serve.api import huggingface, openai, tokenization_routes
-from gptj_serve.api.body_limit import BodyLimit
+from gptj_serve.api import health, huggingface, openai, tokenization_routes
+from gptj_serve.api.door.door import Door
+from gptj_serve.api.door.key_ring import KeyRing
+from gptj_serve.api.door.ongoing import OngoingRequests
+from gptj_serve.api.door.request_headers import REQUEST_ID, RequestHeaders
 from gptj_serve.api.errors import install_error_handlers
 from gptj_serve.api.route_docs import describe, operation_id
 from gptj_serve.api.service import Service
+from gptj_serve.config import IngressConfig
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, *, echoes_request_id: bool = True) -> FastAPI:
+    """`echoes_request_id`: answer with the request's `X-Request-ID`, where nobody in front of this does.
+
+    Raises `ConfigError` if the API keys can't be used.
+    """
     app = FastAPI(
         title="gptj_serve",
         version=__version__,
@@ -21,20 +30,32 @@ def create_app(service: Service) -> FastAPI:
         generate_unique_id_function=operation_id,
     )
     describe(app)
-    app.add_middleware(BodyLimit, max_body_bytes=service.config.ingress.max_body_bytes)
     app.state.service = service
     app.state.started_at = int(time.time())
+    app.state.ongoing = OngoingRequests(service.config.ingress.max_ongoing_requests)
+    app.state.readiness = health.Readiness(service.engine)
+    _install_door(app, service.config.ingress, echoes_request_id)
     install_error_handlers(app)
     app.include_router(huggingface.router)
     app.include_router(openai.router)
     app.include_router(tokenization_routes.router)
-    app.get("/health", tags=["Operations"], summary="Is the service live?")(health)
+    app.include_router(health.router)
     app.get("/status", tags=["Operations"], summary="What each pipeline is doing")(status)
     return app
 
 
-async def health() -> dict[str, str]:
-    return {"status": "ok"}
+def _install_door(app: FastAPI, config: IngressConfig, echoes_request_id: bool) -> None:
+    """From the inside to the outside: what is added last sees a request first."""
+    app.add_middleware(Door, config=config, keys=KeyRing(config.api_keys_path), ongoing=app.state.ongoing)
+    app.add_middleware(RequestHeaders, request_timeout_s=config.request_timeout_s, echoes_request_id=echoes_request_id)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After"],
+        )
 
 
 async def status(request: Request) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from gptj_serve.errors import (
     GPTJServeError,
     InvalidRequestError,
     OverloadedError,
+    RateLimitedError,
     RequestFailedError,
     RequestTimeoutError,
+    UnauthorizedError,
     UnsatisfiableError,
 )
 
@@ -25,6 +27,8 @@ ErrorBody = Callable[[GPTJServeError], HuggingFaceError | OpenAIError]
 
 _ERRORS: dict[type[GPTJServeError], tuple[int, str]] = {
     InvalidRequestError: (422, "validation"),
+    UnauthorizedError: (401, "authentication"),
+    RateLimitedError: (429, "rate_limit"),
     OverloadedError: (503, "overloaded"),
     UnsatisfiableError: (422, "validation"),
     RequestTimeoutError: (504, "timeout"),
@@ -33,7 +37,14 @@ _ERRORS: dict[type[GPTJServeError], tuple[int, str]] = {
 }
 """HTTP status and TGI's `error_type`."""
 
-_OPENAI_TYPES = {"validation": "invalid_request_error", "overloaded": "overloaded_error", "timeout": "timeout_error"}
+_OPENAI_TYPES = {
+    "validation": "invalid_request_error",
+    "authentication": "invalid_request_error",
+    "rate_limit": "rate_limit_error",
+    "overloaded": "overloaded_error",
+    "timeout": "timeout_error",
+}
+_OPENAI_CODES = {"authentication": "invalid_api_key", "rate_limit": "rate_limit_exceeded"}
 INTERNAL_ERROR = GPTJServeError("internal error; the service's log has the details")
 """What a client sees of an exception that nobody foresaw."""
 
@@ -48,8 +59,9 @@ def hugging_face_error(error: GPTJServeError) -> HuggingFaceError:
 def openai_error(error: GPTJServeError) -> OpenAIError:
     """OpenAI's error object."""
     param = error.field if isinstance(error, InvalidRequestError) else None
-    type_ = _OPENAI_TYPES.get(_lookup(error)[1], "server_error")
-    return {"error": {"message": str(error), "type": type_, "param": param, "code": None}}
+    kind = _lookup(error)[1]
+    type_, code = _OPENAI_TYPES.get(kind, "server_error"), _OPENAI_CODES.get(kind)
+    return {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -57,19 +69,11 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(GPTJServeError)
     async def handle(request: Request, error: GPTJServeError) -> JSONResponse:
-        status = _lookup(error)[0]
-        headers = {"Retry-After": str(max(1, round(error.retry_after_s)))} if isinstance(error, OverloadedError) else {}
-        if request.url.path.startswith(OPENAI_PREFIX):
-            if status == 422:
-                status = 400
-                if isinstance(error, InvalidRequestError) and error.field == "model" and isinstance(error.value, str):
-                    status = 404
-            return JSONResponse(openai_error(error), status, headers)
-        return JSONResponse(hugging_face_error(error), status, headers)
+        return error_response(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await handle(request, _invalid_body(request, error))
+        return error_response(request, _invalid_body(request, error))
 
     @app.exception_handler(HTTPException)
     async def handle_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -77,7 +81,24 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def handle_unexpected(request: Request, error: Exception) -> JSONResponse:
-        return await handle(request, INTERNAL_ERROR)  # starlette raises it on, and the server logs it
+        return error_response(request, INTERNAL_ERROR)  # starlette raises it on, and the server logs it
+
+
+def error_response(request: Request, error: GPTJServeError) -> JSONResponse:
+    """The error's status and body on the surface that the request came to."""
+    status = _lookup(error)[0]
+    headers = {}
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    if request.url.path.startswith(OPENAI_PREFIX):
+        if status == 422:
+            status = 400
+            if isinstance(error, InvalidRequestError) and error.field == "model" and isinstance(error.value, str):
+                status = 404
+        return JSONResponse(openai_error(error), status, headers)
+    return JSONResponse(hugging_face_error(error), status, headers)
 
 
 def http_error_response(request: Request, error: HTTPException) -> JSONResponse:

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from gptj_serve.errors import RequestTimeoutError
+
 
 class Account(Protocol):
     """Who pays for a request's tokens."""
@@ -36,6 +38,9 @@ class RequestContext:
     def new_sequence_id(self) -> str:
         """An id for one of the request's sequences. A client may send the id of its request twice, at once even."""
         return f"{self.request_id}-{secrets.token_hex(4)}"
+
+    def out_of_time(self) -> RequestTimeoutError:
+        return RequestTimeoutError(f"the request was not finished after {time.monotonic() - self.arrived_at:.3g} s")
 
 
 _current: ContextVar[RequestContext] = ContextVar("request_context")

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.request_context import RequestContext, current_request
 from gptj_serve.config import ServiceConfig
-from gptj_serve.errors import InvalidRequestError, RequestFailedError, RequestTimeoutError, UnsatisfiableError
+from gptj_serve.errors import InvalidRequestError, RequestFailedError, UnsatisfiableError
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.model.heads import HeadInfo, HeadKind
 from gptj_serve.tokenizer import Tokenizer
@@ -212,11 +212,14 @@ class Service:
 async def _before_deadline(step: Coroutine[Any, Any, Result], request: RequestContext) -> Result:
     if request.deadline is None:
         return await step
+    timer = asyncio.timeout(request.deadline - time.monotonic())
     try:
-        return await asyncio.wait_for(step, request.deadline - time.monotonic())
+        async with timer:
+            return await step
     except TimeoutError:
-        elapsed_s = time.monotonic() - request.arrived_at
-        raise RequestTimeoutError(f"the request was not finished after {elapsed_s:.3g} s") from None
+        if not timer.expired():
+            raise  # not for want of the request's time
+        raise request.out_of_time() from None
 
 
 def _num_generated(event: Event) -> int:

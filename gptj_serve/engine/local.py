@@ -55,7 +55,7 @@ class LocalEngine:
             self._engine.abort(request.request_id)
 
     async def status(self) -> list[dict[str, Any]]:
-        return [{"engine": self._engine.stats().as_dict()}]
+        return [{"replica_id": "local", "is_ready": True, "engine": self._engine.stats().as_dict()}]
 
     async def _matcher(self, request: EngineRequest) -> TokenMatcher | None:
         grammar = request.sampling.grammar if request.sampling is not None else None

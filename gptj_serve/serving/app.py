@@ -12,6 +12,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from gptj_serve.api.chat_template import ChatTemplate
+from gptj_serve.api.door.key_ring import KeyRing
 from gptj_serve.api.errors import most_telling
 from gptj_serve.config import DEMO_CHECKPOINT, ServiceConfig
 from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
@@ -26,6 +27,8 @@ from gptj_serve.tokenizer import Tokenizer
 MAX_CONSTRUCTOR_TRIES = 3
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 5.0
 HEALTH_CHECK_PERIOD_S = 2.0
+NUM_LOOKING_REQUESTS = 256
+"""Beyond the task requests that an ingress answers: room for those that it refuses, health, status and page."""
 
 
 class BuilderConfig(ServiceConfig):
@@ -59,6 +62,9 @@ def build(config: BuilderConfig) -> Application:
     if config.chat_template_file is not None:
         config = config.model_copy(update={"chat_template": str(config.chat_template_file.resolve())})
     config = config.model_copy(update={"heads": {name: str(d.resolve()) for name, d in config.head_dirs.items()}})
+    if (keys_path := config.ingress.api_keys_path) is not None:
+        ingress = config.ingress.model_copy(update={"api_keys_file": str(keys_path)})
+        config = config.model_copy(update={"ingress": ingress})
     return _ingress(config).bind(config, _pipeline(config).bind(config))
 
 
@@ -73,6 +79,7 @@ def _check(config: ServiceConfig) -> None:
         )
     open_heads(config.head_dirs, checkpoint)
     ChatTemplate.open(config, model)
+    KeyRing(config.ingress.api_keys_path)
     plan_service(config.pipeline, checkpoint)
     num_kv_tokens = config.pipeline.kv_cache.num_tokens
     if num_kv_tokens is not None and num_kv_tokens < model.n_positions:
@@ -86,7 +93,7 @@ def _ingress(config: ServiceConfig) -> serve.Deployment:
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=config.ingress.num_replicas,
-        max_ongoing_requests=config.ingress.max_ongoing_requests,
+        max_ongoing_requests=config.ingress.max_ongoing_requests + NUM_LOOKING_REQUESTS,
         max_queued_requests=config.ingress.max_queued_requests,
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,

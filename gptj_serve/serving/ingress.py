@@ -47,7 +47,7 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service)
+        return create_app(self._service, echoes_request_id=False)  # Serve's proxy does
 
     async def generate(self, request: GenerateRequest | dict[str, Any]) -> Any:
         """As `POST /generate`."""

@@ -141,6 +141,7 @@ class Pipeline:
     async def status(self) -> dict[str, Any]:
         return {
             "replica_id": self._replica_id,
+            "is_ready": True,
             "stages": self._pipeline.descriptions,
             "engine": self._engine.stats().as_dict(),
         }

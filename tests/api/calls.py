@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any, Self
 
 import httpx
@@ -35,7 +36,14 @@ class Call:
     """
 
     def __init__(
-        self, app: FastAPI, path: str, body: Any, *, spec_version: str = "2.3", stuck_after: int | None = None
+        self,
+        app: FastAPI,
+        path: str,
+        body: Any,
+        *,
+        headers: Mapping[str, str] | None = None,
+        spec_version: str = "2.3",
+        stuck_after: int | None = None,
     ) -> None:
         self._spec_version = spec_version
         self._stuck_after = stuck_after
@@ -53,7 +61,11 @@ class Call:
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
+            "headers": [
+                (b"host", b"test"),
+                (b"content-type", b"application/json"),
+                *((name.lower().encode(), value.encode()) for name, value in (headers or {}).items()),
+            ],
             "client": ("test", 1),
             "server": ("test", 80),
         }

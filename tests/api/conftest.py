@@ -2,7 +2,8 @@
 
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -31,6 +32,11 @@ NAMED_HEADS = {
 HEADS = ("lm_head", "score", "qa_outputs")
 
 
+@pytest.fixture(autouse=True)
+def _no_keys_of_the_developers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPTJ_SERVE_API_KEYS", raising=False)
+
+
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine(small_model(), small_tokenizer())
@@ -41,6 +47,33 @@ def service(engine: FakeEngine) -> Service:
     config = ServiceConfig(model_name="tiny", ingress=IngressConfig(max_body_bytes=4096, max_batch_inputs=4))
     template = ChatTemplate(CHAT_TEMPLATE, {"eos_token": SPECIAL_TOKEN})
     return Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS, template)
+
+
+@pytest.fixture
+def app_with(engine: FakeEngine) -> Callable[..., FastAPI]:
+    """`app_with(**ingress)` → the application with these settings of `IngressConfig`."""
+
+    def make(*, echoes_request_id: bool = True, **ingress: Any) -> FastAPI:
+        config = ServiceConfig(model_name="tiny", ingress=IngressConfig(**ingress))
+        service = Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS)
+        return create_app(service, echoes_request_id=echoes_request_id)
+
+    return make
+
+
+@pytest.fixture
+async def client_of() -> AsyncIterator[Callable[[FastAPI], httpx.AsyncClient]]:
+    """`client_of(app)` → a client, closed at the test's end."""
+    clients = []
+
+    def make(app: FastAPI) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        clients.append(httpx.AsyncClient(transport=transport, base_url="http://test"))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.aclose()
 
 
 @pytest.fixture

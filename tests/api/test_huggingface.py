@@ -292,7 +292,7 @@ async def test_health_and_status(client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).json() == {"status": "ok"}
     status = (await client.get("/status")).json()
     assert (status["model"], status["tasks"]) == ("tiny", ["generate", "classify", "qa"])
-    assert status["pipelines"] == [{"engine": {"num_running": 0}}]
+    assert status["pipelines"] == [{"replica_id": "fake", "is_ready": True, "engine": {"num_running": 0}}]
 
 
 async def test_docs(client: httpx.AsyncClient) -> None:
@@ -317,6 +317,8 @@ async def test_docs(client: httpx.AsyncClient) -> None:
         "/v1/models",
         "/v1/models/{model}",
         "/health",
+        "/ready",
+        "/version",
         "/status",
     }
     parameters = schema["components"]["schemas"]["GenerateParameters"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from gptj_serve.config import IngressConfig, ServiceConfig
 from gptj_serve.errors import GPTJServeError
 from gptj_serve.serving import app
 
@@ -42,6 +43,7 @@ def test_args_that_are_no_config(args: dict[str, Any], message: str, said: list[
         ({"pipeline": {"kv_cache": {"num_tokens": 1023}}}, "must hold one sequence of n_positions=1024"),
         ({"checkpoint": "/nowhere"}, "/nowhere: no such checkpoint directory"),
         ({"heads": {"spam": "/nowhere"}}, "/nowhere"),
+        ({"ingress": {"api_keys_file": "/nowhere/keys.yaml"}}, "/nowhere/keys.yaml: can't be read: No such file"),
     ],
 )
 def test_config_that_cannot_be_served(args: dict[str, Any], message: str, said: list[str]) -> None:
@@ -62,6 +64,11 @@ def test_tokenizer_larger_than_the_model(tmp_path: Path, demo: Path, said: list[
     with pytest.raises(GPTJServeError, match="more than the vocab_size=4096"):
         app.build(app.BuilderConfig(checkpoint=str(checkpoint)))
     assert len(said) == 1
+
+
+def test_an_ingress_has_room_for_what_it_refuses_and_for_probes() -> None:
+    deployment = app._ingress(ServiceConfig(ingress=IngressConfig(max_ongoing_requests=7)))
+    assert deployment.max_ongoing_requests == 7 + app.NUM_LOOKING_REQUESTS
 
 
 def test_the_demo_can_be_served(said: list[str]) -> None:

@@ -1,0 +1,266 @@
+"""What a running service's clients notice of those who don't play fair: `python -m benchmarks.door URL [--key KEY]`.
+
+The latency of small /generate requests, first undisturbed, then beside each kind of attack, and what the attackers got.
+They run in a process of their own, but on the same machine as this: the ratios hold what they cost the service and
+what they take from its cores.
+"""
+
+import asyncio
+import ipaddress
+import json
+import multiprocessing
+import statistics
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+SMALL = json.dumps({"inputs": "The President said", "parameters": {"max_new_tokens": 1}}).encode()
+OVERSIZED_BYTES = 64 << 20
+PIECE = b" " * 65536
+NUM_RUSHING = 8  # connections that ask as fast as they are answered
+NUM_DRIBBLING = 200
+NUM_IDLE = 500
+DRIBBLE_PERIOD_S = 0.5
+SETTLE_S = 1.0  # for the attackers to be there
+WRONG_KEY = "surely-not-a-key-0000"
+LOST = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
+
+
+@dataclass(frozen=True)
+class Target:
+    host: str
+    port: int
+    key: str | None
+
+    def head(self, method: str, path: str, key: str | None, *lines: str) -> bytes:
+        """A request's head, without the empty line that ends it."""
+        keys = [] if key is None else [f"Authorization: Bearer {key}"]
+        content = ["Content-Type: application/json"] if method == "POST" else []
+        return "\r\n".join([f"{method} {path} HTTP/1.1", f"Host: {self.host}", *keys, *content, *lines]).encode()
+
+
+class Connection:
+    """One HTTP/1.1 connection, as little of it as can be."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, target: Target) -> "Connection":
+        return cls(*await asyncio.open_connection(target.host, target.port))
+
+    async def send(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def ask(self, head: bytes, body: bytes = b"") -> int:
+        await self.send(head + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        return await self.status()
+
+    async def status(self) -> int:
+        """That of the next response, all of which is read."""
+        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        if "transfer-encoding: chunked" in head:
+            while size := int(await self._reader.readuntil(b"\r\n"), 16):
+                await self._reader.readexactly(size + 2)
+            await self._reader.readexactly(2)
+        else:
+            await self._reader.readexactly(int(head.partition("content-length:")[2].split("\r\n", 1)[0]))
+        return int(head.split(" ", 2)[1])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+# ── the attackers ────────────────────────────────────────────────────────────────────────────────────────
+
+Attack = Callable[[Target, float], Awaitable[str]]
+"""Goes on until a time of the loop; returns or raises how a connection ended."""
+
+
+async def ask_with_wrong_key(target: Target, until: float) -> str:
+    connection = await Connection.open(target)
+    try:
+        return str(await connection.ask(target.head("POST", "/generate", WRONG_KEY), SMALL))
+    finally:
+        connection.close()
+
+
+async def send_oversized(target: Target, until: float) -> str:
+    """A body of declared size, sent until there is an answer or the connection is closed."""
+    return await _flood(target, until, f"Content-Length: {OVERSIZED_BYTES}", PIECE)
+
+
+async def send_endless(target: Target, until: float) -> str:
+    """The same in chunks: nobody knows where it ends."""
+    chunk = b"%x\r\n%s\r\n" % (len(PIECE), PIECE)
+    return await _flood(target, until, "Transfer-Encoding: chunked", chunk)
+
+
+async def _flood(target: Target, until: float, length: str, piece: bytes) -> str:
+    connection = await Connection.open(target)
+    answer = asyncio.ensure_future(connection.status())
+    try:
+        with suppress(*LOST):
+            await connection.send(target.head("POST", "/generate", target.key, length) + b"\r\n\r\n")
+            while not answer.done() and asyncio.get_running_loop().time() < until:
+                await connection.send(piece)
+        return str(await asyncio.wait_for(answer, 1.0))
+    finally:
+        answer.cancel()
+        connection.close()
+
+
+async def dribble_headers(target: Target, until: float) -> str:
+    return await _dribble(target, until, target.head("POST", "/generate", target.key, "X-Slow: "))
+
+
+async def dribble_body(target: Target, until: float) -> str:
+    return await _dribble(target, until, target.head("POST", "/generate", target.key, "Content-Length: 1000\r\n\r\n"))
+
+
+async def idle(target: Target, until: float) -> str:
+    connection = await Connection.open(target)
+    await asyncio.sleep(until - asyncio.get_running_loop().time())
+    connection.close()
+    return "still open"
+
+
+async def _dribble(target: Target, until: float, start: bytes) -> str:
+    connection = await Connection.open(target)
+    answer = asyncio.ensure_future(connection.status())
+    try:
+        await connection.send(start)
+        while (rest_s := until - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait([answer], timeout=min(DRIBBLE_PERIOD_S, rest_s))
+            if answer.done():
+                return str(answer.result())
+            await connection.send(b"a")
+        return "still open"
+    finally:
+        answer.cancel()
+        connection.close()
+
+
+ATTACKS: dict[str, tuple[Attack, int, bool]] = {  # how, on how many connections, whether again and again
+    "wrong keys": (ask_with_wrong_key, NUM_RUSHING, True),
+    "oversized bodies": (send_oversized, NUM_RUSHING, True),
+    "endless bodies": (send_endless, NUM_RUSHING, True),
+    "headers dribbled": (dribble_headers, NUM_DRIBBLING, True),
+    "bodies dribbled": (dribble_body, NUM_DRIBBLING, True),
+    "idle connections": (idle, NUM_IDLE, False),
+}
+
+
+def attack(name: str, target: Target, duration_s: float) -> Counter[str]:
+    """What became of all connections."""
+    how, num_connections, is_repeated = ATTACKS[name]
+    outcomes: Counter[str] = Counter()
+
+    async def one_after_another(until: float) -> None:
+        while asyncio.get_running_loop().time() < until:
+            try:
+                outcomes[await how(target, until)] += 1
+            except (*LOST, TimeoutError):
+                outcomes["closed"] += 1
+            if not is_repeated:
+                return
+
+    async def all_at_once() -> None:
+        until = asyncio.get_running_loop().time() + duration_s
+        await asyncio.gather(*[one_after_another(until) for _ in range(num_connections)])
+
+    asyncio.run(all_at_once())
+    return outcomes
+
+
+# ── the honest ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def measure(target: Target, num_workers: int, duration_s: float) -> tuple[list[float], Counter[int]]:
+    """Latencies in seconds, and the statuses."""
+    latencies: list[float] = []
+    statuses: Counter[int] = Counter()
+    until = time.perf_counter() + duration_s
+
+    async def worker() -> None:
+        connection = await Connection.open(target)
+        while time.perf_counter() < until:
+            began_at = time.perf_counter()
+            statuses[await connection.ask(target.head("POST", "/generate", target.key), SMALL)] += 1
+            latencies.append(time.perf_counter() - began_at)
+        connection.close()
+
+    await asyncio.gather(*[worker() for _ in range(num_workers)])
+    return latencies, statuses
+
+
+async def needs_key(target: Target) -> bool:
+    connection = await Connection.open(target)
+    status = await connection.ask(target.head("GET", "/status", None))
+    connection.close()
+    return status == 401
+
+
+def main(
+    url: Annotated[str, typer.Argument(help="Of the service, as http://127.0.0.1:8000")],
+    key: Annotated[str | None, typer.Option(help="An API key, if the service needs one.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Honest clients.")] = 4,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each measurement.")] = 10.0,
+    any_host: Annotated[bool, typer.Option("--any-host", help="Also another machine: ask its owner first.")] = False,
+) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None:
+        raise typer.BadParameter(f"{url}: must be http://host:port")
+    if not any_host and not _is_loopback(parts.hostname):
+        raise typer.BadParameter(f"{url}: is not on loopback; --any-host attacks it nevertheless")
+    target = Target(parts.hostname, parts.port or 80, key)
+    is_closed = asyncio.run(needs_key(target))
+    if is_closed != (key is not None):
+        needs = (
+            "needs a key: give one with --key" if is_closed else "takes no key: is it the service you mean to attack?"
+        )
+        raise typer.BadParameter(f"{url}: the service {needs}")
+    table = Table("beside", "p50 ms", "p99 ms", "p50 ratio", "p99 ratio", "requests/s", "honest got", "attackers got")
+    base: tuple[float, float] | None = None
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        for name in [None, *ATTACKS]:
+            if name == "wrong keys" and not is_closed:
+                continue  # an open service takes any key
+            ongoing = None if name is None else process.submit(attack, name, target, seconds + 2 * SETTLE_S)
+            time.sleep(SETTLE_S)
+            latencies, statuses = asyncio.run(measure(target, workers, seconds))
+            outcomes: Counter[str] = Counter() if ongoing is None else ongoing.result()
+            cuts = statistics.quantiles(latencies, n=100)
+            p50, p99 = cuts[49] * 1000, cuts[98] * 1000
+            base = base or (p50, p99)
+            ratios = (f"{p50 / base[0]:.2f}", f"{p99 / base[1]:.2f}")
+            rate = f"{len(latencies) / seconds:.0f}"
+            got = (_listed(statuses), _listed(outcomes))
+            table.add_row(name or "nothing", f"{p50:.1f}", f"{p99:.1f}", *ratios, rate, *got)
+    Console(width=140).print(table)
+
+
+def _listed(counts: Counter[str] | Counter[int]) -> str:
+    return ", ".join(f"{count} x {what}" for what, count in counts.most_common())
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    typer.run(main)
