@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from gptj_serve import __version__
-from gptj_serve.api import huggingface, openai
+from gptj_serve.api import huggingface, openai, page
 from gptj_serve.api.body_limit import BodyLimit
 from gptj_serve.api.errors import install_error_handlers
 from gptj_serve.api.service import Service
@@ -24,6 +24,7 @@ def create_app(service: Service) -> FastAPI:
     install_error_handlers(app)
     app.include_router(huggingface.router)
     app.include_router(openai.router)
+    app.include_router(page.router)
     app.get("/health", tags=["Operations"], summary="Is the service live?")(health)
     app.get("/status", tags=["Operations"], summary="What each pipeline is doing")(status)
     return app
