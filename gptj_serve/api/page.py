@@ -31,7 +31,7 @@ def _html() -> bytes:
 
 @functools.cache
 def _policy(html: bytes) -> str:
-    """Hashes stand for the inline script and style; images are data URLs, for the icon; all calls go to this service."""
+    """Hashes stand for the inline script and style; the icon is a data URL; all calls go to this service."""
     return "; ".join(
         (
             "default-src 'none'",

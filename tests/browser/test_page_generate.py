@@ -1,4 +1,4 @@
-"""Generation in the page: a text that grows token by token, what each token could have been, errors where they belong."""
+"""Generation in the page: a text that grows token by token, what else could have been, errors at their fields."""
 
 import json
 import re
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.browser
 RECORD_COUNTS = """() => {
     window.counts = [];
     const answers = document.querySelector("#answers");
-    new MutationObserver(() => counts.push(answers.querySelectorAll(".token").length)).observe(answers, {childList: true, subtree: true});
+    new MutationObserver(() => counts.push(answers.querySelectorAll(".token").length))
+        .observe(answers, {childList: true, subtree: true});
 }"""
 
 
@@ -65,7 +66,8 @@ def test_streaming_says_little_to_screen_readers(open_page: OpenPage) -> None:
         """() => {
             window.said = [];
             for (const live of document.querySelectorAll("[role=status], [role=alert], [aria-live]"))
-                new MutationObserver(() => said.push(live.textContent)).observe(live, {childList: true, subtree: true, characterData: true});
+                new MutationObserver(() => said.push(live.textContent))
+                    .observe(live, {childList: true, subtree: true, characterData: true});
         }"""
     )
     generate(page, max_new_tokens=40)
@@ -137,10 +139,10 @@ def test_keys_go_from_token_to_token(open_page: OpenPage) -> None:
 def test_the_tint_can_be_switched_off(open_page: OpenPage) -> None:
     page = open_page()
     generate(page, max_new_tokens=30, temperature=1, seed=3)
-    colours = "() => new Set([...document.querySelectorAll('#answers .token')].map(t => getComputedStyle(t).backgroundColor)).size"
-    assert page.evaluate(colours) > 2
+    count_colours = "tokens => new Set(tokens.map(token => getComputedStyle(token).backgroundColor)).size"
+    assert tokens(page).evaluate_all(count_colours) > 2
     page.get_by_label("Tint by probability").uncheck()
-    assert page.evaluate(colours) == 1
+    assert tokens(page).evaluate_all(count_colours) == 1
 
 
 def test_only_what_is_set_is_sent(open_page: OpenPage) -> None:
@@ -271,10 +273,10 @@ def test_other_errors_are_alerts(open_page: OpenPage) -> None:
     error = {"error": "the service is full", "error_type": "overloaded"}
     page.route("**/generate", lambda route: route.fulfill(status=503, json=error, headers={"Retry-After": "2"}))
     start(page)
-    expect(page.get_by_role("alert").first).to_have_text("the service is full (try again in 2 s)")
+    expect(page.locator("#panel-generate [role=alert]")).to_have_text("the service is full (try again in 2 s)")
     page.unroute("**/generate")
     generate(page, max_new_tokens=2)
-    expect(page.get_by_role("alert").first).to_have_text("")
+    expect(page.locator("#panel-generate [role=alert]")).to_have_text("")
 
 
 def test_an_error_in_a_stream_leaves_what_came_before(open_page: OpenPage) -> None:
@@ -284,5 +286,5 @@ def test_an_error_in_a_stream_leaves_what_came_before(open_page: OpenPage) -> No
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
     page.route("**/generate", lambda route: route.fulfill(content_type="text/event-stream", body=body))
     start(page)
-    expect(page.get_by_role("alert").first).to_have_text("the stage was lost")
+    expect(page.locator("#panel-generate [role=alert]")).to_have_text("the stage was lost")
     assert tokens(page).all_text_contents() == [" then"]
