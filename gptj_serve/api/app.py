@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 
 from gptj_serve import __version__
-from gptj_serve.api import health, huggingface, openai, tokenization_routes
+from gptj_serve.api import health, huggingface, openai, page, tokenization_routes
 from gptj_serve.api.door.door import Door
 from gptj_serve.api.door.key_ring import KeyRing
 from gptj_serve.api.door.ongoing import OngoingRequests
@@ -39,6 +39,7 @@ def create_app(service: Service, *, echoes_request_id: bool = True) -> FastAPI:
     app.include_router(huggingface.router)
     app.include_router(openai.router)
     app.include_router(tokenization_routes.router)
+    app.include_router(page.router)
     app.include_router(health.router)
     app.get("/status", tags=["Operations"], summary="What each pipeline is doing")(status)
     return app
