@@ -63,6 +63,11 @@ class StageRunner:
     def kv_cache_bytes(self) -> int:
         return self._cache.num_bytes
 
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.spec.device.type == "cuda":
+            torch.cuda.synchronize(self.spec.device)
+
     def restart(self) -> None:
         """Forget the order so far: the engine recomputes every sequence after a stage was lost."""
         self._last_microbatch_id = None
