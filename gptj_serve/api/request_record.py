@@ -105,8 +105,8 @@ class RequestRecord:
             return  # the access log has it
         first = "" if self.ttft_s is None else f", the first after {self.ttft_s:.3f} s"
         logger.info(
-            "%s %s: %s; %d prompt tokens, %d generated%s; done after %.3f s",
-            self.route, self.request_id, self.outcome, self.num_prompt_tokens, self.num_generated_tokens, first,
+            "%s: %s; %d prompt tokens, %d generated%s; done after %.3f s",
+            self.route, self.outcome, self.num_prompt_tokens, self.num_generated_tokens, first,
             self.e2e_s,
             extra={
                 "request_id": self.request_id,

@@ -23,6 +23,7 @@ from gptj_serve.model.heads import open_heads
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.logs import IngressLines, use_serve_logging
 from gptj_serve.serving.metrics import RequestMetrics
+from gptj_serve.serving.proxy_loss import ProxyLossIsDisconnect
 from gptj_serve.tokenizer import Tokenizer
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -48,7 +49,9 @@ class Ingress:
         self._service = Service(config, checkpoint.config, checkpoint.heads, tokenizer, engine, named_heads)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service, self._request_log)
+        app = create_app(self._service, self._request_log)
+        app.add_middleware(ProxyLossIsDisconnect)
+        return app
 
     async def generate(self, request: GenerateRequest | dict[str, Any]) -> Any:
         """As `POST /generate`."""
