@@ -94,16 +94,14 @@ class PipelineMetrics:
             field: Gauge(f"gptj_{field}", description, ("model",)).set_default_tags(tags)
             for field, description in _GAUGES.items()
         }
-        self._counters = {
-            field: _RunningTotal(f"gptj_{name}", description, tags) for field, (name, description) in _COUNTERS.items()
-        }
-        self._stage_counters = {
-            field: _RunningTotal(f"gptj_{name}", description, tags, "stage")
-            for field, (name, description) in _STAGE_COUNTERS.items()
-        }
-        self._restarts = _RunningTotal(
-            "gptj_stage_restarts", "Times that a stage's process was replaced", tags, "stage"
-        )
+
+        def total(name: str, description: str, *tag_keys: str) -> RunningTotal:
+            counter = Counter(f"gptj_{name}", description, ("model", *tag_keys)).set_default_tags(tags)
+            return RunningTotal(counter, *tag_keys)
+
+        self._counters = {field: total(*described) for field, described in _COUNTERS.items()}
+        self._stage_counters = {field: total(*described, "stage") for field, described in _STAGE_COUNTERS.items()}
+        self._restarts = total("stage_restarts", "Times that a stage's process was replaced", "stage")
         self._queue = Histogram(
             "gptj_queue_seconds",
             "From a request's arrival at the engine to its first microbatch",
@@ -130,14 +128,14 @@ class PipelineMetrics:
                     counter.advance_to(report.totals[field], str(index))
 
 
-class _RunningTotal:
+class RunningTotal:
     """A counter of what someone else counts, for each value of the tag `key`, if there is one.
 
     A total that is less than it was began again at 0.
     """
 
-    def __init__(self, name: str, description: str, tags: dict[str, str], key: str | None = None) -> None:
-        self._counter = Counter(name, description, ("model",) if key is None else ("model", key)).set_default_tags(tags)
+    def __init__(self, counter: Counter, key: str | None = None) -> None:
+        self._counter = counter
         self._key = key
         self._totals: dict[str, float] = {}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import ray
+import ray.serve.context
 from ray import serve
 
 from gptj_serve.config import PipelineConfig, ServiceConfig
@@ -21,11 +22,13 @@ from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.logs import NoAccessLines, serve_logs_json, use_serve_logging
 from gptj_serve.serving.metrics import PipelineMetrics
 from gptj_serve.serving.ray_pipeline import RayPipeline
 from gptj_serve.serving.stage_actor import StageSettings
+from gptj_serve.serving.startup import startup_lines
 from gptj_serve.serving.tracing import EngineTracing, tracer
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import EngineRequest, Event, Refusal, is_terminal
@@ -91,13 +94,10 @@ class Pipeline:
         self._engine_task = asyncio.get_running_loop().create_task(self._engine.run(), context=background)
         self._engine_task.add_done_callback(self._end_process)
         self._observer_task = asyncio.get_running_loop().create_task(self._observe(), context=background)
-        for index, stage in enumerate(self._pipeline.descriptions):
-            logger.info(
-                "stage %d of %d ready: layers %s, %s, %s, %d thread(s), %.1f MB weights, %.1f MB KV cache",
-                index, len(self._pipeline.descriptions), stage["layers"], stage["device"], stage["dtype"],
-                stage["num_threads"], stage["weight_bytes"] / 1e6, stage["kv_cache_bytes"] / 1e6,
-            )  # fmt: skip
-        logger.info("%s is ready", config.served_name)
+        named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
+        url = await asyncio.to_thread(_service_url)
+        for line in startup_lines(config, checkpoint, named_heads, self._pipeline.descriptions, blocks, url):
+            logger.info("%s", line)
 
     async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str | bytes]:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
@@ -194,6 +194,11 @@ class Pipeline:
             outbox.arrived.set()
             if is_terminal(event):
                 self._finished[event.request_id].set()
+
+
+def _service_url() -> str:
+    url: str = ray.serve.context._get_global_client().root_url
+    return url
 
 
 def stage_settings(

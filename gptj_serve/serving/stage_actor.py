@@ -4,6 +4,7 @@ This module is imported by the engine's process too, which needs no torch: only 
 imports what does.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from gptj_serve.pipeline.stage_loop import StageAddresses, StageLoop
     from gptj_serve.pipeline.stage_runner import StageRunner
     from gptj_serve.pipeline.step_meter import StepMeter, TracedStep
+
+
+logger = logging.getLogger(__name__)
 
 
 class StageSettings(NamedTuple):
@@ -61,6 +65,7 @@ class GPTJStage:
 
         from gptj_serve.model.checkpoint import Checkpoint
         from gptj_serve.model.heads import open_heads
+        from gptj_serve.model.loading_progress import ProgressLines
         from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
         from gptj_serve.pipeline.stage_status import describe_stage
         from gptj_serve.pipeline.step_meter import StepMeter
@@ -79,7 +84,9 @@ class GPTJStage:
         )
         checkpoint = Checkpoint.open(Path(settings.checkpoint_dir))
         heads = open_heads({name: Path(directory) for name, directory in settings.heads.items()}, checkpoint)
-        self._runner = StageRunner.load(checkpoint, spec, heads)
+        first, end = settings.layers
+        progress = ProgressLines(lambda line: logger.info("layers %d to %d: %s", first, end - 1, line))
+        self._runner = StageRunner.load(checkpoint, spec, heads, progress)
         self._meter = StepMeter()
         return {
             **describe_stage(self._runner),
