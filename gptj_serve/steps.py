@@ -102,6 +102,7 @@ class MicroBatch(Struct, frozen=True, array_like=True):
     microbatch_id: Annotated[int, Meta(ge=0)]
     rows: Annotated[list[Row], Meta(min_length=1)]
     block_copies: list[tuple[BlockId, BlockId]] = []
+    traceparents: list[str] = []  # of the spans (W3C Trace Context) of those of its sequences that are traced
 
     @property
     def num_tokens(self) -> int:

@@ -178,6 +178,7 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     num_top_logprobs: Annotated[int, Meta(ge=0)] = 0
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     cache_salt: str = ""
+    traceparent: str = ""  # of the span that the request belongs to (W3C Trace Context); empty: it is not traced
 
 
 class Refusal(Struct, frozen=True):
@@ -266,6 +267,13 @@ def is_terminal(event: Event) -> bool:
     return not isinstance(event, PromptEvent)
 
 
+def num_generated(event: Event) -> int:
+    """How many generated tokens an event brings; of a beam search those of the hypotheses returned."""
+    if isinstance(event, TokenEvent):
+        return 1
+    return sum(len(beam.token_ids) for beam in event.beams) if isinstance(event, BeamEvent) else 0
+
+
 class EngineStats(Struct, frozen=True, kw_only=True):
     """A snapshot of one engine; what `/status` shows and autoscaling reads.
 
@@ -283,6 +291,7 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     num_prefix_tokens_reused: int  # of these, those that did
     num_tokens_drafted: int
     num_draft_tokens_accepted: int
+    num_prompt_tokens: int  # of all requests so far, those of replays and of cached prefixes too
     num_tokens_generated: int
     num_requests_finished: int
     num_requests_aborted: int

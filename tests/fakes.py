@@ -98,6 +98,7 @@ class FakeEngine:
         self.requests: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.num_running = 0
+        self.num_status_calls = 0
         self.refusal: Callable[[EngineRequest], Exception | None] = lambda request: None
         self.fail_at: Callable[[EngineRequest, int], str | Exception | None] = lambda request, index: None
         self.end_at: Callable[[EngineRequest, int], FinishReason | None] = lambda request, index: None
@@ -123,8 +124,10 @@ class FakeEngine:
             if not is_finished:
                 self.aborted.append(request.request_id)
 
-    async def status(self) -> list[dict[str, Any]]:
-        return [{"replica_id": "fake", "is_ready": True, "engine": {"num_running": self.num_running}}]
+    async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
+        self.num_status_calls += 1
+        pipeline = {"replica_id": "a", "is_ready": True, "now": 1.5, "tokens_per_s": 2.5, "stages": []}
+        return [pipeline | {"engine": {"num_running": self.num_running}}], ["pipeline b does not answer"]
 
     def logprobs_after(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """[vocab_size]; what the made-up model says of the token after these."""

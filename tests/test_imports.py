@@ -37,7 +37,7 @@ LAYERS = [
     ours("modeling"),
     ours("api", "fit"),
     ours("serving"),
-    ours("cli", "fit_cli"),
+    ours("cli", "fit_cli", "status_cli"),
 ]
 
 SAMPLER = ours("engine.sampling", "engine.logit_edits", "engine.warpers", "engine.draws", "engine.ranking")

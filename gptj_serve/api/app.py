@@ -1,9 +1,8 @@
 """The HTTP application: routes over a `Service`, known by nothing but that, behind a door."""
 
 import time
-from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from gptj_serve import __version__
@@ -13,16 +12,19 @@ from gptj_serve.api.door.key_ring import KeyRing
 from gptj_serve.api.door.ongoing import OngoingRequests
 from gptj_serve.api.door.request_headers import REQUEST_ID, RequestHeaders
 from gptj_serve.api.errors import install_error_handlers
+from gptj_serve.api.request_record import RecordRequests, RequestLog
 from gptj_serve.api.route_docs import describe, operation_id
 from gptj_serve.api.service import Service
-from gptj_serve.config import IngressConfig
+from gptj_serve.api.service_status import ServiceStatus
 
 
-def create_app(service: Service, *, echoes_request_id: bool = True) -> FastAPI:
-    """`echoes_request_id`: answer with the request's `X-Request-ID`, where nobody in front of this does.
+def create_app(service: Service, request_log: RequestLog | None = None, *, echoes_request_id: bool = True) -> FastAPI:
+    """`request_log` takes note of the requests that are answered; a service that others share has one of its own.
 
-    Raises `ConfigError` if the API keys can't be used.
+    `echoes_request_id`: answer with the request's `X-Request-ID`, where nobody in front of this does. Raises
+    `ConfigError` if the API keys can't be used.
     """
+    request_log = request_log or RequestLog()
     app = FastAPI(
         title="gptj_serve",
         version=__version__,
@@ -32,22 +34,23 @@ def create_app(service: Service, *, echoes_request_id: bool = True) -> FastAPI:
     describe(app)
     app.state.service = service
     app.state.started_at = int(time.time())
-    app.state.ongoing = OngoingRequests(service.config.ingress.max_ongoing_requests)
-    app.state.readiness = health.Readiness(service.engine)
-    _install_door(app, service.config.ingress, echoes_request_id)
+    app.state.status = ServiceStatus(service, request_log)
+    _install_door(app, service, request_log, echoes_request_id)
     install_error_handlers(app)
     app.include_router(huggingface.router)
     app.include_router(openai.router)
     app.include_router(tokenization_routes.router)
     app.include_router(page.router)
     app.include_router(health.router)
-    app.get("/status", tags=["Operations"], summary="What each pipeline is doing")(status)
     return app
 
 
-def _install_door(app: FastAPI, config: IngressConfig, echoes_request_id: bool) -> None:
+def _install_door(app: FastAPI, service: Service, request_log: RequestLog, echoes_request_id: bool) -> None:
     """From the inside to the outside: what is added last sees a request first."""
+    config = service.config.ingress
+    app.state.ongoing = OngoingRequests(config.max_ongoing_requests)
     app.add_middleware(Door, config=config, keys=KeyRing(config.api_keys_path), ongoing=app.state.ongoing)
+    app.add_middleware(RecordRequests, log=request_log)
     app.add_middleware(RequestHeaders, request_timeout_s=config.request_timeout_s, echoes_request_id=echoes_request_id)
     if config.cors_origins:
         app.add_middleware(
@@ -57,14 +60,3 @@ def _install_door(app: FastAPI, config: IngressConfig, echoes_request_id: bool) 
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, "Retry-After"],
         )
-
-
-async def status(request: Request) -> dict[str, Any]:
-    """Per pipeline: its stages and their layers, KV blocks in use, running and waiting sequences, counters."""
-    service: Service = request.app.state.service
-    return {
-        "model": service.config.served_name,
-        "version": __version__,
-        "tasks": service.tasks,
-        "pipelines": await service.engine.status(),
-    }

@@ -13,21 +13,21 @@ from typing import Any, Protocol, TypeVar
 
 from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.request_context import RequestContext, current_request
+from gptj_serve.api.request_record import current_record
 from gptj_serve.config import ServiceConfig
-from gptj_serve.errors import InvalidRequestError, RequestFailedError, UnsatisfiableError
+from gptj_serve.errors import GPTJServeError, InvalidRequestError, RequestFailedError, UnsatisfiableError
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.model.heads import HeadInfo, HeadKind
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import (
     DEFAULT_HEAD,
-    BeamEvent,
     EngineRequest,
     Event,
     FailureEvent,
     HeadEvent,
     Matrix,
     Task,
-    TokenEvent,
+    num_generated,
 )
 
 Result = TypeVar("Result")
@@ -45,8 +45,8 @@ class EngineClient(Protocol):
         Raises `InvalidRequestError`, `OverloadedError` or `RequestFailedError`.
         """
 
-    async def status(self) -> list[dict[str, Any]]:
-        """What each pipeline is doing."""
+    async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """What each pipeline is doing, as `api.status.PipelineStatus`, and a line for each that did not answer."""
 
 
 class Service:
@@ -192,13 +192,21 @@ class Service:
         )
         if context.account is not None:
             context.account.spend(len(token_ids) + len(request.continuation_token_ids))
-        async with aclosing(self.engine.submit(request)) as events:
-            while (event := await _before_deadline(anext(events, None), context)) is not None:
-                if isinstance(event, FailureEvent):
-                    raise (UnsatisfiableError if event.is_request_at_fault else RequestFailedError)(event.message)
-                if context.account is not None:
-                    context.account.spend(_num_generated(event))
-                yield event
+        record = current_record()
+        record.add_sequence(request, context.request_id)
+        last_token_at: float | None = None
+        try:
+            async with aclosing(self.engine.submit(request)) as events:
+                while (event := await _before_deadline(anext(events, None), context)) is not None:
+                    if isinstance(event, FailureEvent):
+                        raise (UnsatisfiableError if event.is_request_at_fault else RequestFailedError)(event.message)
+                    if context.account is not None:
+                        context.account.spend(num_generated(event))
+                    last_token_at = record.add_event(event, last_token_at)
+                    yield event
+        except GPTJServeError as error:
+            record.fail(error)
+            raise
 
     async def values(self, task: Task, token_ids: list[int], **options: Any) -> Matrix:
         """The answer to a request that doesn't generate; `options` as for `events`."""
@@ -220,12 +228,6 @@ async def _before_deadline(step: Coroutine[Any, Any, Result], request: RequestCo
         if not timer.expired():
             raise  # not for want of the request's time
         raise request.out_of_time() from None
-
-
-def _num_generated(event: Event) -> int:
-    if isinstance(event, BeamEvent):
-        return sum(len(beam.token_ids) for beam in event.beams)
-    return int(isinstance(event, TokenEvent))
 
 
 async def off_loop(num_characters: int, function: Callable[..., Result], *args: Any) -> Result:

@@ -12,6 +12,7 @@ from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from gptj_serve.api.errors import INTERNAL_ERROR, ErrorBody
+from gptj_serve.api.request_record import current_record
 from gptj_serve.errors import GPTJServeError
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,13 @@ async def event_stream(
         except GPTJServeError as error:
             yield _encode(error_body(error))
             return
-        except Exception:
-            logger.exception("a stream of events ended with an unexpected error")
+        except Exception as error:
+            record = current_record()
+            record.fail(error)
+            request_id = record.request_id
+            logger.exception(
+                "the events of request %s ended with an unexpected error", request_id, extra={"request_id": request_id}
+            )
             yield _encode(error_body(INTERNAL_ERROR))
             return
         if end_marker is not None:

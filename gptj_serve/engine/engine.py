@@ -7,15 +7,17 @@ events go out together through one callback.
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from gptj_serve.engine.logit_editor import TokenMatcher
+from gptj_serve.engine.rate import Rate
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.errors import PipelineError
 from gptj_serve.steps import MicroBatch, StepOutput
-from gptj_serve.types import EngineRequest, EngineStats, Event, FailureEvent, TokenEvent, is_terminal
+from gptj_serve.types import EngineRequest, EngineStats, Event, FailureEvent, is_terminal, num_generated
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ class Pipeline(Protocol):
     async def recover(self) -> None:
         """After a `PipelineError`: make all stages ready for a fresh start, or raise it again."""
 
+    def stage_statuses(self) -> list[dict[str, Any]]:
+        """What each stage is and does, as `api.status.StageStatus`; from what is known, without waiting."""
+
 
 class Engine:
     """Serves requests over a pipeline. `emit` is called once per step with that step's events, in the loop's task.
@@ -59,6 +64,8 @@ class Engine:
         self._work_arrived = asyncio.Event()
         self._num_futile_recoveries = 0
         self._num_recoveries = 0
+        self._is_recovering = False
+        self._token_rate = Rate()
         self._num_tokens_generated = 0
         self._num_finished = 0
         self._num_aborted = 0
@@ -72,6 +79,16 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Forget a request and free its KV blocks at once; nothing happens if it has ended already."""
         self._num_aborted += self._scheduler.abort(request_id)
+
+    def status(self) -> dict[str, Any]:
+        """As `api.status.PipelineStatus`, but for the replica's id."""
+        return {
+            "is_ready": not self._is_recovering,
+            "now": time.time(),
+            "tokens_per_s": self._token_rate.per_second(),
+            "stages": self._pipeline.stage_statuses(),
+            "engine": self.stats().as_dict(),
+        }
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -87,6 +104,7 @@ class Engine:
             num_prefix_tokens_reused=scheduler.num_prefix_tokens_reused,
             num_tokens_drafted=scheduler.num_tokens_drafted,
             num_draft_tokens_accepted=scheduler.num_draft_tokens_accepted,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
             num_tokens_generated=self._num_tokens_generated,
             num_requests_finished=self._num_finished,
             num_requests_aborted=self._num_aborted,
@@ -141,7 +159,12 @@ class Engine:
 
     async def _recover(self, error: PipelineError) -> None:
         assert self._watch is not None
-        logger.warning("pipeline lost, recomputing all sequences once it is back: %s", error)
+        in_flight = "; ".join(
+            f"microbatch {microbatch_id} of {', '.join(request_ids)}"
+            for microbatch_id, request_ids in self._scheduler.request_ids_in_flight().items()
+        )
+        logger.warning("pipeline lost, recomputing all sequences once it is back: %s [in flight: %s]", error, in_flight)
+        self._is_recovering = True
         self._cancel_steps()
         self._watch.cancel()
         self._publish(self._scheduler.reset())
@@ -152,6 +175,7 @@ class Engine:
         await asyncio.sleep(_delay_s(self._num_futile_recoveries - 1))
         await self._bring_back()
         self._watch = asyncio.create_task(self._pipeline.watch())
+        self._is_recovering = False
 
     async def _bring_back(self) -> None:
         for attempt in range(1, MAX_RECOVERY_ATTEMPTS):
@@ -163,8 +187,11 @@ class Engine:
         return await self._pipeline.recover()
 
     def _publish(self, events: list[Event]) -> None:
+        num_tokens = sum(map(num_generated, events))
+        if num_tokens:
+            self._num_tokens_generated += num_tokens
+            self._token_rate.add(num_tokens)
         for event in events:
-            self._num_tokens_generated += isinstance(event, TokenEvent)
             self._num_failed += isinstance(event, FailureEvent)
             self._num_finished += is_terminal(event) and not isinstance(event, FailureEvent)
         if events:

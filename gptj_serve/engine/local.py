@@ -8,7 +8,7 @@ from gptj_serve.engine.engine import Engine, Pipeline
 from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.errors import InvalidRequestError, PipelineError
-from gptj_serve.types import EngineRequest, Event, FailureEvent, Grammar, is_terminal
+from gptj_serve.types import EngineRequest, EngineStats, Event, FailureEvent, Grammar, is_terminal
 
 
 class LocalEngine:
@@ -54,8 +54,12 @@ class LocalEngine:
             del self._streams[request.request_id]
             self._engine.abort(request.request_id)
 
-    async def status(self) -> list[dict[str, Any]]:
-        return [{"replica_id": "local", "is_ready": True, "engine": self._engine.stats().as_dict()}]
+    async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """As of a service with one pipeline, and no problem to tell of."""
+        return [{"replica_id": "local", **self._engine.status()}], []
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
 
     async def _matcher(self, request: EngineRequest) -> TokenMatcher | None:
         grammar = request.sampling.grammar if request.sampling is not None else None

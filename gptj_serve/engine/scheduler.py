@@ -28,6 +28,7 @@ from gptj_serve.engine.admission import check_fits, make_job, max_blocks
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.logit_editor import TokenMatcher
+from gptj_serve.engine.milestones import Milestone, OnMilestone, ignore
 from gptj_serve.engine.sequence import Sequence
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.steps import MicroBatch, Row, RowResult, StepOutput
@@ -57,7 +58,9 @@ class _Entry:
 
     job: Job
     rank: tuple[int, int]
+    waits_since: float
     is_running: bool = False
+    was_preempted: bool = False
     num_losses: int = 0  # of the pipeline, since it last got further
 
     @property
@@ -100,11 +103,13 @@ class Scheduler:
         blocks: KVBlocks,
         eos_token_ids: frozenset[int],
         clock: Callable[[], float] = time.monotonic,
+        on_milestone: OnMilestone = ignore,
     ) -> None:
         self.limits = limits
         self.blocks = blocks
         self._eos_token_ids = eos_token_ids
         self._clock = clock
+        self._on_milestone = on_milestone
         self._entries: dict[str, _Entry] = {}  # all unfinished ones
         self._waiting: list[_Entry] = []  # without blocks, by rank
         self._running: list[_Entry] = []  # by rank
@@ -113,6 +118,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._next_microbatch_id = 0
         self._failures: list[Event] = []
+        self._num_traced = 0
+        self.num_prompt_tokens = 0
         self.num_preemptions = 0
         self.num_prefix_tokens = 0
         self.num_prefix_tokens_reused = 0
@@ -145,11 +152,15 @@ class Scheduler:
             raise InvalidRequestError("request_id", request.request_id, "is already being served")
         max_sequences = min(self.limits.max_num_sequences, self.limits.max_microbatch_tokens)
         check_fits(request, self.limits.max_sequence_tokens, max_sequences, self.blocks)
-        job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, self._clock())
+        now = self._clock()
+        job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
         rank = (self._num_arrivals + request.priority * PRIORITY_STEP, self._num_arrivals)
         self._num_arrivals += 1
-        entry = self._entries[request.request_id] = _Entry(job, rank)
+        entry = self._entries[request.request_id] = _Entry(job, rank, now)
         insort(self._waiting, entry, key=_rank)
+        self.num_prompt_tokens += len(request.prompt_token_ids)
+        self._num_traced += bool(request.traceparent)
+        self._on_milestone(Milestone.QUEUED, request, 0.0)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and release its blocks at once; False if it is not (or no longer) here."""
@@ -168,7 +179,7 @@ class Scheduler:
             self._fill(step)
         if not step.rows:
             return None
-        microbatch = MicroBatch(self._next_microbatch_id, step.rows, step.copies)
+        microbatch = MicroBatch(self._next_microbatch_id, step.rows, step.copies, self._traceparents(step))
         self._in_flight[microbatch.microbatch_id] = step
         self._next_microbatch_id += 1
         return microbatch
@@ -221,6 +232,13 @@ class Scheduler:
             if taken and is_terminal(taken[-1]):
                 self._drop(entry)
         return events
+
+    def request_ids_in_flight(self) -> dict[int, list[str]]:
+        """Whose rows each microbatch in flight has, by its id."""
+        return {
+            microbatch_id: [entry.job.request.request_id for entry, _ in step.riders]
+            for microbatch_id, step in self._in_flight.items()
+        }
 
     def reset(self) -> list[Event]:
         """After the loss of a stage: forget what is in flight and recompute every sequence (KV is gone).
@@ -347,7 +365,7 @@ class Scheduler:
         try:
             row = entry.job.row(sequence, end, draft)
         except Exception:
-            logger.exception("request %s could not be scheduled", entry.job.request.request_id)
+            _log_failure(logging.ERROR, entry.job, "could not be scheduled", exc_info=True)
             step.remove(entry)
             self._drop(entry)
             self._failures.append(FailureEvent(entry.job.request.request_id, INTERNAL_ERROR))
@@ -373,6 +391,8 @@ class Scheduler:
     def _start(self, entry: _Entry) -> None:
         entry.is_running = True
         insort(self._running, entry, key=_rank)
+        milestone = Milestone.RESUMED if entry.was_preempted else Milestone.SCHEDULED
+        self._on_milestone(milestone, entry.job.request, self._clock() - entry.waits_since)
         for sequence in entry.job.sequences:
             reusable = entry.job.num_reusable(sequence) // self.blocks.block_size
             self.num_prefix_tokens += reusable * self.blocks.block_size
@@ -400,11 +420,13 @@ class Scheduler:
         if failed is not None and failed.failure is not None:
             if failed.is_kv_suspect:
                 self.blocks.withdraw(block for sequence in job.sequences for block in sequence.block_table)
+            level = logging.WARNING if failed.is_kv_suspect else logging.INFO  # else its own constraints did it
+            _log_failure(level, job, f"failed on the last stage: {failed.failure}")
             return [FailureEvent(job.request.request_id, failed.failure, not failed.is_kv_suspect)]
         try:
             events = job.take(rides, results, self.blocks, now)
         except Exception:
-            logger.exception("request %s: its results could not be used", job.request.request_id)
+            _log_failure(logging.ERROR, job, "got results that could not be used", exc_info=True)
             return [FailureEvent(job.request.request_id, INTERNAL_ERROR)]
         if len(events) > 1:
             self.num_draft_tokens_accepted += max(0, sum(isinstance(event, TokenEvent) for event in events) - 1)
@@ -415,8 +437,14 @@ class Scheduler:
         entry.is_running = False
         for sequence in entry.job.sequences:
             sequence.evict(self.blocks)
+        entry.waits_since = self._clock()
+        entry.was_preempted = True
         insort(self._waiting, entry, key=_rank)
         self.num_preemptions += 1
+        request = entry.job.request
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("request %s is preempted, to be computed again", request.request_id, extra=_of(request))
+        self._on_milestone(Milestone.PREEMPTED, request, 0.0)
 
     def _acquit(self, entry: _Entry) -> None:
         if entry.is_suspect:
@@ -429,6 +457,12 @@ class Scheduler:
         for sequence in entry.job.sequences:
             self.blocks.release(sequence.block_table)
         (self._running if entry.is_running else self._waiting).remove(entry)
+        self._num_traced -= bool(entry.job.request.traceparent)
+
+    def _traceparents(self, step: _Step) -> list[str]:
+        if not self._num_traced:
+            return []
+        return [traceparent for entry, _ in step.riders if (traceparent := entry.job.request.traceparent)]
 
 
 _NOTHING = RowResult()
@@ -439,3 +473,12 @@ INTERNAL_ERROR = "an internal error; the service's log has more"
 
 def _rank(entry: _Entry) -> tuple[int, int]:
     return entry.rank
+
+
+def _of(request: EngineRequest) -> dict[str, str]:
+    """For structured logs: which request a line is about."""
+    return {"request_id": request.request_id}
+
+
+def _log_failure(level: int, job: Job, what: str, *, exc_info: bool = False) -> None:
+    logger.log(level, "request %s %s", job.request.request_id, what, exc_info=exc_info, extra=_of(job.request))

@@ -23,6 +23,7 @@ from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.errors import DataError, RequestFailedError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import fingerprint
+from gptj_serve.model.loading_progress import terminal_bar
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
@@ -156,13 +157,11 @@ async def compute_features(
 async def _engine(checkpoint: Checkpoint, config: FeatureConfig) -> AsyncGenerator[LocalEngine]:
     model = checkpoint.config
     num_blocks = -(-KV_SEQUENCES * model.n_positions // BLOCK_SIZE)
-    runners = [
-        StageRunner.load(
-            checkpoint,
-            StageSpec(span, num_blocks, BLOCK_SIZE, config.dtype, torch.device(config.device), model.vocab_size),
-        )
-        for span in partition(model.n_layer, config.num_stages, head_cost(model))
-    ]
+    runners = []
+    for index, span in enumerate(partition(model.n_layer, config.num_stages, head_cost(model))):
+        spec = StageSpec(span, num_blocks, BLOCK_SIZE, config.dtype, torch.device(config.device), model.vocab_size)
+        with terminal_bar(f"Loading stage {index + 1} of {config.num_stages}") as progress:
+            runners.append(StageRunner.load(checkpoint, spec, progress=progress))
     limits = SchedulerLimits(config.num_stages, MAX_SUBMITTED, MAX_MICROBATCH_TOKENS, model.n_positions)
     pipeline = InProcessPipeline(runners)
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gptj_serve.model.block import AttentionFn, GPTJBlock, RotaryTable
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.config import GPTJConfig
+from gptj_serve.model.loading_progress import Progress, silent
 from gptj_serve.model.weights import pieces
 
 
@@ -57,7 +58,9 @@ class GPTJStage(nn.Module):
 
 
 @torch.no_grad()
-def load_stage(checkpoint: Checkpoint, span: range, dtype: torch.dtype, device: torch.device) -> GPTJStage:
+def load_stage(
+    checkpoint: Checkpoint, span: range, dtype: torch.dtype, device: torch.device, progress: Progress = silent
+) -> GPTJStage:
     """The span's weights in `dtype` on `device`.
 
     Each parameter is allocated once, at its destination, and filled piece by piece, so the peak is the span's own
@@ -65,12 +68,16 @@ def load_stage(checkpoint: Checkpoint, span: range, dtype: torch.dtype, device: 
     """
     with torch.device("meta"):
         stage = GPTJStage(checkpoint.config, span, checkpoint.heads)
+    num_bytes = sum(placeholder.numel() * dtype.itemsize for placeholder in stage.parameters())
+    num_loaded = 0
     for name, placeholder in list(stage.named_parameters()):
         tied = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings
         info = checkpoint.tensors["wte.weight" if tied else name]
         parameter = torch.empty(placeholder.shape, dtype=dtype, device=device)
         for rows, piece in pieces(info):
             parameter[rows].copy_(piece)
+            num_loaded += piece.numel() * dtype.itemsize
+            progress(num_loaded, num_bytes)
         owner, _, attribute = name.rpartition(".")
         setattr(stage.get_submodule(owner), attribute, nn.Parameter(parameter, requires_grad=False))
     stage.attach_rotary(device)

@@ -12,6 +12,7 @@ from torch import nn
 from gptj_serve.errors import CheckpointError
 from gptj_serve.model.block import RotaryTable
 from gptj_serve.model.checkpoint import PREFIX, Checkpoint, TensorInfo
+from gptj_serve.model.loading_progress import terminal_bar
 
 if TYPE_CHECKING:
     from gptj_serve.modeling.pretrained import GPTJPreTrainedModel
@@ -77,12 +78,17 @@ def fill_parameters(
                 f"the model needs {list(placeholder.shape)}"
                 + (" (ignore_mismatched_sizes=True makes a new head)" if in_head else "")
             )
-    for file, entries in found.items():
-        for name, info in entries:
-            with safe_open(file, framework="pt") as handle:  # closed at once, so that its pages are free again
-                parameter = torch.empty(info.shape, dtype=dtype, device=device)
-                parameter.copy_(handle.get_tensor(info.stored_name))
-            _replace(model, name, parameter)
+    num_bytes = sum(info.num_bytes for entries in found.values() for _, info in entries)
+    num_loaded = 0
+    with terminal_bar(f"Loading {checkpoint.directory.name}") as progress:
+        for file, entries in found.items():
+            for name, info in entries:
+                with safe_open(file, framework="pt") as handle:  # closed at once, so that its pages are free again
+                    parameter = torch.empty(info.shape, dtype=dtype, device=device)
+                    parameter.copy_(handle.get_tensor(info.stored_name))
+                _replace(model, name, parameter)
+                num_loaded += info.num_bytes
+                progress(num_loaded, num_bytes)
     for name in fresh:
         _replace(model, name, torch.empty(names[name].shape, dtype=dtype, device=device))
     if fresh:

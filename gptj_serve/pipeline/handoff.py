@@ -1,7 +1,8 @@
 """The handoff of hidden states from a stage to the next."""
 
+import time
 from collections.abc import Callable
-from typing import Annotated, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -12,19 +13,25 @@ from torch import Tensor
 from gptj_serve.pipeline.sockets import receive
 
 
+class Received(NamedTuple):
+    hidden: Tensor  # [T, D], on the CPU or on this stage's device
+    sent_at: float  # Unix time of the sender's host
+
+
 class Handoff(Protocol):
     """Hidden states on their way between two neighbouring stages; each end uses its half."""
 
     def send(self, microbatch_id: int, hidden: Tensor) -> None: ...
 
-    def receive(self, microbatch_id: int, should_stop: Callable[[], bool]) -> Tensor | None:
-        """The hidden states [T, D] of this microbatch, on the CPU or on this stage's device; None when told to stop."""
+    def receive(self, microbatch_id: int, should_stop: Callable[[], bool]) -> Received | None:
+        """The hidden states of this microbatch; None when told to stop."""
 
 
 class _HiddenHeader(Struct, frozen=True, array_like=True):
     microbatch_id: Annotated[int, Meta(ge=0)]
     dtype: str
     shape: Annotated[list[Annotated[int, Meta(ge=1, lt=2**31)]], Meta(min_length=2, max_length=2)]
+    sent_at: float
 
 
 class ZmqHandoff:
@@ -36,11 +43,12 @@ class ZmqHandoff:
         self._decoder = msgspec.msgpack.Decoder(_HiddenHeader)
 
     def send(self, microbatch_id: int, hidden: Tensor) -> None:
+        sent_at = time.time()
         hidden = hidden.cpu().contiguous()
-        header = _HiddenHeader(microbatch_id, str(hidden.dtype).removeprefix("torch."), list(hidden.shape))
+        header = _HiddenHeader(microbatch_id, str(hidden.dtype).removeprefix("torch."), list(hidden.shape), sent_at)
         self._socket.send_multipart([self._encoder.encode(header), hidden.view(torch.uint8).numpy().data], copy=False)
 
-    def receive(self, microbatch_id: int, should_stop: Callable[[], bool]) -> Tensor | None:
+    def receive(self, microbatch_id: int, should_stop: Callable[[], bool]) -> Received | None:
         """Raises `msgspec.DecodeError` or `ValueError` for a message that is not this microbatch's."""
         frames = receive(self._socket, should_stop)
         if frames is None:
@@ -48,4 +56,5 @@ class ZmqHandoff:
         header = self._decoder.decode(frames[0].buffer)
         if header.microbatch_id != microbatch_id or len(frames) != 2:
             raise ValueError(f"hidden states of microbatch {header.microbatch_id} came when {microbatch_id} was due")
-        return torch.frombuffer(bytearray(frames[1].buffer), dtype=getattr(torch, header.dtype)).view(header.shape)
+        data = torch.frombuffer(bytearray(frames[1].buffer), dtype=getattr(torch, header.dtype))
+        return Received(data.view(header.shape), header.sent_at)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gptj_serve.pipeline.handoff import Handoff, ZmqHandoff
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
 from gptj_serve.pipeline.stage_runner import StageRunner
+from gptj_serve.pipeline.step_meter import StepMeter
 from gptj_serve.steps import MicroBatch, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,11 @@ class StageLoop:
     `failure` completes when the thread ends: with None when told to stop, else with what went wrong.
     """
 
-    def __init__(self, runner: StageRunner, keys: CurveKeys | None) -> None:
+    def __init__(self, runner: StageRunner, keys: CurveKeys | None, meter: StepMeter | None = None) -> None:
         self._runner = runner
         self._keys = keys
+        self._meter = meter or StepMeter()
+        self._microbatch_id: int | None = None  # of the step at hand, or the last one
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._steps = self._context.socket(zmq.PULL)
         self._hidden = self._context.socket(zmq.PULL)
@@ -72,7 +75,8 @@ class StageLoop:
         try:
             self._serve()
         except Exception as error:
-            logger.exception("stage with layers %s failed", self._runner.spec.span)
+            span = self._runner.spec.span
+            logger.exception("layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id)
             self.failure.set_exception(error)
 
     def _serve(self) -> None:
@@ -81,15 +85,23 @@ class StageLoop:
         decoder = msgspec.msgpack.Decoder(MicroBatch)
         from_previous: Handoff = ZmqHandoff(self._hidden)
         to_next: Handoff = ZmqHandoff(self._next)
+        self._meter.wait()
         while (frames := receive(self._steps, self._stopping.is_set)) is not None:
             microbatch = decoder.decode(frames[0].buffer)
+            self._microbatch_id = microbatch.microbatch_id
             hidden: Tensor | None = None
+            sent_at: float | None = None
             if not stage.is_first:
-                hidden = from_previous.receive(microbatch.microbatch_id, self._stopping.is_set)
-                if hidden is None:
+                received = from_previous.receive(microbatch.microbatch_id, self._stopping.is_set)
+                if received is None:
                     return
+                hidden, sent_at = received
+            self._meter.begin(sent_at)
             result = self._runner.run(microbatch, hidden)
+            self._runner.synchronize()  # of hidden states on a GPU the next thing would wait for them anyway
+            self._meter.end(microbatch)
             if isinstance(result, StepOutput):
                 self._next.send(encoder.encode(result))
             else:
                 to_next.send(microbatch.microbatch_id, result)
+            self._meter.wait()

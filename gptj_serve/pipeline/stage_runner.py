@@ -10,6 +10,7 @@ from gptj_serve.model.attention import AttentionPlan, KVCache, PagedAttention, P
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.deterministic import make_deterministic
 from gptj_serve.model.heads import HeadCheckpoint
+from gptj_serve.model.loading_progress import Progress, silent
 from gptj_serve.model.stage import GPTJStage, load_stage
 from gptj_serve.pipeline.row_outputs import RowOutputs
 from gptj_serve.steps import MicroBatch, StepOutput
@@ -50,10 +51,14 @@ class StageRunner:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, spec: StageSpec, heads: dict[str, HeadCheckpoint] | None = None
+        cls,
+        checkpoint: Checkpoint,
+        spec: StageSpec,
+        heads: dict[str, HeadCheckpoint] | None = None,
+        progress: Progress = silent,
     ) -> "StageRunner":
         """Load the span; the last stage also takes `heads`, by the names that rows call them."""
-        return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device), spec, heads)
+        return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress), spec, heads)
 
     @property
     def weight_bytes(self) -> int:
@@ -62,6 +67,11 @@ class StageRunner:
     @property
     def kv_cache_bytes(self) -> int:
         return self._cache.num_bytes
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.spec.device.type == "cuda":
+            torch.cuda.synchronize(self.spec.device)
 
     def restart(self) -> None:
         """Forget the order so far: the engine recomputes every sequence after a stage was lost."""

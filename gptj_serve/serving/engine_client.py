@@ -12,16 +12,18 @@ import itertools
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 import msgspec
+import ray.serve.context
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
 
 from gptj_serve.errors import GPTJServeError, InvalidRequestError, OverloadedError, PipelineError, RequestFailedError
+from gptj_serve.serving.tracing import tracer
 from gptj_serve.types import (
     EngineRequest,
     Event,
@@ -50,7 +52,7 @@ MIN_TIME_S = 1e-3
 
 BACKPRESSURE_RETRY_AFTER_S = 1.0
 
-STATUS_TIMEOUT_S = 5.0
+STATUS_TIMEOUT_S = 2.0
 
 
 class _ReplicaLostError(Exception):
@@ -60,7 +62,11 @@ class _ReplicaLostError(Exception):
 class ServeEngineClient:
     """Implements the api's `EngineClient`."""
 
-    def __init__(self, pipelines: DeploymentHandle) -> None:
+    def __init__(self, pipelines: DeploymentHandle, on_replay: Callable[[], None] = lambda: None) -> None:
+        """`on_replay` is called when a request goes to another replica."""
+        self._on_replay = on_replay
+        self._is_traced = tracer() is not None
+        self._pipeline_ids: set[str] = set()  # of those that answered the last question for their status
         self._pipelines = pipelines.options(stream=True)
         self._ingress_id = secrets.token_hex(8)
         self._inboxes: dict[str, asyncio.Queue[Event | Exception]] = {}  # by request id
@@ -94,29 +100,40 @@ class ServeEngineClient:
                             return
             except _ReplicaLostError as lost:
                 logger.warning(
-                    "request %s goes to another pipeline after %d tokens: %s", request.request_id, len(tokens), lost
-                )
+                    "request %s goes to another pipeline after %d tokens: %s", request.request_id, len(tokens), lost,
+                    extra={"request_id": request.request_id},
+                )  # fmt: skip
+                self._on_replay()
                 if clock() - last_progress_at > REPLAY_TIMEOUT_S:
                     break
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, MAX_REPLAY_DELAY_S)
         yield FailureEvent(request.request_id, f"no pipeline took the request further for {REPLAY_TIMEOUT_S:.0f} s")
 
-    async def status(self) -> list[dict[str, Any]]:
-        call = self._pipelines.broadcast("status")
+    async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
         try:
-            results: list[dict[str, Any]] = await call.results_async(timeout_s=STATUS_TIMEOUT_S)
+            answers = await _all_answers(self._pipelines.broadcast("status"), STATUS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
-            message = f"a pipeline does not answer: {_first_line(error)}"
-            raise OverloadedError(message, STATUS_TIMEOUT_S) from error
-        return results
+            return [], [f"no pipeline can be asked: {_first_line(error)}"]
+        pipelines = [answer for answer in answers if isinstance(answer, dict)]
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        answered = {pipeline["replica_id"] for pipeline in pipelines}
+        silent = sorted(self._pipeline_ids - answered)
+        names = silent if len(silent) == len(errors) else ["?"] * len(errors)  # an error doesn't say whose it is
+        self._pipeline_ids = answered.union(silent) if errors else answered
+        problems = [f"pipeline {n} does not answer: {_first_line(e)}" for n, e in zip(names, errors, strict=True)]
+        return sorted(pipelines, key=lambda pipeline: str(pipeline["replica_id"])), problems
 
     async def _attempt(self, request: EngineRequest) -> AsyncGenerator[Event]:
         """The request's events from one replica. Raises `_ReplicaLostError` if it doesn't stay."""
         inbox = self._inboxes[request.request_id] = asyncio.Queue()
         # Calls made inside one HTTP request share its internal id, by which Serve's router tells waiting calls apart
         # (Ray 2.60): of several at once all but one would wait for ever. In a context of its own each has its own.
-        call = contextvars.Context().run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request))
+        context = contextvars.Context()
+        if self._is_traced:  # the span that the call belongs to is in the request's context
+            context = contextvars.copy_context()
+            context.run(ray.serve.context._serve_request_context.set, None)
+        call = context.run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request))
         watcher = asyncio.create_task(self._watch(call, request.request_id, inbox))
         try:
             while True:
@@ -159,7 +176,7 @@ class ServeEngineClient:
             if isinstance(error, ActorDiedError) and replica_id in self._event_streams:
                 self._event_streams[replica_id].cancel()  # it may still wait to be routed there
         except Exception as error:
-            logger.exception("request %s: its call failed", request_id)
+            logger.exception("request %s: its call failed", request_id, extra={"request_id": request_id})
             inbox.put_nowait(RequestFailedError(f"the call to the pipeline failed: {error!r}"))
 
     def _ensure_event_stream(self, replica_id: str) -> None:
@@ -194,6 +211,16 @@ class ServeEngineClient:
             self._ensure_event_stream(replica_id)  # a request came while the stream was ending
         else:
             self._requests_at.pop(replica_id, None)
+
+
+async def _all_answers(call: DeploymentBroadcastResponse, timeout_s: float) -> list[Any]:
+    """What each replica answered, or the exception that came instead.
+
+    Ray 2.60's own `results_async` is all or nothing: one replica that hangs would hide the others.
+    """
+    replicas = await asyncio.wait_for(call._fetch_replica_results_async(), timeout_s)
+    waits = [asyncio.wait_for(replica.get_async(), timeout_s) for replica in replicas]
+    return await asyncio.gather(*waits, return_exceptions=True)
 
 
 def _what_went_wrong(cause: BaseException) -> Exception:

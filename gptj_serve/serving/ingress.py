@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
+import ray.serve.context
 from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
 from ray.serve.handle import DeploymentHandle
@@ -14,13 +15,17 @@ from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.errors import invalid_request, most_telling
 from gptj_serve.api.huggingface_responses import GenerateEvent
 from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
+from gptj_serve.api.request_context import RequestContext, answering
+from gptj_serve.api.request_record import RequestLog
 from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError, InvalidRequestError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.serving.engine_client import ServeEngineClient
-from gptj_serve.serving.logs import use_serve_logging
+from gptj_serve.serving.logs import IngressLines, use_serve_logging
+from gptj_serve.serving.metrics import RequestMetrics
+from gptj_serve.serving.proxy_loss import ProxyLossIsDisconnect
 from gptj_serve.tokenizer import Tokenizer
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -36,10 +41,12 @@ class Ingress:
     """
 
     def __init__(self, config: ServiceConfig, pipelines: DeploymentHandle) -> None:
-        use_serve_logging()
+        use_serve_logging(IngressLines())
         checkpoint = Checkpoint.open(config.checkpoint_dir)
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
-        engine = ServeEngineClient(pipelines)
+        metrics = RequestMetrics(config.served_name)
+        self._request_log = RequestLog(metrics)
+        engine = ServeEngineClient(pipelines, metrics.replayed)
         named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
         chat_template = ChatTemplate.open(config, checkpoint.config)
         self._service = Service(
@@ -47,16 +54,18 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service, echoes_request_id=False)  # Serve's proxy does
+        app = create_app(self._service, self._request_log, echoes_request_id=False)  # Serve's proxy does
+        app.add_middleware(ProxyLossIsDisconnect)
+        return app
 
     async def generate(self, request: GenerateRequest | dict[str, Any]) -> Any:
         """As `POST /generate`."""
-        with _plain_errors():
+        with self._call("generate"):
             return await huggingface.generate_whole(self._service, _parse(GenerateRequest, request))
 
     async def generate_stream(self, request: GenerateRequest | dict[str, Any]) -> AsyncGenerator[GenerateEvent]:
         """As `POST /generate_stream`: an item per token. Call it on `handle.options(stream=True)`."""
-        with _plain_errors():
+        with self._call("generate_stream"):
             body = _parse(GenerateRequest, request)
             async with aclosing(huggingface.generate_stream(self._service, body)) as events:
                 async for event in events:
@@ -64,13 +73,20 @@ class Ingress:
 
     async def classify(self, request: ClassifyRequest | dict[str, Any]) -> Any:
         """As `POST /classify`."""
-        with _plain_errors():
+        with self._call("classify"):
             return await huggingface.classify_whole(self._service, _parse(ClassifyRequest, request))
 
     async def qa(self, request: QARequest | dict[str, Any]) -> Any:
         """As `POST /qa`."""
-        with _plain_errors():
+        with self._call("qa"):
             return await huggingface.answer_whole(self._service, _parse(QARequest, request))
+
+    @contextmanager
+    def _call(self, method: str) -> Iterator[None]:
+        """A call through the handle is a request as one over HTTP is, under the id that Serve gave it."""
+        request = RequestContext(request_id=ray.serve.context._get_serve_request_context().request_id)
+        with _plain_errors(), answering(request), self._request_log.recording(f"CALL {method}"):
+            yield
 
 
 @contextmanager

@@ -11,24 +11,32 @@ from typing import Any
 
 import msgspec
 import ray
+import ray.serve.context
 from ray import serve
 
 from gptj_serve.config import PipelineConfig, ServiceConfig
 from gptj_serve.engine.engine import Engine
 from gptj_serve.engine.kv_blocks import KVBlocks
+from gptj_serve.engine.milestones import Milestone
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
-from gptj_serve.serving.logs import use_serve_logging
-from gptj_serve.serving.metrics import EngineMetrics
+from gptj_serve.serving.logs import NoAccessLines, serve_logs_json, use_serve_logging
+from gptj_serve.serving.metrics import PipelineMetrics
 from gptj_serve.serving.ray_pipeline import RayPipeline
 from gptj_serve.serving.stage_actor import StageSettings
+from gptj_serve.serving.startup import startup_lines
+from gptj_serve.serving.tracing import EngineTracing, tracer
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import EngineRequest, Event, Refusal, is_terminal
 
 logger = logging.getLogger(__name__)
+
+OBSERVATION_PERIOD_S = 1.0
+"""How often the stages are asked what they do, and metrics and traces taken over from them."""
 
 IDLE_STREAM_S = 1.0
 """An event stream without requests ends after this time, so that it never delays a replica's shutdown."""
@@ -52,7 +60,7 @@ class Pipeline:
     """
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        use_serve_logging()
+        use_serve_logging(NoAccessLines())
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         checkpoint = Checkpoint.open(config.checkpoint_dir)
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
@@ -62,7 +70,7 @@ class Pipeline:
         group = ray.util.get_current_placement_group()
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
         heads = {name: str(path.resolve()) for name, path in config.head_dirs.items()}
-        settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads)
+        settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads, serve_logs_json())
         await self._pipeline.start(settings)
         blocks = KVBlocks(
             settings[0].num_kv_blocks,
@@ -76,22 +84,20 @@ class Pipeline:
             max_microbatch_tokens=config.pipeline.scheduler.max_microbatch_tokens,
             max_sequence_tokens=checkpoint.config.n_positions,
         )
-        self._engine = Engine(
-            Scheduler(limits, blocks, checkpoint.config.eos_token_ids), self._pipeline, self._distribute
-        )
-        self._metrics = EngineMetrics(self._engine.stats)
+        self._metrics = PipelineMetrics(config.served_name)
+        own_tracer = tracer()
+        self._tracing = None if own_tracer is None else EngineTracing(own_tracer)
+        scheduler = Scheduler(limits, blocks, checkpoint.config.eos_token_ids, on_milestone=self._on_milestone)
+        self._engine = Engine(scheduler, self._pipeline, self._distribute)
         self._closing = False
         background = contextvars.Context()  # outside any request: Serve cancels what is born inside one
         self._engine_task = asyncio.get_running_loop().create_task(self._engine.run(), context=background)
         self._engine_task.add_done_callback(self._end_process)
-        self._metrics_task = asyncio.get_running_loop().create_task(self._metrics.run(), context=background)
-        for index, stage in enumerate(self._pipeline.descriptions):
-            logger.info(
-                "stage %d of %d ready: layers %s, %s, %s, %d thread(s), %.1f MB weights, %.1f MB KV cache",
-                index, len(self._pipeline.descriptions), stage["layers"], stage["device"], stage["dtype"],
-                stage["num_threads"], stage["weight_bytes"] / 1e6, stage["kv_cache_bytes"] / 1e6,
-            )  # fmt: skip
-        logger.info("%s is ready", config.served_name)
+        self._observer_task = asyncio.get_running_loop().create_task(self._observe(), context=background)
+        named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
+        url = await asyncio.to_thread(_service_url)
+        for line in startup_lines(config, checkpoint, named_heads, self._pipeline.descriptions, blocks, url):
+            logger.info("%s", line)
 
     async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str | bytes]:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
@@ -105,8 +111,12 @@ class Pipeline:
             matcher = None if grammar is None else await self._grammars.compile_async(grammar)
             # No await from here to the count of the outbox's requests: one without any is given up.
             outbox = self._outboxes.setdefault(ingress_id, _Outbox())
+            if self._tracing is not None:
+                request = self._tracing.begin(request)
             self._engine.add(request, matcher)
         except InvalidRequestError as error:
+            if self._tracing is not None:
+                self._tracing.end(request.request_id)
             yield msgspec.msgpack.encode(Refusal(error.field, error.value, error.reason), enc_hook=repr)
             return
         self._outbox_of[request.request_id] = outbox
@@ -119,6 +129,8 @@ class Pipeline:
             outbox.num_requests -= 1
             del self._outbox_of[request.request_id], self._finished[request.request_id]
             self._engine.abort(request.request_id)
+            if self._tracing is not None:
+                self._tracing.end(request.request_id)
 
     async def events(self, ingress_id: str, *, replica_id: str) -> AsyncGenerator[bytes]:
         """All events for one ingress, batched; `replica_id` is for the router, which brings the call here."""
@@ -139,20 +151,30 @@ class Pipeline:
                 yield msgspec.msgpack.encode(events)
 
     async def status(self) -> dict[str, Any]:
-        return {
-            "replica_id": self._replica_id,
-            "is_ready": True,
-            "stages": self._pipeline.descriptions,
-            "engine": self._engine.stats().as_dict(),
-        }
+        """As `api.status.PipelineStatus`; of the stages what they told last, so it never waits for one."""
+        return {"replica_id": self._replica_id, **self._engine.status()}
 
     def __del__(self) -> None:
         self._closing = True
-        for task in ("_engine_task", "_metrics_task"):
+        for task in ("_engine_task", "_observer_task"):
             if hasattr(self, task):
                 getattr(self, task).cancel()
         if hasattr(self, "_pipeline"):
             self._pipeline.close()
+
+    async def _observe(self) -> None:
+        while True:
+            reports = await self._pipeline.collect_reports()
+            stages = self._pipeline.stage_statuses()
+            self._metrics.report(self._engine.stats(), stages, reports)
+            if self._tracing is not None:
+                self._tracing.on_reports(stages, reports)
+            await asyncio.sleep(OBSERVATION_PERIOD_S)
+
+    def _on_milestone(self, milestone: Milestone, request: EngineRequest, elapsed_s: float) -> None:
+        self._metrics.on_milestone(milestone, request, elapsed_s)
+        if self._tracing is not None:
+            self._tracing.on_milestone(milestone, request, elapsed_s)
 
     def _end_process(self, engine_task: asyncio.Task[None]) -> None:
         """A replica without an engine must not look idle to the router until Serve's health check finds out."""
@@ -162,6 +184,8 @@ class Pipeline:
             os._exit(1)
 
     def _distribute(self, events: list[Event]) -> None:
+        if self._tracing is not None:
+            self._tracing.on_events(events)
         for event in events:
             outbox = self._outbox_of.get(event.request_id)
             if outbox is None:
@@ -172,8 +196,17 @@ class Pipeline:
                 self._finished[event.request_id].set()
 
 
+def _service_url() -> str:
+    url: str = ray.serve.context._get_global_client().root_url
+    return url
+
+
 def stage_settings(
-    config: PipelineConfig, checkpoint: Checkpoint, num_token_ids: int, heads: dict[str, str] | None = None
+    config: PipelineConfig,
+    checkpoint: Checkpoint,
+    num_token_ids: int,
+    heads: dict[str, str] | None = None,
+    logs_json: bool = False,
 ) -> list[StageSettings]:
     plan = plan_service(config, checkpoint)
     return [
@@ -189,6 +222,7 @@ def stage_settings(
             uses_gpu=config.stage.num_gpus > 0,
             heads=heads or {},
             deterministic=config.deterministic,
+            logs_json=logs_json,
         )
         for stage in plan.stages
     ]

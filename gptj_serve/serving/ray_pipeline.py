@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from gptj_serve.config import PipelineConfig
 from gptj_serve.errors import PipelineError
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.pipeline.step_links import StepLinks
-from gptj_serve.serving.stage_actor import GPTJStage, StageSettings
+from gptj_serve.serving.stage_actor import GPTJStage, StageReport, StageSettings
 from gptj_serve.steps import MicroBatch, StepOutput
 
 logger = logging.getLogger(__name__)
 
 HUNG_STOP_TIMEOUT_S = 1.0
 """After a step that timed out, a stage whose loop does not stop within this time is the one that hangs."""
+
+REPORT_TIMEOUT_S = 1.0
 
 DIRECTORY_PREFIX = "gptj_serve-"
 
@@ -37,7 +39,14 @@ DIRECTORY_PREFIX = "gptj_serve-"
 class _Stage:
     settings: StageSettings
     actor: ActorHandle
-    description: dict[str, Any]
+    description: dict[str, Any] = field(default_factory=dict)
+    num_restarts: int = 0
+    measured: dict[str, Any] = field(default_factory=lambda: dict(NOT_MEASURED))
+    report: asyncio.Task[StageReport] | None = None  # asked for
+
+
+NOT_MEASURED: dict[str, Any] = {"memory_bytes": 0, "busy_ratio": 0.0, "handoff_s": None, "steps": []}
+"""Of a stage that has not reported yet."""
 
 
 class RayPipeline:
@@ -61,9 +70,41 @@ class RayPipeline:
         """Per stage: layers, device, dtype, memory, process."""
         return [stage.description for stage in self._stages]
 
+    def stage_statuses(self) -> list[dict[str, Any]]:
+        """As `api.status.StageStatus`, with what `collect_reports` last brought."""
+        return [
+            {
+                "stage_index": index,
+                **{key: value for key, value in stage.description.items() if key != "node_id"},
+                "num_restarts": stage.num_restarts,
+                **stage.measured,
+            }
+            for index, stage in enumerate(self._stages)
+        ]
+
+    async def collect_reports(self) -> list[StageReport | None]:
+        """Ask every stage for its report; None for one that does not answer in `REPORT_TIMEOUT_S`.
+
+        A stage that owes a report is not asked for another one.
+        """
+        stages = list(self._stages)
+        for stage in stages:
+            if stage.report is None:
+                stage.report = asyncio.create_task(_report_of(stage.actor))
+        await asyncio.wait([stage.report for stage in stages if stage.report is not None], timeout=REPORT_TIMEOUT_S)
+        reports: list[StageReport | None] = []
+        for stage in stages:
+            reports.append(None)
+            if stage.report is not None and stage.report.done():
+                if stage.report.exception() is None:
+                    reports[-1] = stage.report.result()
+                    stage.measured = stage.report.result().measured
+                stage.report = None
+        return reports
+
     async def start(self, settings: Sequence[StageSettings]) -> None:
         """Start all stages, load them and link them. Raises what a stage's loading raised."""
-        self._stages = [_Stage(stage, self._create_actor(index, stage), {}) for index, stage in enumerate(settings)]
+        self._stages = [_Stage(stage, self._create_actor(index, stage)) for index, stage in enumerate(settings)]
         await self._load(self._stages)
         await self._link()
 
@@ -86,6 +127,8 @@ class RayPipeline:
                 logger.warning("replacing stage %d (layers %s)", index, stage.settings.layers)
                 ray.kill(stage.actor)
                 stage.actor = self._create_actor(index, stage.settings)
+                stage.num_restarts += 1
+                stage.measured = dict(NOT_MEASURED)
         try:
             await self._load([stage for stage, alive in zip(self._stages, stopped, strict=True) if not alive])
             await self._link()
@@ -96,6 +139,8 @@ class RayPipeline:
         """Close the links and end the stages."""
         self._close_links()
         for stage in self._stages:
+            if stage.report is not None:
+                stage.report.cancel()
             ray.kill(stage.actor)
 
     async def _load(self, stages: Sequence[_Stage]) -> None:
@@ -176,6 +221,11 @@ class RayPipeline:
         }
         actor: ActorHandle = ray.remote(GPTJStage).options(**options).remote(settings)
         return actor
+
+
+async def _report_of(actor: ActorHandle) -> StageReport:
+    report: StageReport = await actor.report.remote()
+    return report
 
 
 def _remove_abandoned_directories() -> None:

@@ -4,6 +4,7 @@ This module is imported by the engine's process too, which needs no torch: only 
 imports what does.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,10 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 
 from gptj_serve.pipeline.sockets import CurveKeys
+from gptj_serve.serving.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from gptj_serve.pipeline.stage_loop import StageAddresses, StageLoop
     from gptj_serve.pipeline.stage_runner import StageRunner
+    from gptj_serve.pipeline.step_meter import StepMeter, TracedStep
+
+
+logger = logging.getLogger(__name__)
 
 
 class StageSettings(NamedTuple):
@@ -31,13 +37,24 @@ class StageSettings(NamedTuple):
     uses_gpu: bool
     heads: dict[str, str]  # name → directory
     deterministic: bool
+    logs_json: bool = False
+
+
+class StageReport(NamedTuple):
+    """What a stage tells of itself when it is asked."""
+
+    measured: dict[str, Any]  # the fields of `api.status.StageStatus` that change
+    totals: dict[str, float]  # since the process started, for counters
+    traced: list["TracedStep"]  # since it was last asked
 
 
 class GPTJStage:
     """One stage. Its methods run in threads of their own, so `watch` can wait while others are called."""
 
     def __init__(self, settings: StageSettings) -> None:
+        log_to_stderr(as_json=settings.logs_json)
         self._settings = settings
+        self._meter: StepMeter | None = None
         self._runner: StageRunner | None = None
         self._loop: StageLoop | None = None
 
@@ -48,7 +65,10 @@ class GPTJStage:
 
         from gptj_serve.model.checkpoint import Checkpoint
         from gptj_serve.model.heads import open_heads
+        from gptj_serve.model.loading_progress import ProgressLines
         from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+        from gptj_serve.pipeline.stage_status import describe_stage
+        from gptj_serve.pipeline.step_meter import StepMeter
 
         settings = self._settings
         device = torch.device("cuda" if settings.uses_gpu else "cpu")
@@ -64,25 +84,30 @@ class GPTJStage:
         )
         checkpoint = Checkpoint.open(Path(settings.checkpoint_dir))
         heads = open_heads({name: Path(directory) for name, directory in settings.heads.items()}, checkpoint)
-        self._runner = StageRunner.load(checkpoint, spec, heads)
+        first, end = settings.layers
+        progress = ProgressLines(lambda line: logger.info("layers %d to %d: %s", first, end - 1, line))
+        self._runner = StageRunner.load(checkpoint, spec, heads, progress)
+        self._meter = StepMeter()
         return {
-            "layers": list(settings.layers),
-            "device": str(device),
-            "dtype": settings.dtype,
-            "num_threads": torch.get_num_threads(),
-            "weight_bytes": self._runner.weight_bytes,
-            "kv_cache_bytes": self._runner.kv_cache_bytes,
-            "pid": os.getpid(),
+            **describe_stage(self._runner),
             "node_ip": ray.util.get_node_ip_address(),
             "node_id": ray.get_runtime_context().get_node_id(),
         }
+
+    def report(self) -> StageReport:
+        from gptj_serve.pipeline.stage_status import memory_bytes
+
+        assert self._runner is not None
+        assert self._meter is not None
+        measured = {"memory_bytes": memory_bytes(self._runner.spec.device), **self._meter.status()}
+        return StageReport(measured, self._meter.totals(), self._meter.take_traced())
 
     def bind(self, address: str | None, keys: CurveKeys | None) -> "StageAddresses":
         """Make new links, listening at an ipc address, or (None) on any TCP port of this node."""
         from gptj_serve.pipeline.stage_loop import StageLoop
 
         assert self._runner is not None
-        self._loop = StageLoop(self._runner, keys)
+        self._loop = StageLoop(self._runner, keys, self._meter)
         return self._loop.bind(address or f"tcp://{ray.util.get_node_ip_address()}")
 
     def start(self, next_address: str) -> None:

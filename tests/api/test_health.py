@@ -1,48 +1,31 @@
 """Routes for probes."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeEngine
+from fakes import FakeEngine, small_model, small_tokenizer
 from fastapi import FastAPI
 
 from gptj_serve import __version__
-from gptj_serve.api.health import CACHED_S, Readiness
-from gptj_serve.errors import OverloadedError
-from gptj_serve.types import EngineRequest, Event
 
 
-class _Pipelines:
-    """An `EngineClient` that only has a status."""
+class _Pipelines(FakeEngine):
+    """Its status is what the test says."""
 
-    def __init__(self) -> None:
-        self.answer: list[dict[str, Any]] | Exception = []
-        self.num_asked = 0
+    pipelines: tuple[dict[str, Any], ...] = ()
+    problems: tuple[str, ...] = ()
 
-    async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
-        raise AssertionError("nothing is asked of the engine")
-        yield
-
-    async def status(self) -> list[dict[str, Any]]:
-        self.num_asked += 1
-        await asyncio.sleep(0)
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
-
-
-def _pipeline(name: str, is_ready: bool) -> dict[str, Any]:
-    return {"replica_id": name, "is_ready": is_ready, "stages": [], "engine": {}}
+    async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
+        await super().status()
+        return list(self.pipelines), list(self.problems)
 
 
 @pytest.fixture
-def pipelines(app: FastAPI) -> _Pipelines:
-    pipelines = _Pipelines()
-    app.state.readiness = Readiness(pipelines)
-    return pipelines
+def engine() -> _Pipelines:
+    return _Pipelines(small_model(), small_tokenizer())
 
 
 async def test_version(client: httpx.AsyncClient) -> None:
@@ -50,17 +33,10 @@ async def test_version(client: httpx.AsyncClient) -> None:
     assert (response.status_code, response.json()) == (200, {"version": __version__})
 
 
-async def test_health_asks_nobody(client: httpx.AsyncClient, pipelines: _Pipelines) -> None:
-    pipelines.answer = OverloadedError("a pipeline does not answer", 5.0)
+async def test_health_asks_nobody(client: httpx.AsyncClient, engine: _Pipelines) -> None:
     response = await client.get("/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
-    assert pipelines.num_asked == 0
-
-
-async def test_a_service_over_an_engine_is_ready(client: httpx.AsyncClient) -> None:
-    response = await client.get("/ready")
-    assert response.status_code == 200
-    assert response.json() == {"is_ready": True, "pipelines": [{"replica_id": "fake", "is_ready": True}]}
+    assert engine.num_status_calls == 0
 
 
 @pytest.mark.parametrize(
@@ -68,45 +44,30 @@ async def test_a_service_over_an_engine_is_ready(client: httpx.AsyncClient) -> N
     [([], 503), ([False], 503), ([False, False], 503), ([True], 200), ([False, True], 200)],
 )
 async def test_ready_if_one_pipeline_is(
-    client: httpx.AsyncClient, pipelines: _Pipelines, ready: list[bool], status: int
+    client: httpx.AsyncClient, engine: _Pipelines, ready: list[bool], status: int
 ) -> None:
-    pipelines.answer = [_pipeline(f"p{index}", is_ready) for index, is_ready in enumerate(ready)]
+    listed = [{"replica_id": f"p{index}", "is_ready": is_ready} for index, is_ready in enumerate(ready)]
+    engine.pipelines = tuple(each | {"stages": []} for each in listed)
+    engine.problems = ("pipeline x does not answer: died",)
     response = await client.get("/ready")
     assert (response.status_code, response.headers.get("retry-after")) == (status, None if status == 200 else "2")
-    listed = [{"replica_id": f"p{index}", "is_ready": is_ready} for index, is_ready in enumerate(ready)]
-    assert response.json() == {"is_ready": status == 200, "pipelines": listed}
+    assert response.json() == {
+        "is_ready": status == 200,
+        "pipelines": listed,
+        "problems": ["pipeline x does not answer: died"],
+    }
 
 
-async def test_not_ready_if_the_pipelines_do_not_answer(client: httpx.AsyncClient, pipelines: _Pipelines) -> None:
-    pipelines.answer = OverloadedError("a pipeline does not answer: died", 5.0)
-    response = await client.get("/ready")
-    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-    assert response.json() == {"is_ready": False, "pipelines": [], "problem": "a pipeline does not answer: died"}
+async def test_probes_and_status_together_are_one_question(client: httpx.AsyncClient, engine: _Pipelines) -> None:
+    await asyncio.gather(*[client.get(path) for path in ("/ready", "/status") * 10])
+    assert engine.num_status_calls == 1
 
 
-async def test_many_probes_are_one_question() -> None:
-    now_s = 0.0
-    pipelines = _Pipelines()
-    readiness = Readiness(pipelines, clock=lambda: now_s)
-    reports = await asyncio.gather(*[readiness.report() for _ in range(20)])
-    assert pipelines.num_asked == 1
-    assert {report.is_ready for report in reports} == {False}
-    pipelines.answer = [_pipeline("p", True)]
-    now_s += CACHED_S / 2
-    assert not (await readiness.report()).is_ready
-    now_s += CACHED_S / 2
-    assert (await readiness.report()).is_ready
-    assert pipelines.num_asked == 2
-
-
-async def test_a_probe_that_leaves_does_not_stop_the_others() -> None:
-    pipelines = _Pipelines()
-    pipelines.answer = [_pipeline("p", True)]
-    readiness = Readiness(pipelines)
-    first, second = (asyncio.create_task(readiness.report()) for _ in range(2))
+async def test_a_probe_that_leaves_does_not_stop_the_others(app: FastAPI, engine: _Pipelines) -> None:
+    first, second = (asyncio.create_task(app.state.status.get()) for _ in range(2))
     await asyncio.sleep(0)
     first.cancel()
-    assert (await second).is_ready
+    assert (await second)["model"] == "tiny"
 
 
 @pytest.mark.parametrize("path", ["/health", "/version", "/docs", "/nowhere", "/v1/nowhere"])

@@ -9,11 +9,13 @@ from calls import events
 from fakes import SPECIAL_TOKEN, FakeEngine, small_model, small_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from gptj_serve.api.app import create_app
 from gptj_serve.api.classification import classify
 from gptj_serve.api.huggingface_schemas import ClassifyRequest, QAParameters
 from gptj_serve.api.service import Service
+from gptj_serve.api.status import Status
 from gptj_serve.api.zero_shot_classification import classify_zero_shot
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import InvalidRequestError
@@ -290,9 +292,8 @@ def test_qa_parameters_are_the_options() -> None:
 
 async def test_health_and_status(client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).json() == {"status": "ok"}
-    status = (await client.get("/status")).json()
+    status = TypeAdapter(Status).validate_python((await client.get("/status")).json())
     assert (status["model"], status["tasks"]) == ("tiny", ["generate", "classify", "qa"])
-    assert status["pipelines"] == [{"replica_id": "fake", "is_ready": True, "engine": {"num_running": 0}}]
 
 
 async def test_docs(client: httpx.AsyncClient) -> None:

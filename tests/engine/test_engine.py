@@ -99,7 +99,7 @@ async def collect(engine: LocalEngine, request: EngineRequest) -> list[Event]:
 
 
 async def stats(engine: LocalEngine) -> dict[str, int]:
-    return (await engine.status())[0]["engine"]
+    return engine.stats().as_dict()
 
 
 async def turns(count: int = 20) -> None:

@@ -131,7 +131,7 @@ async def test_answers_have_the_same_bits(
         max_microbatch_tokens=max_microbatch_tokens,
     ) as engine:
         answers = await asyncio.gather(*(answer(engine, request) for request in asked))
-        stats = (await engine.status())[0]["engine"]
+        stats = engine.stats().as_dict()
     if num_kv_blocks == SCARCE:
         assert stats["num_preemptions"] > 0
     else:
@@ -162,7 +162,7 @@ async def test_one_prompt_again_and_again_among_random_traffic_has_one_answer(ti
         others = asyncio.gather(*(other(engine, request) for request in traffic))
         answers = await asyncio.gather(*(one(engine, index) for index in range(num_times)))
         await others
-        assert (await engine.status())[0]["engine"]["num_preemptions"] > 0
+        assert engine.stats().as_dict()["num_preemptions"] > 0
     assert len(set(answers)) == 1
 
 

@@ -100,7 +100,7 @@ async def serving(
 
 
 async def num_preemptions(engine: LocalEngine) -> int:
-    return (await engine.status())[0]["engine"]["num_preemptions"]
+    return engine.stats().as_dict()["num_preemptions"]
 
 
 def generate_request(request_id: str, prompt: list[int], **sampling: object) -> EngineRequest:
@@ -468,7 +468,7 @@ async def test_failure_of_a_stage_is_recovered_from(directory: Path, prompts, gr
         answers = await asyncio.gather(
             *(generate(engine, generate_request(str(i), prompt)) for i, prompt in enumerate(prompts))
         )
-        assert (await engine.status())[0]["engine"]["num_recoveries"] == 2
+        assert engine.stats().as_dict()["num_recoveries"] == 2
     pipeline.close()
     assert answers == greedy_reference
 

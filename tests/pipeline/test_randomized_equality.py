@@ -211,7 +211,7 @@ async def serve(model: Model, cases: list[Case], chance: random.Random, seen: Co
                 for index, case in enumerate(cases)
             ]
             answers = await asyncio.gather(*map(answer, [engine] * len(cases), requests, cases, delays))
-            seen.update((await engine.status())[0]["engine"])
+            seen.update(engine.stats().as_dict())
         scheduler.check_integrity()
         assert scheduler.blocks.num_used == 0
         return answers

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -189,8 +190,10 @@ def test_hidden_states_arrive_as_they_were(dtype: torch.dtype, tmp_path: Path) -
     try:
         connect_sender(sender, bind_receiver(receiver, f"ipc://{tmp_path}/hidden", None), None)
         hidden = torch.randn(5, 8).to(dtype).t().contiguous().t()  # not contiguous
+        before = time.time()
         ZmqHandoff(sender).send(3, hidden)
-        arrived = ZmqHandoff(receiver).receive(3, lambda: False)
+        arrived, sent_at = ZmqHandoff(receiver).receive(3, lambda: False)
+        assert before <= sent_at <= time.time()
         assert arrived is not None
         assert arrived.dtype == dtype
         assert torch.equal(arrived, hidden)

@@ -28,6 +28,7 @@ class ServeRun:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is taken by another service"
         self.startup_output = ""
+        self.url = f"http://127.0.0.1:{port}"
         self._log_file = log_file
         self.started_at = time.monotonic()
         with log_file.open("w") as log:
@@ -50,7 +51,7 @@ class ServeRun:
         while time.monotonic() - self.started_at < STARTUP_TIMEOUT_S:
             assert self.process.poll() is None, f"serve run ended:\n{self.output}"
             try:
-                response = httpx.post(f"{URL}/generate", json={"inputs": "Hello"}, timeout=STARTUP_TIMEOUT_S)
+                response = httpx.post(f"{self.url}/generate", json={"inputs": "Hello"}, timeout=STARTUP_TIMEOUT_S)
                 if response.status_code == 200:
                     time.sleep(LOG_FORWARDING_S)
                     self.startup_output = self.output

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 from ray.exceptions import ActorUnavailableError
+from ray.serve.exceptions import RayServeException
 
-from gptj_serve.errors import InvalidRequestError, OverloadedError
+from gptj_serve.errors import InvalidRequestError
 from gptj_serve.serving import engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.types import (
@@ -135,16 +136,66 @@ async def test_request_whose_events_do_not_come_goes_elsewhere(monkeypatch: pyte
     assert len(pipelines.attempts) == 2
 
 
-async def test_silent_pipelines_make_status_an_error_worth_another_try() -> None:
-    class Silent(FakePipelines):
-        def broadcast(self, _method: str) -> "Silent":
-            return self
+class Asked(FakePipelines):
+    """Pipelines that are asked for their status: those in `silent` don't answer, and one in `dead` can't."""
 
-        async def results_async(self, *, timeout_s: float) -> list[Any]:
-            raise TimeoutError("Timed out waiting for broadcast results.")
+    def __init__(self, *replica_ids: str) -> None:
+        super().__init__()
+        self.replica_ids = replica_ids
+        self.silent: set[str] = set()
+        self.dead: set[str] = set()
 
-    with pytest.raises(OverloadedError, match="does not answer"):
-        await ServeEngineClient(Silent()).status()  # type: ignore[arg-type]
+    def broadcast(self, method: str) -> "Asked":
+        assert method == "status"
+        return self
+
+    async def _fetch_replica_results_async(self) -> list[Any]:
+        if not self.replica_ids:
+            raise RayServeException("no replica is running")
+        return [Answer(self, replica_id) for replica_id in self.replica_ids]
+
+
+class Answer:
+    def __init__(self, pipelines: Asked, replica_id: str) -> None:
+        self._pipelines, self._replica_id = pipelines, replica_id
+
+    async def get_async(self) -> dict[str, str]:
+        if self._replica_id in self._pipelines.dead:
+            raise ActorUnavailableError("gone", None)
+        if self._replica_id in self._pipelines.silent:
+            await asyncio.sleep(60)
+        return {"replica_id": self._replica_id}
+
+
+async def test_a_silent_pipeline_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "STATUS_TIMEOUT_S", 0.1)
+    pipelines = Asked("c", "a", "b")
+    client = ServeEngineClient(pipelines)  # type: ignore[arg-type]
+    assert await client.status() == ([{"replica_id": "a"}, {"replica_id": "b"}, {"replica_id": "c"}], [])
+    pipelines.silent = {"b"}
+    for _ in range(2):  # it is remembered who it was
+        answered, problems = await client.status()
+        assert answered == [{"replica_id": "a"}, {"replica_id": "c"}]
+        assert problems == ["pipeline b does not answer: TimeoutError"]
+    pipelines.silent, pipelines.dead = set(), {"c"}
+    answered, problems = await client.status()
+    assert answered == [{"replica_id": "a"}, {"replica_id": "b"}]
+    assert len(problems) == 1
+    assert "pipeline c does not answer" in problems[0]
+    pipelines.dead = set()
+    assert (await client.status())[1] == []
+
+
+async def test_no_pipeline_at_all_is_a_problem_too() -> None:
+    client = ServeEngineClient(Asked())  # type: ignore[arg-type]
+    assert await client.status() == ([], ["no pipeline can be asked: no replica is running"])
+
+
+async def test_each_replay_is_told() -> None:
+    replays: list[None] = []
+    client = ServeEngineClient(FakePipelines(2, 3), lambda: replays.append(None))  # type: ignore[arg-type]
+    assert len([event async for event in client.submit(REQUEST)]) == NUM_TOKENS
+    assert len(replays) == 2
 
 
 async def test_a_refusal_comes_back_as_it_was_raised() -> None:

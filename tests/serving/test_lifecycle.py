@@ -32,9 +32,13 @@ async def test_client_that_leaves_frees_its_blocks(http: httpx.AsyncClient) -> N
     async with http.stream("POST", "/generate_stream", json=LONG) as response:
         lines = response.aiter_lines()
         assert (await anext(lines)).startswith("data:")
-        during = (await pipeline_status(http))["engine"]
-        assert during["num_kv_blocks_used"] > 0
-        assert during["num_running"] == 1
+
+        async def is_shown() -> bool:
+            """the stream is in the status"""
+            engine = (await pipeline_status(http))["engine"]
+            return engine["num_kv_blocks_used"] > 0 and engine["num_running"] == 1
+
+        await eventually(is_shown)
 
     async def freed() -> bool:
         """the blocks of the stream that its client left are free"""

@@ -28,7 +28,7 @@ class FakeEngine:
 
 def make_pipeline(engine: FakeEngine) -> Pipeline:
     pipeline = Pipeline.__new__(Pipeline)  # its constructor wants a replica's surroundings
-    pipeline._engine, pipeline._replica_id = engine, "replica"  # type: ignore[assignment]
+    pipeline._engine, pipeline._replica_id, pipeline._tracing = engine, "replica", None  # type: ignore[assignment]
     pipeline._outboxes, pipeline._outbox_of, pipeline._finished = {}, {}, {}
     return pipeline
 

@@ -1,0 +1,149 @@
+"""`gptj-serve status`: what a service is doing, as a view that is renewed in place."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from http.client import HTTPException
+from typing import Annotated, Any
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from gptj_serve.api.status import PipelineStatus, StageStatus, Status
+from gptj_serve.errors import GPTJServeError
+
+TIMEOUT_S = 10.0
+PERIOD_S = 1.0
+BAR_WIDTH = 20
+
+_STATUS = TypeAdapter(Status)
+
+
+class StatusError(GPTJServeError):
+    """The service's status is not to be had."""
+
+
+def status(
+    url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="GPTJ_SERVE_API_KEY", show_default=False, help="If the service asks for one.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print it once instead of renewing it until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it once, as JSON.")] = False,
+) -> None:
+    """Show what a running service, its pipelines and their stages are doing."""
+    first = fetch_status(url, api_key)
+    if as_json:
+        return typer.echo(json.dumps(first, indent=2))
+    console = Console()
+    if once or not console.is_terminal:
+        return console.print(render(first))
+    with Live(render(first), console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(PERIOD_S)
+                live.update(render(fetch_status(url, api_key)), refresh=True)
+        except KeyboardInterrupt:
+            return None
+
+
+def fetch_status(url: str, api_key: str | None = None) -> Status:
+    """Raises `StatusError`, saying what is wrong in one line."""
+    if not url.startswith(("http://", "https://")):
+        raise StatusError(f"--url={url!r}: must begin with http:// or https://")
+    address = f"{url.rstrip('/')}/status"
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    request = urllib.request.Request(address, headers=headers)  # noqa: S310  # its scheme is checked
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+            return _STATUS.validate_json(response.read())
+    except urllib.error.HTTPError as error:
+        error.close()
+        hint = "; it asks for an API key (--api-key or GPTJ_SERVE_API_KEY)" if error.code in (401, 403) else ""
+        raise StatusError(f"{address}: HTTP {error.code} {error.reason}{hint}") from None
+    except ValidationError:
+        raise StatusError(f"{address}: what answers there is not this service's status") from None
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise StatusError(f"{address}: {reason}") from None
+
+
+def render(status: Status) -> RenderableType:
+    lines: list[RenderableType] = [_service_line(status)]
+    for pipeline in status["pipelines"]:
+        lines += ["", _pipeline_line(pipeline), _stage_table(pipeline["stages"])]
+    lines += [Text(problem, style="red") for problem in status["problems"]]
+    return Group(*lines)
+
+
+def _service_line(status: Status) -> Text:
+    ingress = status["ingress"]
+    heads = [f"{name} ({kind})" for name, kind in status["heads"].items()]
+    return _line(
+        [
+            (status["model"], "bold"),
+            (f"gptj_serve {status['version']}, up {_duration(status['uptime_s'])}", ""),
+            (", ".join([*status["tasks"], *heads]), ""),
+            (f"{ingress['num_requests']} of at most {ingress['max_requests']} requests", ""),
+        ]
+    )
+
+
+def _pipeline_line(pipeline: PipelineStatus) -> Text:
+    engine = pipeline["engine"]
+    used, total = engine["num_kv_blocks_used"], engine["num_kv_blocks"]
+    ready = ("ready", "green") if pipeline["is_ready"] else ("stages are started again", "red")
+    return _line(
+        [
+            (f"pipeline {pipeline['replica_id']}", "bold"),
+            ready,
+            (f"{pipeline['tokens_per_s']:,.0f} tokens/s", "cyan"),
+            (f"{engine['num_running']} running, {engine['num_waiting']} waiting", ""),
+            (f"KV {_bar(used / max(1, total))} {used:,}/{total:,} blocks", ""),
+            (f"{engine['num_preemptions']:,} preemptions, {engine['num_recoveries']:,} recoveries", ""),
+        ]
+    )
+
+
+def _stage_table(stages: Iterable[StageStatus]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("stage", "layers", "device", "memory", "busy", "handoff", "restarts", "process"):
+        table.add_column(column, no_wrap=True)
+    for stage in stages:
+        first, end = stage["layers"]
+        handoff_s = stage["handoff_s"]
+        table.add_row(
+            str(stage["stage_index"]),
+            f"{first}-{end - 1}",
+            f"{stage['device']} {stage['dtype']}",
+            f"{stage['memory_bytes'] / 1e9:.2f} GB",
+            f"{_bar(stage['busy_ratio'])} {stage['busy_ratio']:4.0%}",
+            "" if handoff_s is None else f"{handoff_s * 1e3:.2f} ms",
+            str(stage["num_restarts"]),
+            f"{stage['pid']} on {stage['node_ip']}",
+        )
+    return table
+
+
+def _line(parts: list[tuple[str, str]]) -> Text:
+    return Text("  ").join(Text(text, style=style) for text, style in parts)
+
+
+def _bar(share: float) -> str:
+    filled = round(min(1.0, max(0.0, share)) * BAR_WIDTH)
+    return "█" * filled + "░" * (BAR_WIDTH - filled)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts: list[tuple[Any, str]] = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    shown = [f"{number} {unit}" for number, unit in parts if number] or ["0 s"]
+    return " ".join(shown[:2])

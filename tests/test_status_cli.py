@@ -1,0 +1,155 @@
+"""`gptj-serve status` against a server of canned answers."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from gptj_serve.api.status import PipelineStatus, StageStatus, Status
+from gptj_serve.cli import main
+
+
+@dataclass
+class Service:
+    """Answers `GET /status` with `body`; asks for the key if there is one."""
+
+    body: bytes = b""
+    key: str | None = None
+    url: str = ""
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    state = Service()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_known = state.key is None or self.headers["Authorization"] == f"Bearer {state.key}"
+            found = self.path == "/status"
+            self.send_response((200 if found else 404) if is_known else 401)
+            self.end_headers()
+            self.wfile.write(state.body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], service: Service) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: str, url: str | None = None) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["status", "--url", url or service.url, *arguments])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def make_stage(index: int, **changes: Any) -> StageStatus:
+    stage: dict[str, Any] = {
+        "stage_index": index, "layers": [4 * index, 4 * index + 4], "device": "cpu", "dtype": "float32",
+        "num_threads": 1, "pid": 100 + index, "node_ip": "10.0.0.1", "weight_bytes": 10, "kv_cache_bytes": 20,
+        "memory_bytes": 400_000_000, "num_restarts": 0, "busy_ratio": 0.5, "handoff_s": 0.00123 if index else None,
+        "steps": [],
+    }  # fmt: skip
+    return StageStatus(**stage | changes)  # type: ignore[typeddict-item]
+
+
+def make_status(**changes: Any) -> Status:
+    engine = {
+        "num_running": 3, "num_waiting": 2, "num_kv_blocks": 512, "num_kv_blocks_used": 128, "num_preemptions": 1234,
+        "num_recoveries": 1,
+    }  # fmt: skip
+    pipeline = PipelineStatus(
+        replica_id="abc", is_ready=True, now=5.0, tokens_per_s=1234.4, engine=engine,
+        stages=[make_stage(0), make_stage(1, num_restarts=2)],
+    )  # fmt: skip
+    status: dict[str, Any] = {
+        "model": "my-gptj", "version": "1.2.3", "uptime_s": 93784.0, "tasks": ["generate", "classify"],
+        "heads": {"tone": "classifier"}, "max_model_len": 1024, "pipelines": [pipeline], "problems": [],
+        "ingress": {"num_requests": 5, "max_requests": 1024},
+    }  # fmt: skip
+    return Status(**status | changes)  # type: ignore[typeddict-item]
+
+
+def test_once_shows_service_pipelines_and_stages(run: Any, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    service.body = json.dumps(make_status(problems=["pipeline def does not answer: TimeoutError"])).encode()
+    status, out, err = run("--once")
+    assert (status, err) == (0, "")
+    service_line, _, pipeline_line, header, first, second, problem = out.splitlines()
+    assert "my-gptj  gptj_serve 1.2.3, up 1 d 2 h  generate, classify, tone (classifier)" in service_line
+    assert "5 of at most 1024 requests" in service_line
+    assert "pipeline abc  ready  1,234 tokens/s  3 running, 2 waiting  KV █████░░░░░░░░░░░░░░░ 128/512 blocks" in (
+        pipeline_line
+    )
+    assert "1,234 preemptions, 1 recoveries" in pipeline_line
+    assert header.split() == ["stage", "layers", "device", "memory", "busy", "handoff", "restarts", "process"]
+    bar = "██████████░░░░░░░░░░"
+    assert first.split() == ["0", "0-3", "cpu", "float32", "0.40", "GB", bar, "50%", "0", "100", "on", "10.0.0.1"]
+    assert second.split()[-6:] == ["1.23", "ms", "2", "101", "on", "10.0.0.1"]
+    assert problem == "pipeline def does not answer: TimeoutError"
+
+
+def test_a_pipeline_that_is_not_ready_says_so(run: Any, service: Service) -> None:
+    pipeline = make_status()["pipelines"][0]
+    service.body = json.dumps(make_status(pipelines=[{**pipeline, "is_ready": False}])).encode()
+    _, out, _ = run("--once")
+    assert "stages are started again" in " ".join(out.split())
+
+
+def test_json_is_what_the_service_says(run: Any, service: Service) -> None:
+    service.body = json.dumps(make_status()).encode()
+    status, out, _ = run("--json")
+    assert status == 0
+    assert json.loads(out) == make_status()
+
+
+def test_the_key_comes_from_the_option_or_the_environment(
+    run: Any, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.body, service.key = json.dumps(make_status()).encode(), "secret"
+    assert run("--once", "--api-key", "secret")[0] == 0
+    monkeypatch.setenv("GPTJ_SERVE_API_KEY", "secret")
+    assert run("--once")[0] == 0
+    monkeypatch.delenv("GPTJ_SERVE_API_KEY")
+    status, out, err = run("--once")
+    assert (status, out) == (1, "")
+    assert err == (
+        f"gptj-serve: {service.url}/status: HTTP 401 Unauthorized; it asks for an API key (--api-key or "
+        "GPTJ_SERVE_API_KEY)\n"
+    )
+
+
+@pytest.mark.parametrize("body", [b"<html>", b'{"model": "x"}', b""])
+def test_an_answer_that_is_something_else(run: Any, service: Service, body: bytes) -> None:
+    service.body = body
+    assert run("--once") == (
+        1, "", f"gptj-serve: {service.url}/status: what answers there is not this service's status\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:9", "http://127.0.0.1:9/status: [Errno 111] Connection refused"),
+        ("127.0.0.1:8000", "--url='127.0.0.1:8000': must begin with http:// or https://"),
+        ("file:///etc/passwd", "--url='file:///etc/passwd': must begin with http:// or https://"),
+        ("http://127.0.0.1:x", "http://127.0.0.1:x/status: nonnumeric port: 'x'"),
+    ],
+)
+def test_no_service_there(run: Any, url: str, message: str) -> None:
+    assert run("--once", url=url) == (1, "", f"gptj-serve: {message}\n")
