@@ -33,6 +33,7 @@ BUSY = {503, 504}
 """Errors of the server's that it is meant to answer with."""
 TIMEOUT_S = 120.0
 GOLDEN = {"prompt": "The President said", "max_tokens": 24, "temperature": 0.9, "seed": 7, "stream": True}
+GOLDEN_PAUSE_S = 0.2
 CHANGING = re.compile(rb'"(id|created)":("[^"]*"|[0-9]+)')
 
 
@@ -97,6 +98,7 @@ def golden_stream(url: str) -> Iterator[None]:
         while not done.is_set() or not came:
             response = httpx.post(f"{url}/v1/completions", json={"model": model, **GOLDEN}, timeout=TIMEOUT_S)
             came[CHANGING.sub(b"", response.content)] += 1
+            done.wait(GOLDEN_PAUSE_S)
 
     thread = threading.Thread(target=ask)
     thread.start()
