@@ -44,7 +44,9 @@ def service(tmp_path_factory: pytest.TempPathFactory, named_heads: dict[str, Hea
     """Also checks how it ends: Ctrl-C stops it soon and leaves no process."""
     directory = tmp_path_factory.mktemp("serve")
     config = yaml.safe_load((ROOT / "deployments" / "gptj.yaml").read_text())
-    config["applications"][0]["args"]["heads"] = {name: str(head.directory) for name, head in named_heads.items()}
+    args = config["applications"][0]["args"]
+    args["heads"] = {name: str(head.directory) for name, head in named_heads.items()}
+    args["chat_template"] = str(ROOT / "deployments" / "chat.jinja")
     (directory / "gptj.yaml").write_text(yaml.safe_dump(config))
     run = ServeRun(directory / "gptj.yaml", directory / "output.log")
     try:

@@ -44,6 +44,7 @@ def test_args_that_are_no_config(args: dict[str, Any], message: str, said: list[
         ({"checkpoint": "/nowhere"}, "/nowhere: no such checkpoint directory"),
         ({"heads": {"spam": "/nowhere"}}, "/nowhere"),
         ({"ingress": {"api_keys_file": "/nowhere/keys.yaml"}}, "/nowhere/keys.yaml: can't be read: No such file"),
+        ({"chat_template": "/nowhere"}, "/nowhere: the chat template can't be read"),
     ],
 )
 def test_config_that_cannot_be_served(args: dict[str, Any], message: str, said: list[str]) -> None:
@@ -69,6 +70,14 @@ def test_tokenizer_larger_than_the_model(tmp_path: Path, demo: Path, said: list[
 def test_an_ingress_has_room_for_what_it_refuses_and_for_probes() -> None:
     deployment = app._ingress(ServiceConfig(ingress=IngressConfig(max_ongoing_requests=7)))
     assert deployment.max_ongoing_requests == 7 + app.NUM_LOOKING_REQUESTS
+
+
+def test_a_chat_template_that_is_none(tmp_path: Path, said: list[str]) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for message in messages %}")
+    with pytest.raises(GPTJServeError, match=f"{template}: not a chat template: Unexpected end of template"):
+        app.build(app.BuilderConfig(chat_template=str(template)))
+    assert len(said) == 1
 
 
 def test_the_demo_can_be_served(said: list[str]) -> None:
