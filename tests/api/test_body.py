@@ -131,6 +131,21 @@ async def test_the_bytes_that_come_count_not_the_declared_ones(
     assert (dict(start["headers"]).get(b"connection") == b"close") == (status == 413)
 
 
+@pytest.mark.parametrize(("num_bytes", "is_closed"), [(4097, False), (8 << 20, False), ((8 << 20) + 1, True)])
+async def test_a_connection_is_kept_while_the_rest_of_a_refused_body_is_little(
+    client: httpx.AsyncClient, num_bytes: int, is_closed: bool
+) -> None:
+    response = await client.post("/generate", headers=JSON | {"content-length": str(num_bytes)})
+    assert response.status_code == 413
+    assert (response.headers.get("connection") == "close") == is_closed
+
+
+@pytest.mark.parametrize("content_length", ["9" * 4000, "9" * 5000])
+async def test_a_declared_size_without_bounds(client: httpx.AsyncClient, content_length: str) -> None:
+    response = await client.post("/generate", headers=JSON | {"content-length": content_length})
+    assert response.status_code == 413
+
+
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize(
     "content",
