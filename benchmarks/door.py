@@ -1,8 +1,8 @@
 """What a running service's clients notice of those who don't play fair: `python -m benchmarks.door URL [--key KEY]`.
 
-The latency of small /generate requests, first undisturbed, then beside each kind of attack, and what the attackers got.
-They run in a process of their own, but on the same machine as this: the ratios hold what they cost the service and
-what they take from its cores.
+The latency of small /generate requests beside each kind of attack, undisturbed just before it, and what the attackers
+got. They run in a process of their own, but on the same machine as this: the ratios hold what they cost the service
+and what they take from its cores.
 """
 
 import asyncio
@@ -187,8 +187,18 @@ def attack(name: str, target: Target, duration_s: float) -> Counter[str]:
 # ── the honest ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def measure(target: Target, num_workers: int, duration_s: float) -> tuple[list[float], Counter[int]]:
-    """Latencies in seconds, and the statuses."""
+@dataclass(frozen=True)
+class Measured:
+    latencies_s: list[float]
+    statuses: Counter[int]
+
+    def figures(self, duration_s: float) -> tuple[float, float, float]:
+        """p50 and p99 in milliseconds, requests per second."""
+        cuts = statistics.quantiles(self.latencies_s, n=100)
+        return cuts[49] * 1000, cuts[98] * 1000, len(self.latencies_s) / duration_s
+
+
+async def measure(target: Target, num_workers: int, duration_s: float) -> Measured:
     latencies: list[float] = []
     statuses: Counter[int] = Counter()
     until = time.perf_counter() + duration_s
@@ -202,7 +212,7 @@ async def measure(target: Target, num_workers: int, duration_s: float) -> tuple[
         connection.close()
 
     await asyncio.gather(*[worker() for _ in range(num_workers)])
-    return latencies, statuses
+    return Measured(latencies, statuses)
 
 
 async def needs_key(target: Target) -> bool:
@@ -231,24 +241,22 @@ def main(
             "needs a key: give one with --key" if is_closed else "takes no key: is it the service you mean to attack?"
         )
         raise typer.BadParameter(f"{url}: the service {needs}")
-    table = Table("beside", "p50 ms", "p99 ms", "p50 ratio", "p99 ratio", "requests/s", "honest got", "attackers got")
-    base: tuple[float, float] | None = None
+    table = Table("beside", "p50 ms", "p99 ms", "requests/s", "honest got", "attackers got")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        for name in [None, *ATTACKS]:
+        for name in ATTACKS:
             if name == "wrong keys" and not is_closed:
                 continue  # an open service takes any key
-            ongoing = None if name is None else process.submit(attack, name, target, seconds + 2 * SETTLE_S)
+            alone = asyncio.run(measure(target, workers, seconds))
+            ongoing = process.submit(attack, name, target, seconds + 2 * SETTLE_S)
             time.sleep(SETTLE_S)
-            latencies, statuses = asyncio.run(measure(target, workers, seconds))
-            outcomes: Counter[str] = Counter() if ongoing is None else ongoing.result()
-            cuts = statistics.quantiles(latencies, n=100)
-            p50, p99 = cuts[49] * 1000, cuts[98] * 1000
-            base = base or (p50, p99)
-            ratios = (f"{p50 / base[0]:.2f}", f"{p99 / base[1]:.2f}")
-            rate = f"{len(latencies) / seconds:.0f}"
-            got = (_listed(statuses), _listed(outcomes))
-            table.add_row(name or "nothing", f"{p50:.1f}", f"{p99:.1f}", *ratios, rate, *got)
-    Console(width=140).print(table)
+            beside = asyncio.run(measure(target, workers, seconds))
+            outcomes = ongoing.result()
+            cells = [
+                f"{was:.1f} → {now:.1f} ({now / was:.2f})"
+                for was, now in zip(alone.figures(seconds), beside.figures(seconds), strict=True)
+            ]
+            table.add_row(name, *cells, _listed(beside.statuses), _listed(outcomes))
+    Console(width=140).print(f"{workers} clients; without → beside the attack (ratio)", table)
 
 
 def _listed(counts: Counter[str] | Counter[int]) -> str:

@@ -1,7 +1,9 @@
 """Bodies that are too large, too slow, too deep, or no text; and clients who leave in the middle of one."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -63,14 +65,20 @@ async def test_a_server_is_rid_of_who_goes_on_sending(
         while not server.started:
             await asyncio.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST /generate HTTP/1.1\r\nHost: test\r\n" + head + b"\r\n\r\n")
-        answer = asyncio.create_task(reader.read())
-        while not answer.done():
-            writer.write(piece)
-            await asyncio.wait([answer], timeout=0.02)
-        assert answer.result().startswith(b"HTTP/1.1 " + status)
-        writer.close()
+        loop = asyncio.get_running_loop()
+        with socket.socket() as client:  # not a stream, which forgets what it has read when a write of its own fails
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", port))
+            await loop.sock_sendall(client, b"POST /generate HTTP/1.1\r\nHost: test\r\n" + head + b"\r\n\r\n")
+            answer = asyncio.create_task(loop.sock_recv(client, 1000))
+            while not answer.done():
+                with suppress(OSError):
+                    await loop.sock_sendall(client, piece)
+                await asyncio.wait([answer], timeout=0.02)
+            assert answer.result().startswith(b"HTTP/1.1 " + status)
+            with suppress(ConnectionResetError):
+                while await loop.sock_recv(client, 1000):
+                    pass
         while server.server_state.connections or server.server_state.tasks:
             await asyncio.sleep(0.01)
         assert app.state.ongoing.num_requests == 0
@@ -129,6 +137,21 @@ async def test_the_bytes_that_come_count_not_the_declared_ones(
     start, *_ = await _call(app, messages, headers)
     assert start["status"] == status
     assert (dict(start["headers"]).get(b"connection") == b"close") == (status == 413)
+
+
+@pytest.mark.parametrize(("num_bytes", "is_closed"), [(4097, False), (8 << 20, False), ((8 << 20) + 1, True)])
+async def test_a_connection_is_kept_while_the_rest_of_a_refused_body_is_little(
+    client: httpx.AsyncClient, num_bytes: int, is_closed: bool
+) -> None:
+    response = await client.post("/generate", headers=JSON | {"content-length": str(num_bytes)})
+    assert response.status_code == 413
+    assert (response.headers.get("connection") == "close") == is_closed
+
+
+@pytest.mark.parametrize("content_length", ["9" * 4000, "9" * 5000])
+async def test_a_declared_size_without_bounds(client: httpx.AsyncClient, content_length: str) -> None:
+    response = await client.post("/generate", headers=JSON | {"content-length": content_length})
+    assert response.status_code == 413
 
 
 @pytest.mark.parametrize("path", ROUTES)

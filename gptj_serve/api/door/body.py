@@ -9,6 +9,12 @@ from starlette.types import Message, Receive, Scope
 CLOSE = {"Connection": "close"}
 """Of what is refused while the client still sends, and may go on for ever."""
 
+MAX_UNREAD_BYTES = 8 << 20
+"""So much of a refused body the server still takes and drops: a client that sends all before it reads gets its 413."""
+
+MAX_DIGITS = 18
+"""Of a declared size: Python takes no number of thousands of digits."""
+
 
 class ClientLeftError(Exception):
     """The client has hung up before its body was complete: nobody is there to answer."""
@@ -17,8 +23,9 @@ class ClientLeftError(Exception):
 def check_declared_size(scope: Scope, max_body_bytes: int) -> None:
     """Raises `HTTPException` 413."""
     declared = Headers(scope=scope).get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_body_bytes:
-        raise _too_large(max_body_bytes, f"of {declared} bytes ")
+    num_bytes = int(declared[:MAX_DIGITS]) if declared.isdecimal() else 0  # what comes is counted in any case
+    if num_bytes > max_body_bytes:
+        raise _too_large(max_body_bytes, f"of {num_bytes} bytes ", CLOSE if num_bytes > MAX_UNREAD_BYTES else None)
 
 
 async def read_body(receive: Receive, max_body_bytes: int, timeout_s: float) -> Receive:
