@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytest
-from live_app import LiveApp
+from live_app import LiveApp, OpenPage
 from playwright.sync_api import Browser, Page, sync_playwright
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
@@ -23,8 +23,6 @@ FLAGS = (
 )
 REFUSED = re.compile(r"Failed to load resource: the server responded with a status of [45]\d\d")
 """What Chromium writes of each answer that is an error; tests of such answers look at what the page makes of them."""
-
-OpenPage = Callable[..., Page]
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import httpx
 import torch
 import uvicorn
+from playwright.sync_api import Page
 from torch import Tensor
 
 from gptj_serve.api.app import create_app
@@ -33,6 +34,9 @@ NUM_STAGES = 2
 BLOCK_SIZE = 16
 STEP_PAUSE_S = 0.004
 """Each stage takes so much longer: a demo that is done at once could not be watched, or stopped."""
+
+OpenPage = Callable[..., Page]
+"""See `conftest.open_page`."""
 
 
 class MeasuredStage(StageRunner):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import OpenPage
+from live_app import OpenPage
 from playwright.sync_api import Locator, Page, expect
 from statuses import pipeline, status
 

@@ -6,8 +6,7 @@ import shlex
 import time
 
 import pytest
-from conftest import OpenPage
-from live_app import LiveApp
+from live_app import LiveApp, OpenPage
 from playwright.sync_api import Locator, Page, Request, expect
 
 from gptj_serve.api.huggingface_schemas import ClassifyParameters, GenerateParameters, QAParameters

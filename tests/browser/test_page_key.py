@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import OpenPage
+from live_app import OpenPage
 from playwright.sync_api import Page, Route, expect
 
 pytestmark = pytest.mark.browser

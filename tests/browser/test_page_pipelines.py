@@ -4,7 +4,7 @@ import itertools
 import time
 
 import pytest
-from conftest import OpenPage
+from live_app import OpenPage
 from playwright.sync_api import Locator, Page, Route, expect
 from statuses import pipeline, status
 

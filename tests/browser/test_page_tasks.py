@@ -5,8 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import OpenPage
-from live_app import LiveApp
+from live_app import LiveApp, OpenPage
 from playwright.sync_api import Page, expect
 
 pytestmark = pytest.mark.browser
