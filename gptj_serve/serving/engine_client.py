@@ -40,6 +40,12 @@ logger = logging.getLogger(__name__)
 REPLAY_TIMEOUT_S = 120.0
 """A request that loses its replica is given up when it gets no further on any other for this time."""
 
+MAX_REPLICA_LOSSES = 5
+"""A request that so many replicas in a row died with, without a token in between, is taken for the cause."""
+
+MAX_GIVEN_UP = 2
+"""And so is one that so many pipelines gave up, since they were lost again and again while they computed it."""
+
 REPLAY_DELAY_S = 0.1
 MAX_REPLAY_DELAY_S = 2.0
 """Before going to another replica; doubled with each loss in a row."""
@@ -56,7 +62,11 @@ STATUS_TIMEOUT_S = 2.0
 
 
 class _ReplicaLostError(Exception):
-    """The replica that served a request is gone or can't be reached."""
+    """The replica that served a request, or was to, is gone or can't be reached."""
+
+    def __init__(self, message: str, *, had_request: bool = True) -> None:
+        super().__init__(message)
+        self.had_request = had_request
 
 
 class ServeEngineClient:
@@ -79,6 +89,7 @@ class ServeEngineClient:
         clock = asyncio.get_running_loop().time
         began_at = last_progress_at = clock()
         delay_s = REPLAY_DELAY_S
+        num_losses = num_given_up = 0
         for attempt in itertools.count():
             # Each attempt has an id of its own, so that nothing late from a lost replica is taken for this one's.
             attempt_request = msgspec.structs.replace(
@@ -90,10 +101,14 @@ class ServeEngineClient:
             try:
                 async with aclosing(self._attempt(attempt_request)) as events:
                     async for event in events:
+                        if isinstance(event, FailureEvent) and event.is_pipeline_at_fault:
+                            num_given_up += 1
+                            if num_given_up < MAX_GIVEN_UP:
+                                raise _ReplicaLostError(event.message, had_request=False)
                         if isinstance(event, TokenEvent):
                             assert event.index == len(tokens), "a token was lost or repeated"
                             tokens.append(event.token_id)
-                            last_progress_at, delay_s = clock(), REPLAY_DELAY_S
+                            last_progress_at, delay_s, num_losses = clock(), REPLAY_DELAY_S, 0
                         has_prompt_scores |= isinstance(event, PromptEvent)
                         yield event
                         if is_terminal(event):
@@ -104,6 +119,11 @@ class ServeEngineClient:
                     extra={"request_id": request.request_id},
                 )  # fmt: skip
                 self._on_replay()
+                num_losses += lost.had_request
+                if num_losses >= MAX_REPLICA_LOSSES:
+                    message = f"{num_losses} pipelines in a row were lost while they had this request"
+                    yield FailureEvent(request.request_id, message)
+                    return
                 if clock() - last_progress_at > REPLAY_TIMEOUT_S:
                     break
                 await asyncio.sleep(delay_s)
@@ -172,7 +192,7 @@ class ServeEngineClient:
         except RayTaskError as error:
             inbox.put_nowait(_what_went_wrong(error.cause))
         except (RayError, RayServeException) as error:
-            inbox.put_nowait(_ReplicaLostError(_first_line(error)))
+            inbox.put_nowait(_ReplicaLostError(_first_line(error), had_request=replica_id is not None))
             if isinstance(error, ActorDiedError) and replica_id in self._event_streams:
                 self._event_streams[replica_id].cancel()  # it may still wait to be routed there
         except Exception as error:

@@ -58,8 +58,12 @@ class FakePipelines:
     """Replicas "0", "1", … in turn: each attempt of a request goes to the next one. `lives` says how many tokens each
     replica gives before it is lost; the last replica gives all."""
 
-    def __init__(self, *lives: int, loses_events: bool = False) -> None:
+    def __init__(
+        self, *lives: int, loses_events: bool = False, num_giving_up: int = 0, is_reachable: bool = True
+    ) -> None:
         self.lives = [*lives, 10**9]
+        self.num_giving_up = num_giving_up  # so many replicas lose their stages over the request
+        self.is_reachable = is_reachable
         self.loses_events = loses_events
         self.attempts: list[EngineRequest] = []
         self.outboxes: dict[str, asyncio.Queue[bytes | Exception]] = {}
@@ -73,7 +77,13 @@ class FakePipelines:
         request = msgspec.msgpack.decode(encoded, type=EngineRequest)
         self.attempts.append(request)
         outbox = self.outboxes[replica_id] = asyncio.Queue()
+        if not self.is_reachable:
+            raise ActorUnavailableError("gone", None)
         yield replica_id
+        if int(replica_id) < self.num_giving_up:
+            failure = FailureEvent(request.request_id, "lost again and again", is_pipeline_at_fault=True)
+            outbox.put_nowait(msgspec.msgpack.encode([failure]))
+            return
         if request.sampling is not None and request.sampling.prompt_logprobs:
             outbox.put_nowait(msgspec.msgpack.encode([PromptEvent(request.request_id, Matrix.of([[-1.0]]))]))
         for life, index in enumerate(range(len(request.output_token_ids), NUM_TOKENS)):
@@ -124,8 +134,34 @@ async def test_another_attempt_owes_only_the_rest() -> None:
 
 async def test_request_that_gets_no_further_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_client, "REPLAY_TIMEOUT_S", 0.3)
-    events = await asyncio.wait_for(collect(FakePipelines(*[0] * 50)), 20)
+    pipelines = FakePipelines(is_reachable=False)
+    events = await asyncio.wait_for(collect(pipelines), 20)
     assert [type(event) for event in events] == [FailureEvent]
+    assert "0 s" in events[0].message
+
+
+async def test_request_that_replicas_die_of_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token counts as a new beginning."""
+    monkeypatch.setattr(engine_client, "REPLAY_DELAY_S", 0.001)
+    monkeypatch.setattr(engine_client, "MAX_REPLAY_DELAY_S", 0.001)
+    limit = engine_client.MAX_REPLICA_LOSSES
+    pipelines = FakePipelines(*[0] * (limit - 1), 1, *[0] * 50)
+    token, failure = await asyncio.wait_for(collect(pipelines), 10)
+    assert (token.index, type(failure)) == (0, FailureEvent)
+    assert "5 pipelines in a row" in failure.message
+    assert len(pipelines.attempts) == 2 * limit - 1
+
+
+@pytest.mark.parametrize("num_giving_up", [1, 2])
+async def test_request_that_a_pipeline_gave_up_is_tried_on_one_more(num_giving_up: int) -> None:
+    pipelines = FakePipelines(num_giving_up=num_giving_up)
+    events = await asyncio.wait_for(collect(pipelines), 10)
+    assert len(pipelines.attempts) == 2
+    if num_giving_up == 1:
+        assert [event.index for event in events] == list(range(NUM_TOKENS))
+    else:
+        (failure,) = events
+        assert (type(failure), failure.message) == (FailureEvent, "lost again and again")
 
 
 async def test_request_whose_events_do_not_come_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
