@@ -55,6 +55,8 @@ def browser(chromium: str) -> Iterator[Browser]:
 def open_page(browser: Browser, live: LiveApp) -> Iterator[OpenPage]:
     """`open_page(width=…, color_scheme=…, status=…)` → the service's page, with `status` for what `/status` answers.
 
+    `app` is another service than the usual one.
+
     In the end no page may have written an error to the console, or asked anyone but the service for anything.
     """
     complaints: list[str] = []
@@ -63,6 +65,7 @@ def open_page(browser: Browser, live: LiveApp) -> Iterator[OpenPage]:
     def open_(
         path: str = "",
         *,
+        app: LiveApp = live,
         width: int = 1280,
         height: int = 900,
         color_scheme: Literal["light", "dark"] = "light",
@@ -80,15 +83,15 @@ def open_page(browser: Browser, live: LiveApp) -> Iterator[OpenPage]:
         page = context.new_page()
         page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if is_elsewhere(request.url) else None)
+        page.on("request", lambda request: complaints.append(request.url) if is_elsewhere(request.url, app) else None)
         if status is not None:
             page.route("**/status", lambda route: route.fulfill(json=status))
         prepare(page)
-        page.goto(live.url + path)
+        page.goto(app.url + path)
         return page
 
-    def is_elsewhere(url: str) -> bool:
-        return not url.startswith((live.url, "data:"))
+    def is_elsewhere(url: str, app: LiveApp) -> bool:
+        return not url.startswith((app.url, "data:"))
 
     yield open_
     for context in contexts:

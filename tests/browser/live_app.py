@@ -1,12 +1,10 @@
 """The real HTTP application on a port of its own: the demo checkpoint, its stages in this process, no Ray."""
 
 import asyncio
-import os
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import httpx
@@ -17,8 +15,7 @@ from torch import Tensor
 
 from gptj_serve.api.app import create_app
 from gptj_serve.api.service import Service
-from gptj_serve.api.status import StageStatus, StepSpan
-from gptj_serve.config import ServiceConfig
+from gptj_serve.config import IngressConfig, ServiceConfig
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
@@ -39,60 +36,18 @@ OpenPage = Callable[..., Page]
 """See `conftest.open_page`."""
 
 
-class MeasuredStage(StageRunner):
-    """Takes note of when it computed."""
-
-    steps: deque[StepSpan]
-
+class SlowStage(StageRunner):
     def run(self, microbatch: MicroBatch, hidden: Any) -> Tensor | StepOutput:
-        started_at, start_s = time.time(), time.perf_counter()
         result = super().run(microbatch, hidden)
         time.sleep(STEP_PAUSE_S)
-        self.steps.append(
-            {
-                "microbatch_id": microbatch.microbatch_id,
-                "started_at": started_at,
-                "duration_s": time.perf_counter() - start_s,
-                "num_rows": len(microbatch.rows),
-                "num_tokens": microbatch.num_tokens,
-            }
-        )
         return result
-
-    def status(self, index: int) -> StageStatus:
-        since = time.time() - 1
-        span = self.spec.span
-        return {
-            "stage_index": index,
-            "layers": [span.start, span.stop],
-            "device": str(self.spec.device),
-            "dtype": str(self.spec.dtype).removeprefix("torch."),
-            "num_threads": torch.get_num_threads(),
-            "pid": os.getpid(),
-            "node_ip": "127.0.0.1",
-            "weight_bytes": self.weight_bytes,
-            "kv_cache_bytes": self.kv_cache_bytes,
-            "memory_bytes": self.weight_bytes + self.kv_cache_bytes,  # their process is everyone's
-            "num_restarts": 0,
-            "busy_ratio": min(1.0, sum(step["duration_s"] for step in self.steps if step["started_at"] > since)),
-            "handoff_s": None,
-            "steps": list(self.steps),
-        }
-
-
-class MeasuredEngine(LocalEngine):
-    stages: Sequence[MeasuredStage]
-
-    async def status(self) -> list[dict[str, Any]]:
-        (pipeline,) = await super().status()
-        stages = [stage.status(index) for index, stage in enumerate(self.stages)]
-        return [pipeline | {"replica_id": "in-process", "is_ready": True, "now": time.time(), "stages": stages}]
 
 
 class LiveApp:
     """Serves while it is entered, in a thread with an event loop of its own; `url` ends with a slash."""
 
-    def __init__(self) -> None:
+    def __init__(self, ingress: IngressConfig | None = None) -> None:
+        self._config = ServiceConfig(ingress=ingress or IngressConfig())
         self._server: uvicorn.Server | None = None
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="live app", daemon=True)
@@ -118,7 +73,7 @@ class LiveApp:
         return int(pipeline["engine"]["num_running"])
 
     async def _serve(self) -> None:
-        config = ServiceConfig()
+        config = self._config
         checkpoint = Checkpoint.open(config.checkpoint_dir)
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         model = checkpoint.config
@@ -127,16 +82,12 @@ class LiveApp:
         for span in partition(model.n_layer, NUM_STAGES, head_cost(model)):
             cpu = torch.device("cpu")
             spec = StageSpec(span, num_blocks, BLOCK_SIZE, torch.float32, cpu, tokenizer.num_token_ids)
-            stage = MeasuredStage.load(checkpoint, spec)
-            assert isinstance(stage, MeasuredStage)
-            stage.steps = deque(maxlen=64)
-            stages.append(stage)
+            stages.append(SlowStage.load(checkpoint, spec))
         pipeline = InProcessPipeline(stages)
         limits = SchedulerLimits(NUM_STAGES, 64, 512, model.n_positions)
         scheduler = Scheduler(limits, KVBlocks(num_blocks, BLOCK_SIZE), model.eos_token_ids)
         grammars = GrammarCompiler(tokenizer, model.eos_token_ids)
-        async with MeasuredEngine(scheduler, pipeline, grammars.compile_async) as engine:
-            engine.stages = stages
+        async with LocalEngine(scheduler, pipeline, grammars.compile_async) as engine:
             app = create_app(Service(config, model, checkpoint.heads, tokenizer, engine))
             self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="off"))
             self._started.set()

@@ -1,14 +1,17 @@
 """The page before a service that asks for keys: it asks for one in turn, and keeps it where it was told to."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from live_app import OpenPage
+from live_app import LiveApp, OpenPage
 from playwright.sync_api import Page, Route, expect
+
+from gptj_serve.config import IngressConfig
 
 pytestmark = pytest.mark.browser
 
-KEY = "sk-right"
+KEY = "sk-right-secret"
 REFUSAL = {"error": "Authorization: needs an API key", "error_type": "unauthorized"}
 
 
@@ -47,6 +50,23 @@ def test_a_key_is_asked_for_and_used(open_page: OpenPage) -> None:
     page.reload()  # it is this tab's
     expect(page.locator("#state")).to_have_text("ready")
     assert page.evaluate("[Object.values(sessionStorage), Object.values(localStorage)]") == [[KEY], []]
+
+
+def test_a_service_with_keys(open_page: OpenPage, tmp_path: Path) -> None:
+    """A real one; above, the answers are made up."""
+    (tmp_path / "keys.yaml").write_text(f"keys: [{{name: web, key: {KEY}}}]\n")
+    with LiveApp(IngressConfig(api_keys_file=str(tmp_path / "keys.yaml"))) as app:
+        page = open_page(app=app)
+        dialog = page.get_by_role("dialog", name="API key")
+        dialog.get_by_label("Key", exact=True).fill("sk-wrong")
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("The service does not take this key.")
+        dialog.get_by_label("Key", exact=True).fill(KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#state")).to_have_text("ready")
+        page.locator("#generate-max_new_tokens").fill("3")
+        page.get_by_role("button", name="Generate", exact=True).click()
+        expect(page.locator("#answers .token")).to_have_count(3)
 
 
 def test_a_key_can_be_remembered_and_forgotten(open_page: OpenPage) -> None:
