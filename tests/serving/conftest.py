@@ -1,4 +1,4 @@
-"""One service for all tests here: the README's deployment, with two heads more beside the checkpoint's own."""
+"""One service for all tests here: the README's deployment, with two more heads and a chat template."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadCheckpoint, HeadInfo, HeadKind, fingerprint
-from tests.serving.service import ROOT, URL, ServeRun
+from tests.serving.service import CHAT_TEMPLATE, ROOT, URL, ServeRun
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,9 @@ def service(tmp_path_factory: pytest.TempPathFactory, named_heads: dict[str, Hea
     """Also checks how it ends: Ctrl-C stops it soon and leaves no process."""
     directory = tmp_path_factory.mktemp("serve")
     config = yaml.safe_load((ROOT / "deployments" / "gptj.yaml").read_text())
-    config["applications"][0]["args"]["heads"] = {name: str(head.directory) for name, head in named_heads.items()}
+    args = config["applications"][0]["args"]
+    args["heads"] = {name: str(head.directory) for name, head in named_heads.items()}
+    args["chat_template"] = str(CHAT_TEMPLATE)
     (directory / "gptj.yaml").write_text(yaml.safe_dump(config))
     run = ServeRun(directory / "gptj.yaml", directory / "output.log")
     try:
