@@ -224,7 +224,7 @@ class FakeEngine:
         return beams[: sampling.beams.num_return_sequences]
 
     def _pseudo_random_logits(self, request: EngineRequest) -> list[list[float]]:
-        """[1][num_labels] or [num_tokens][2], each in [0, 8); of SCORE what the made-up model says."""
+        """[1][num_labels], [num_tokens][2], in [0, 8), or [1][n_embd]; of SCORE what the made-up model says."""
 
         salt = () if request.head == DEFAULT_HEAD else (request.head,)
 
@@ -236,6 +236,8 @@ class FakeEngine:
         if request.task is Task.SCORE:
             token_ids = [*ids, *request.continuation_token_ids]
             return self.score_rows(token_ids, len(ids), request.num_top_logprobs)
+        if request.task is Task.EMBED:
+            return [[logit(request.pooling.value, column, *ids) - 4 for column in range(self.model.n_embd)]]
         if request.task is Task.CLASSIFY:
             return [[logit(label, *ids) for label in range(self.model.num_labels)]]
         return [[logit(0, i, token_id), logit(1, i, token_id)] for i, token_id in enumerate(ids)]

@@ -29,7 +29,6 @@ def test_no_label_at_all_is_refused(labels):
         ("This example is {}.", "This example is", " sports."),
         ("{}", "", "sports"),
         ("({})", "(", "sports)"),
-        ("{} or not {}?", "", "sports or not sports?"),
         ("About {0.__class__} {}", "About {0.__class__}", " sports"),
     ],
 )
@@ -40,6 +39,13 @@ def test_a_hypothesis_is_cut_before_the_blank_of_its_label(template: str, openin
 def test_a_template_without_a_place_for_the_label_is_refused():
     with pytest.raises(InvalidRequestError, match="hypothesis_template='This is it'"):
         zero_shot.make_hypothesis("This is it", "sports")
+
+
+def test_a_label_or_a_place_for_it_that_is_there_twice_is_refused():
+    with pytest.raises(InvalidRequestError, match="candidate_labels='a': is there twice"):
+        zero_shot.parse_labels("b, a,a")
+    with pytest.raises(InvalidRequestError, match=r"must have one \{\}"):
+        zero_shot.make_hypothesis("{} or not {}?", "sports")
 
 
 def test_the_neutral_prompt_begins_a_document():

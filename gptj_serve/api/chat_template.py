@@ -105,6 +105,10 @@ class ChatTemplate:
             reason = f"the chat template can't render these: {type(error).__name__}: {error}"
             raise InvalidRequestError("messages", list(messages), reason) from None
         prompt = "".join(parts)
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # from variables: all other text of a body is checked before
+            raise InvalidRequestError("chat_template_kwargs", dict(variables), f"no valid text: {error}") from None
         return _up_to_end_of(str(messages[-1]["content"]), prompt) if continue_final_message else prompt
 
 

@@ -58,19 +58,23 @@ EMBEDDINGS: Examples = {
         "value": {"model": _MODEL, "input": ["how much money do I have", _REQUEST]},
     },
 }
-GENERATE: Examples = {
+GENERATE_STREAM: Examples = {
     "greedy": {"summary": "Greedy", "value": {"inputs": _TEXT, "parameters": {"max_new_tokens": 20}}},
     "sampled": {
         "summary": "Drawn, with the tokens",
         "value": {"inputs": _TEXT, "parameters": {"temperature": 0.8, "seed": 1, "details": True}},
     },
+}
+GENERATE: Examples = GENERATE_STREAM | {
     "beams": {
         "summary": "Beam search",
         "value": {"inputs": _TEXT, "parameters": {"num_beams": 4, "no_repeat_ngram_size": 3}},
     },
 }
-CLASSIFY: Examples = {
-    "intent": {"summary": "The three best labels", "value": {"inputs": _REQUEST, "parameters": {"top_k": 3}}},
+CLASSIFY_WITH_HEAD: Examples = {
+    "best": {"summary": "The three best labels", "value": {"inputs": _REQUEST, "parameters": {"top_k": 3}}},
+}
+CLASSIFY: Examples = CLASSIFY_WITH_HEAD | {
     "zero-shot": {
         "summary": "Labels of your own",
         "value": {"inputs": _REQUEST, "parameters": {"candidate_labels": ["banking", "travel"]}},

@@ -7,7 +7,7 @@ pipelines.
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from gptj_serve.api import examples, question_answering
@@ -23,7 +23,7 @@ from gptj_serve.api.huggingface_responses import (
     QAAnswers,
 )
 from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
-from gptj_serve.api.route_docs import hugging_face_answers, only_events
+from gptj_serve.api.route_docs import hugging_face_answers
 from gptj_serve.api.service import Service
 from gptj_serve.api.streaming import event_stream
 from gptj_serve.api.text_generation import generate_stream, generate_whole
@@ -35,7 +35,9 @@ __all__ = ["answer_whole", "classify_whole", "generate_stream", "generate_whole"
 router = APIRouter(tags=["Hugging Face"])
 
 GenerateBody = Annotated[GenerateRequest, Body(openapi_examples=examples.GENERATE)]
+StreamBody = Annotated[GenerateRequest, Body(openapi_examples=examples.GENERATE_STREAM)]
 ClassifyBody = Annotated[ClassifyRequest, Body(openapi_examples=examples.CLASSIFY)]
+HeadClassifyBody = Annotated[ClassifyRequest, Body(openapi_examples=examples.CLASSIFY_WITH_HEAD)]
 QABody = Annotated[QARequest, Body(openapi_examples=examples.QA)]
 
 _CLASSIFY_ANSWERS = hugging_face_answers(ClassifyAnswers, "Labels with scores, best first.")
@@ -60,9 +62,10 @@ async def generate(body: GenerateBody, request: Request) -> Response:
 @router.post(
     "/generate_stream",
     summary="Complete a text, streamed",
-    responses=only_events(GenerateEvent, "The text, as it comes."),
+    response_class=StreamingResponse,
+    responses=hugging_face_answers(None, "The text, as it comes.", events=GenerateEvent),
 )
-async def stream_generate(body: GenerateBody, request: Request) -> Response:
+async def stream_generate(body: StreamBody, request: Request) -> Response:
     """TGI's `/generate_stream`: always server-sent events."""
     return await event_stream(generate_stream(request.app.state.service, body), hugging_face_error)
 
@@ -78,7 +81,7 @@ async def classify_texts(body: ClassifyBody, request: Request) -> Response:
 
 
 @router.post("/classify/{head:path}", summary="Classify texts with a head", responses=_CLASSIFY_ANSWERS)
-async def classify_texts_with_head(head: str, body: ClassifyBody, request: Request) -> Response:
+async def classify_texts_with_head(head: str, body: HeadClassifyBody, request: Request) -> Response:
     """As `/classify` with this head as `model`, for clients who have only an address to say it with."""
     service: Service = request.app.state.service
     _check_head(service, head, body.model, "score", "classification")

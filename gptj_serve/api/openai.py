@@ -23,14 +23,16 @@ from gptj_serve.api.openai_responses import (
     ModelList,
 )
 from gptj_serve.api.openai_schemas import CompletionRequest
-from gptj_serve.api.route_docs import openai_answers
+from gptj_serve.api.route_docs import END_OF_STREAM, openai_answers
 from gptj_serve.api.service import Service
 from gptj_serve.api.streaming import event_stream
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
-@router.get("/models", summary="The served model", responses=openai_answers(ModelList, "A list of one model."))
+@router.get(
+    "/models", summary="The served model", responses=openai_answers(ModelList, "A list of one model.", has_body=False)
+)
 async def list_models(request: Request) -> Response:
     """The served model, and only that.
 
@@ -66,7 +68,7 @@ async def create_completion(
     service.check_model(body.model)
     plan = await make_plan(service, body)
     if body.stream:
-        return await event_stream(stream_completion(service, plan), openai_error, end_marker="[DONE]")
+        return await event_stream(stream_completion(service, plan), openai_error, end_marker=END_OF_STREAM)
     return JSONResponse(await complete(service, plan))
 
 
@@ -87,7 +89,7 @@ async def create_chat_completion(
     service.check_model(body.model)
     plan = await make_chat_plan(service, body)
     if body.stream:
-        return await event_stream(stream_chat(service, plan), openai_error, end_marker="[DONE]")
+        return await event_stream(stream_chat(service, plan), openai_error, end_marker=END_OF_STREAM)
     return JSONResponse(await complete_chat(service, plan))
 
 

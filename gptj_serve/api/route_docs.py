@@ -3,6 +3,7 @@
 Routes answer with ready JSON, so that nothing of this costs anything when a request comes.
 """
 
+from collections.abc import Set
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,26 +27,28 @@ _ERRORS = {
     503: "The service is full or not ready; Retry-After says when to try again.",
     504: "The request was not finished in its time.",
 }
+END_OF_STREAM = "[DONE]"
+"""The data of the last event of OpenAI's streams."""
+
+_OF_HUGGING_FACE = {422}  # OpenAI says 400
+_OF_BODIES = {400, 404, 408, 413, 422}
 _EVENTS = (CompletionChunk, ChatCompletionChunk, GenerateEvent)
 _COMPONENTS = "#/components/schemas/"
 
 Responses = dict[int | str, dict[str, Any]]
 
 
-def openai_answers(model: Any, description: str, *, events: type | None = None) -> Responses:
+def openai_answers(model: Any, description: str, *, events: type | None = None, has_body: bool = True) -> Responses:
     """`events` are what a stream consists of, which the route may answer with instead."""
-    return _answers(model, description, OpenAIError, events, "The last event's data is `[DONE]`.", without=422)
+    without = _OF_HUGGING_FACE if has_body else _OF_HUGGING_FACE | _OF_BODIES
+    return _answers(model, description, OpenAIError, without, events, END_OF_STREAM)
 
 
-def hugging_face_answers(model: Any, description: str, *, events: type | None = None) -> Responses:
-    return _answers(model, description, HuggingFaceError, events)
-
-
-def only_events(events: type, description: str) -> Responses:
-    """Of a route in Hugging Face's shape that always streams."""
-    responses = _answers(None, description, HuggingFaceError, events)
-    del responses[200]["model"]
-    return responses
+def hugging_face_answers(
+    model: Any, description: str, *, events: type | None = None, has_body: bool = True
+) -> Responses:
+    """Without a `model`, only events."""
+    return _answers(model, description, HuggingFaceError, set() if has_body else _OF_BODIES, events)
 
 
 def describe(app: FastAPI) -> None:
@@ -70,25 +73,28 @@ def operation_id(route: APIRoute) -> str:
 
 
 def _answers(
-    model: Any, description: str, error: type, events: type | None, end: str = "", *, without: int | None = None
+    model: Any, description: str, error: type, without: Set[int], events: type | None, ends: str | None = None
 ) -> Responses:
-    success: dict[str, Any] = {"model": model, "description": description}
+    success: dict[str, Any] = {"description": description} | ({} if model is None else {"model": model})
     if events is not None:
-        text = f"Server-sent events; the data of each is a {events.__name__} or, as the last one, an error. {end}"
-        success["content"] = {
-            "text/event-stream": {
-                "schema": {
-                    "type": "string",
-                    "description": text.strip(),
-                    "contentMediaType": "application/json",
-                    "contentSchema": {"$ref": _COMPONENTS + events.__name__},
-                }
-            }
-        }
+        success["content"] = {"text/event-stream": {"itemSchema": _event(events, error, ends)}}
     errors: Responses = {
-        status: {"model": error, "description": text} for status, text in _ERRORS.items() if status != without
+        status: {"model": error, "description": text} for status, text in _ERRORS.items() if status not in without
     }
     return {200: success, **errors}
+
+
+def _event(events: type, error: type, ends: str | None) -> dict[str, Any]:
+    """A server-sent event, as OpenAPI 3.2 and FastAPI write it."""
+    data: dict[str, Any] = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [{"$ref": _COMPONENTS + each.__name__} for each in (events, error)]},
+        "description": f"A {events.__name__}; if the stream can't go on, at last an error.",
+    }
+    if ends is not None:
+        data = {"anyOf": [data, {"const": ends, "description": "The end of a stream that came to its end."}]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _add_events(components: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ async def detokenize(
 @router.get(
     "/tokenizer_info",
     summary="Special tokens and chat template",
-    responses=hugging_face_answers(TokenizerInfo, "What a client needs to write prompts."),
+    responses=hugging_face_answers(TokenizerInfo, "What a client needs to write prompts.", has_body=False),
 )
 async def tokenizer_info(request: Request) -> Response:
     """vLLM's `/tokenizer_info`, as far as GPT-J has it; lm-evaluation-harness asks for it."""

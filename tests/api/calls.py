@@ -1,4 +1,4 @@
-"""Two ways to look into a response: the events of a finished stream, and a call driven by hand."""
+"""Two ways to look into a response: the events of a finished stream, and a call driven by hand. And a chat template."""
 
 import asyncio
 import json
@@ -6,6 +6,14 @@ from typing import Any, Self
 
 import httpx
 from fastapi import FastAPI
+
+CHAT_TEMPLATE = """\
+{% for message in messages %}
+{% if message.role == "developer" %}{{ raise_exception("only system, user, assistant") }}{% endif %}
+{{ message.role[0] }}{{ "(" + message.name + ")" if message.name }}>{{ message.content }}{{ end or "|" }}
+{%- endfor %}
+{% if add_generation_prompt %}a>{% endif %}"""
+"""A chat of one message, "Hi": u>Hi|a>"""
 
 
 def events(response: httpx.Response) -> list[Any]:

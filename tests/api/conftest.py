@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from fakes import FakeEngine, small_model, small_tokenizer
+from calls import CHAT_TEMPLATE
+from fakes import SPECIAL_TOKEN, FakeEngine, small_model, small_tokenizer
 from fastapi import FastAPI
 
 from gptj_serve.api.app import create_app
+from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.service import Service
 from gptj_serve.config import IngressConfig, ServiceConfig
 from gptj_serve.model.heads import HeadInfo, HeadKind
@@ -34,7 +36,8 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def service(engine: FakeEngine) -> Service:
     config = ServiceConfig(model_name="tiny", ingress=IngressConfig(max_body_bytes=4096, max_batch_inputs=4))
-    return Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS)
+    template = ChatTemplate(CHAT_TEMPLATE, {"eos_token": SPECIAL_TOKEN})
+    return Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS, template)
 
 
 @pytest.fixture

@@ -97,6 +97,9 @@ HUGGING_FACE: list[tuple[str, Any, str, Any]] = [  # path, body, field, value
     ("/classify", _classify(return_all_scores=True), "parameters.return_all_scores", True),
     ("/classify", {"inputs": "a", "stream": True}, "stream", True),
     ("/classify", {"inputs": "a", "model": "tune"}, "model", "tune"),
+    ("/classify/tone", {"inputs": "a", "model": "default"}, "model", "default"),
+    ("/classify/tone", _classify(candidate_labels=["a"]), "model", "tone"),
+    ("/qa/reader", {"inputs": {"question": "a", "context": "b"}, "model": "default"}, "model", "default"),
     ("/classify", {"inputs": "a", "model": "reader"}, "model", "reader"),
     ("/classify", {"inputs": "a", "model": ""}, "model", ""),
     ("/classify", _classify(hypothesis_template="{}"), "parameters.hypothesis_template", "{}"),
@@ -105,6 +108,14 @@ HUGGING_FACE: list[tuple[str, Any, str, Any]] = [  # path, body, field, value
     ("/classify", _classify(candidate_labels=" , ,"), "parameters.candidate_labels", " , ,"),
     ("/classify", _classify(candidate_labels=["a", ""]), "parameters.candidate_labels.1", ""),
     ("/classify", _classify(candidate_labels=["a"], hypothesis_template="a"), "parameters.hypothesis_template", "a"),
+    ("/classify", _classify(candidate_labels=["b", "a", "b"]), "parameters.candidate_labels", "b"),
+    ("/classify", _classify(candidate_labels="a, b,a"), "parameters.candidate_labels", "a"),
+    (
+        "/classify",
+        _classify(candidate_labels=["a"], hypothesis_template="{} {}"),
+        "parameters.hypothesis_template",
+        "{} {}",
+    ),
     ("/classify", _classify(candidate_labels=["a"], top_k=1), "parameters.top_k", 1),
     (
         "/classify",
@@ -115,7 +126,7 @@ HUGGING_FACE: list[tuple[str, Any, str, Any]] = [  # path, body, field, value
     ("/classify", {"model": "tone", **_classify(candidate_labels=["a"])}, "model", "tone"),
     (
         "/classify",
-        {"inputs": ["a"] * 4, "parameters": {"candidate_labels": ["a"] * 257}},
+        {"inputs": ["a"] * 4, "parameters": {"candidate_labels": [str(n) for n in range(257)]}},
         "parameters.candidate_labels",
         257,
     ),
@@ -231,7 +242,8 @@ async def test_openai_routes_name_the_field_and_value(
 async def test_stream_options_without_a_stream_are_refused(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     response = await client.post("/v1/completions", json=_complete(stream_options={"include_usage": True}))
     assert response.status_code == 400
-    assert "stream_options is only allowed when stream is true" in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "stream_options"
+    assert response.json()["error"]["message"] == "stream_options={'include_usage': True}: goes with stream only"
     assert engine.requests == []
 
 
@@ -250,7 +262,7 @@ async def test_an_unknown_model_is_not_found(client: httpx.AsyncClient, method: 
     ("method", "path", "status"),
     [
         ("GET", "/nowhere", 404),
-        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/v1/chat", 404),
         ("GET", "/v1", 404),
         ("GET", "/generate", 405),
         ("DELETE", "/qa", 405),
@@ -271,7 +283,20 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient, method: str,
     assert ("allow" in response.headers) == (status == 405)
 
 
-ROUTES = ["/generate", "/generate_stream", "/classify", "/qa", "/v1/completions"]
+ROUTES = [
+    "/generate",
+    "/generate_stream",
+    "/classify",
+    "/classify/tone",
+    "/qa",
+    "/qa/reader",
+    "/embed",
+    "/tokenize",
+    "/detokenize",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+]
 
 
 def _message(path: str, response: httpx.Response) -> str:

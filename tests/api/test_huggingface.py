@@ -304,8 +304,16 @@ async def test_docs(client: httpx.AsyncClient) -> None:
         "/generate",
         "/generate_stream",
         "/classify",
+        "/classify/{head}",
         "/qa",
+        "/qa/{head}",
+        "/embed",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
         "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/embeddings",
         "/v1/models",
         "/v1/models/{model}",
         "/health",
@@ -347,6 +355,34 @@ async def test_a_named_head_answers_questions(client: httpx.AsyncClient, engine:
     own, named = [await _post(client, "/qa", body | extra) for extra in ({}, {"model": "reader"})]
     assert [request.head for request in engine.requests] == ["default", "reader"]
     assert own != named
+
+
+async def test_a_head_can_be_named_by_the_path(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    question = {"inputs": {"question": "Where?", "context": "The fox is here."}}
+    for path, head, body in (("/classify", "tone", {"inputs": "The fox"}), ("/qa", "reader", question)):
+        by_model = await _post(client, path, body | {"model": head})
+        assert await _post(client, f"{path}/{head}", body) == by_model
+        assert await _post(client, f"{path}/{head}", body | {"model": head}) == by_model
+        assert await _post(client, f"{path}/default", body) == await _post(client, path, body) != by_model
+        conflict = await client.post(f"{path}/{head}", json=body | {"model": "default"})
+        assert conflict.status_code == 422
+        assert conflict.json()["error"] == f"model='default': is not the head of the address, '{head}'"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/classify/tune", "there is no classification head 'tune'; this service has 'default', 'tone'"),
+        ("/classify/reader", "there is no classification head 'reader'; this service has 'default', 'tone'"),
+        ("/classify/a/b", "there is no classification head 'a/b'; this service has 'default', 'tone'"),
+        ("/qa/tone", "there is no question answering head 'tone'; this service has 'default', 'reader'"),
+    ],
+)
+async def test_an_unknown_head_in_the_path_is_not_found(client: httpx.AsyncClient, path: str, message: str) -> None:
+    question = {"question": "Where?", "context": "The fox is here."}
+    response = await client.post(path, json={"inputs": question if path.startswith("/qa") else "The fox"})
+    assert response.status_code == 404
+    assert response.json() == {"error": f"POST {path}: {message}", "error_type": "validation"}
 
 
 async def test_an_unknown_head_is_refused_with_those_that_exist(client: httpx.AsyncClient) -> None:

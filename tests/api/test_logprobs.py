@@ -130,8 +130,25 @@ async def test_scoring_asks_for_all_tokens_but_the_first(client: httpx.AsyncClie
     body = {"prompt": [[1, 2, 3], [4, 5]], "max_tokens": 0, "logprobs": 2, "echo": True, "n": 2}
     await _complete(client, **body, priority=3, cache_salt="pepper")
     asked = [(r.prompt_token_ids, r.continuation_token_ids, r.num_top_logprobs) for r in engine.requests]
-    assert asked == [([1], [2, 3], 2)] * 2 + [([4], [5], 2)] * 2
+    assert asked == [([1], [2, 3], 2), ([4], [5], 2)], "each prompt once"
     assert {(r.priority, r.cache_salt) for r in engine.requests} == {(3, "pepper")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_choices_share_the_scores_of_their_prompt(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
+) -> None:
+    body = {"model": "tiny", "prompt": [[1, 2, 3], [4, 5]], "max_tokens": 3, "logprobs": 2, "echo": True, "n": 2}
+    response = await client.post("/v1/completions", json=body | {"stream": stream, "seed": 1, "ignore_eos": True})
+    parts = events(response)[:-1] if stream else [response.json()]
+    scored: dict[int, list[Any]] = {}
+    for choice in (choice for part in parts for choice in part["choices"]):
+        scored[choice["index"]] = scored.get(choice["index"], []) + choice["logprobs"]["token_logprobs"]
+    assert scored[0][:3] == scored[1][:3] == [None, *(row[0] for row in engine.score_rows([1, 2, 3], 1, 0))]
+    assert scored[2][:2] == scored[3][:2] == [None, *(row[0] for row in engine.score_rows([4, 5], 1, 0))]
+    assert [len(scored[index]) for index in range(4)] == [6, 6, 5, 5]
+    asked = [r.sampling is not None and r.sampling.prompt_logprobs for r in engine.requests]
+    assert asked == [True, False, True, False]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])

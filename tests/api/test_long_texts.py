@@ -50,7 +50,7 @@ BODIES = {
     "classify": lambda text: ("/classify", {"inputs": text}),
     "labels": lambda text: (
         "/classify",
-        {"inputs": "a", "parameters": {"candidate_labels": text.strip(". ").split(". ")}},
+        {"inputs": "a", "parameters": {"candidate_labels": [f"{n} {t}" for n, t in enumerate(text.split(". "))]}},
     ),
     "zero-shot": lambda text: ("/classify", {"inputs": text, "parameters": {"candidate_labels": ["a"]}}),
     "context": lambda text: ("/qa", {"inputs": {"question": "Where?", "context": text}}),

@@ -13,9 +13,12 @@ from calls import events
 from fakes import FakeEngine
 from pydantic import BaseModel
 
+from gptj_serve.api.chat_schemas import ChatCompletionRequest
+from gptj_serve.api.embedding_schemas import EmbeddingRequest, EmbedRequest
 from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
 from gptj_serve.api.openai_schemas import CompletionRequest
 from gptj_serve.api.sampling_schema import SamplingExtras
+from gptj_serve.api.tokenization_schemas import DetokenizeRequest, TokenizeRequest
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "generation.md"
 CONTEXT = "Ana lives in Ljubljana with the quick brown fox, who jumps over Žofka's lazy dog all day long."
@@ -25,7 +28,26 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # model → path, smallest bod
     "ClassifyRequest": ("/classify", {"inputs": "The fox"}),
     "QARequest": ("/qa", {"inputs": {"question": "Where is the fox?", "context": CONTEXT}}),
     "CompletionRequest": ("/v1/completions", {"model": "tiny", "prompt": "The fox", "seed": 1}),
+    "ChatCompletionRequest": (
+        "/v1/chat/completions",
+        {"model": "tiny", "messages": [{"role": "user", "content": "The fox"}], "seed": 1, "max_completion_tokens": 16},
+    ),
+    "EmbeddingRequest": ("/v1/embeddings", {"model": "tiny", "input": "The fox"}),
+    "EmbedRequest": ("/embed", {"inputs": "The fox"}),
+    "TokenizeRequest": ("/tokenize", {"inputs": "The fox"}),
+    "DetokenizeRequest": ("/detokenize", {"tokens": [5, 6]}),
 }
+MODELS = (
+    GenerateRequest,
+    ClassifyRequest,
+    QARequest,
+    CompletionRequest,
+    ChatCompletionRequest,
+    EmbeddingRequest,
+    EmbedRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 EXTRAS: dict[str, tuple[Any, dict[str, Any]]] = {  # of both surfaces; as HAS_EFFECT
     "min_p": (0.1, {}),
@@ -56,6 +78,37 @@ EXTRAS: dict[str, tuple[Any, dict[str, Any]]] = {  # of both surfaces; as HAS_EF
     "cache_salt": ("pepper", {}),
 }
 BEAM_EXTRAS: dict[str, Any] = {"length_penalty": 2.0, "early_stopping": True}
+
+SCRIPTED = [{"role": "user", "content": "scripted"}]
+OPENAI_SAMPLING: dict[str, tuple[Any, dict[str, Any]]] = {  # of OpenAI's two generating routes
+    "temperature": (0.5, {}),
+    "top_p": (0.5, {}),
+    "n": (2, {}),
+    "seed": (2, {}),
+    "logit_bias": ({"5": 1.0}, {}),
+    "stream": (True, {}),
+    "stream_options.include_usage": (True, {"stream": True}),
+    "response_format.type": ("json_object", {"response_format": {"type": "text"}}),
+    "response_format.json_schema.schema": (
+        {"type": "array"},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+    ),
+    "top_k": (5, {}),
+    "min_tokens": (3, {}),
+    "return_token_ids": (True, {}),
+    "prompt_logprobs": (0, {}),
+    "truncate_prompt_tokens": (1, {}),
+    "use_beam_search": (True, {"n": 2, "temperature": 0.0}),
+    "structured_outputs.json": ({"type": "array"}, {}),
+    "structured_outputs.json_object": (True, {}),
+    "structured_outputs.regex": ("a", {}),
+    "structured_outputs.choice": (["a"], {}),
+    "structured_outputs.grammar": ('start: "a"', {}),
+    "guided_json": ({}, {}),
+    "guided_regex": ("a", {}),
+    "guided_choice": (["a"], {}),
+    "guided_grammar": ('start: "a"', {}),
+}
 
 HAS_EFFECT: dict[str, tuple[Any, dict[str, Any]]] = {  # field → another value, what else the body needs for it to show
     **{
@@ -105,40 +158,55 @@ HAS_EFFECT: dict[str, tuple[Any, dict[str, Any]]] = {  # field → another value
     "QARequest.parameters.align_to_words": (False, {"parameters.top_k": 50}),
     **{f"CompletionRequest.{name}": row for name, row in EXTRAS.items()},
     **{f"CompletionRequest.{name}": (value, {"use_beam_search": True, "n": 2}) for name, value in BEAM_EXTRAS.items()},
+    **{f"CompletionRequest.{name}": row for name, row in OPENAI_SAMPLING.items()},
     "CompletionRequest.prompt": ("The dog", {}),
     "CompletionRequest.max_tokens": (3, {}),
-    "CompletionRequest.temperature": (0.5, {}),
-    "CompletionRequest.top_p": (0.5, {}),
-    "CompletionRequest.n": (2, {}),
     "CompletionRequest.best_of": (2, {}),
-    "CompletionRequest.seed": (2, {}),
     "CompletionRequest.stop": ("mps", {"prompt": "scripted"}),
     "CompletionRequest.echo": (True, {}),
     "CompletionRequest.logprobs": (0, {}),
-    "CompletionRequest.logit_bias": ({"5": 1.0}, {}),
-    "CompletionRequest.stream": (True, {}),
-    "CompletionRequest.stream_options.include_usage": (True, {"stream": True}),
-    "CompletionRequest.response_format.type": ("json_object", {"response_format": {"type": "text"}}),
-    "CompletionRequest.response_format.json_schema.schema": (
-        {"type": "array"},
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
-    ),
-    "CompletionRequest.top_k": (5, {}),
-    "CompletionRequest.min_tokens": (3, {}),
     "CompletionRequest.include_stop_str_in_output": (True, {"prompt": "scripted", "stop": "mps"}),
-    "CompletionRequest.return_token_ids": (True, {}),
-    "CompletionRequest.prompt_logprobs": (0, {}),
-    "CompletionRequest.truncate_prompt_tokens": (1, {}),
-    "CompletionRequest.use_beam_search": (True, {"n": 2, "temperature": 0.0}),
-    "CompletionRequest.structured_outputs.json": ({"type": "array"}, {}),
-    "CompletionRequest.structured_outputs.json_object": (True, {}),
-    "CompletionRequest.structured_outputs.regex": ("a", {}),
-    "CompletionRequest.structured_outputs.choice": (["a"], {}),
-    "CompletionRequest.structured_outputs.grammar": ('start: "a"', {}),
-    "CompletionRequest.guided_json": ({}, {}),
-    "CompletionRequest.guided_regex": ("a", {}),
-    "CompletionRequest.guided_choice": (["a"], {}),
-    "CompletionRequest.guided_grammar": ('start: "a"', {}),
+    **{f"ChatCompletionRequest.{name}": row for name, row in EXTRAS.items()},
+    **{
+        f"ChatCompletionRequest.{name}": (value, {"use_beam_search": True, "n": 2})
+        for name, value in BEAM_EXTRAS.items()
+    },
+    **{f"ChatCompletionRequest.{name}": row for name, row in OPENAI_SAMPLING.items()},
+    "ChatCompletionRequest.stop": ("mps", {"messages": SCRIPTED}),
+    "ChatCompletionRequest.include_stop_str_in_output": (True, {"messages": SCRIPTED, "stop": "mps"}),
+    "ChatCompletionRequest.messages": ([{"role": "user", "content": "The dog"}], {}),
+    "ChatCompletionRequest.max_tokens": (3, {"max_completion_tokens": None}),
+    "ChatCompletionRequest.max_completion_tokens": (3, {}),
+    "ChatCompletionRequest.logprobs": (True, {}),
+    "ChatCompletionRequest.top_logprobs": (2, {"logprobs": True}),
+    "ChatCompletionRequest.add_generation_prompt": (False, {}),
+    "ChatCompletionRequest.continue_final_message": (True, {}),
+    "ChatCompletionRequest.chat_template_kwargs": ({"end": "!"}, {}),
+    "EmbeddingRequest.input": ("The dog", {}),
+    "EmbeddingRequest.encoding_format": ("base64", {}),
+    "EmbeddingRequest.pooling": ("last", {}),
+    "EmbeddingRequest.normalize": (False, {}),
+    "EmbeddingRequest.truncate_prompt_tokens": (1, {}),
+    "EmbedRequest.inputs": ("The dog", {}),
+    "EmbedRequest.normalize": (False, {}),
+    "EmbedRequest.truncation_direction": ("left", {"inputs": "The quick brown fox. " * 20, "truncate": True}),
+    "EmbedRequest.pooling": ("last", {}),
+    "TokenizeRequest.inputs": ("The dog", {}),
+    "TokenizeRequest.prompt": ("The dog", {"inputs": None, "prompt": "The fox"}),
+    "TokenizeRequest.messages": (
+        [{"role": "user", "content": "The dog"}],
+        {"inputs": None, "messages": [{"role": "user", "content": "The fox"}]},
+    ),
+    "TokenizeRequest.return_token_strs": (True, {"inputs": None, "prompt": "The fox"}),
+    **{
+        f"TokenizeRequest.{name}": (value, {"inputs": None, "messages": [{"role": "user", "content": "The fox"}]})
+        for name, value in {
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+            "chat_template_kwargs": {"end": "!"},
+        }.items()
+    },
+    "DetokenizeRequest.tokens": ([5], {}),
 }
 
 REFUSED: dict[str, tuple[Any, list[Any]]] = {  # field → a value that asks for something, values that ask for nothing
@@ -146,15 +214,52 @@ REFUSED: dict[str, tuple[Any, list[Any]]] = {  # field → a value that asks for
     "GenerateRequest.parameters.watermark": (True, [None, False]),
     "CompletionRequest.watermark": (True, [None, False]),
     "CompletionRequest.suffix": ("end", [None, ""]),
+    "ChatCompletionRequest.watermark": (True, [None, False]),
+    "ChatCompletionRequest.chat_template": ("{{ messages }}", [None]),
+    "ChatCompletionRequest.modalities": (["text", "audio"], [None, ["text"]]),
+    "ChatCompletionRequest.service_tier": ("flex", [None, "auto", "default"]),
+    "ChatCompletionRequest.store": (True, [None, False]),
+    "ChatCompletionRequest.tools": ([{"type": "function"}], [None, []]),
+    "ChatCompletionRequest.tool_choice": ("required", [None, "none", "auto"]),
+    "ChatCompletionRequest.functions": ([{"name": "f"}], [None, []]),
+    "ChatCompletionRequest.function_call": ({"name": "f"}, [None, "none", "auto"]),
+    "ChatCompletionRequest.audio": ({"voice": "alloy"}, [None]),
+    "ChatCompletionRequest.prediction": ({"type": "content"}, [None]),
+    "ChatCompletionRequest.reasoning_effort": ("low", [None, "none"]),
+    "ChatCompletionRequest.verbosity": ("low", [None]),
+    "ChatCompletionRequest.web_search_options": ({}, [None]),
+    "EmbedRequest.prompt_name": ("query", [None]),
+    "EmbedRequest.encoding_format": ("base64", [None, "float"]),
+    "TokenizeRequest.chat_template": ("{{ messages }}", [None]),
 }
 
 ELSEWHERE = {
-    "CompletionRequest.model": "test_bad_input.test_an_unknown_model_is_not_found",
-    "CompletionRequest.user": "the caller's own label; it has no effect by definition",
-    "CompletionRequest.response_format.json_schema.name": "a label",
-    "CompletionRequest.response_format.json_schema.description": "a label",
-    "CompletionRequest.response_format.json_schema.strict": "the schema is always followed",
+    **{
+        f"{model}.{name}": why
+        for model in ("CompletionRequest", "ChatCompletionRequest")
+        for name, why in {
+            "model": "test_bad_input.test_an_unknown_model_is_not_found, test_chat",
+            "user": "the caller's own label; it has no effect by definition",
+            "response_format.json_schema.name": "a label",
+            "response_format.json_schema.description": "a label",
+            "response_format.json_schema.strict": "the schema is always followed",
+        }.items()
+    },
+    "ChatCompletionRequest.metadata": "the caller's own labels",
+    "ChatCompletionRequest.safety_identifier": "the caller's own label",
+    "ChatCompletionRequest.prompt_cache_key": "tells where to look for what is found by itself",
+    "ChatCompletionRequest.parallel_tool_calls": "of no tools",
+    "EmbeddingRequest.model": "as in completions",
+    "EmbeddingRequest.user": "the caller's own label",
+    "EmbeddingRequest.dimensions": "test_embeddings.test_refusals",
+    "EmbedRequest.dimensions": "test_embeddings.test_refusals",
+    "EmbedRequest.truncate": "test_embeddings.test_as_many_as_fit",
+    "TokenizeRequest.model": "test_tokenize_routes.test_refusals",
+    "TokenizeRequest.add_special_tokens": "GPT-J's tokenizer adds none",
+    "DetokenizeRequest.model": "test_tokenize_routes.test_refusals",
 }
+LISTS = {"messages": "test_chat.test_prompt"}
+"""Fields that are lists of objects, whose own fields are tested elsewhere."""
 
 
 def _fields(model: type[BaseModel], prefix: str) -> list[str]:
@@ -162,17 +267,16 @@ def _fields(model: type[BaseModel], prefix: str) -> list[str]:
     for name, field in model.model_fields.items():
         path = f"{prefix}.{field.alias or name}"
         candidates = [field.annotation, *get_args(field.annotation)]
+        if name in LISTS:
+            names.append(path)
+            continue
         parts = [part for part in candidates if isinstance(part, type) and issubclass(part, BaseModel)]
         names += _fields(parts[0], path) if parts else [path]
     return names
 
 
 def test_each_field_is_in_one_table() -> None:
-    fields = [
-        field
-        for model in (GenerateRequest, ClassifyRequest, QARequest, CompletionRequest)
-        for field in _fields(model, model.__name__)
-    ]
+    fields = [field for model in MODELS for field in _fields(model, model.__name__)]
     assert sorted(fields) == sorted([*HAS_EFFECT, *REFUSED, *ELSEWHERE])
 
 
@@ -180,7 +284,7 @@ def test_both_surfaces_take_the_same_extras() -> None:
     assert {*EXTRAS, *BEAM_EXTRAS, "watermark"} == set(SamplingExtras.model_fields)
 
 
-@pytest.mark.parametrize("model", [GenerateRequest, CompletionRequest])
+@pytest.mark.parametrize("model", [GenerateRequest, CompletionRequest, ChatCompletionRequest])
 def test_each_generation_parameter_is_documented(model: type[BaseModel]) -> None:
     text = DOCUMENTATION.read_text(encoding="utf-8")
     names = {
@@ -198,7 +302,7 @@ def _with(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 async def _observe(client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]) -> Any:
     """What a request does: what the engine is asked, and what comes back."""
-    engine.script["scripted"] = " jumps over"
+    engine.script |= {"scripted": " jumps over", "u>scripted|a>": " jumps over"}
     engine.requests.clear()
     response = await client.post(path, json=body)
     assert response.status_code == 200, response.text
@@ -209,7 +313,7 @@ async def _observe(client: httpx.AsyncClient, engine: FakeEngine, path: str, bod
             part.pop("id", None)
             part.pop("created", None)
     asked = [
-        (r.task, r.prompt_token_ids, r.continuation_token_ids, r.head, r.sampling, r.priority, r.cache_salt)
+        (r.task, r.prompt_token_ids, r.continuation_token_ids, r.head, r.pooling, r.sampling, r.priority, r.cache_salt)
         for r in engine.requests
     ]
     return streamed, answer, asked
@@ -229,7 +333,7 @@ async def test_a_field_has_an_effect(client: httpx.AsyncClient, engine: FakeEngi
 
 NULLABLE = [
     f"{model}{name}"
-    for model in ("GenerateRequest.parameters.", "CompletionRequest.")
+    for model in ("GenerateRequest.parameters.", "CompletionRequest.", "ChatCompletionRequest.")
     for name in SamplingExtras.model_fields
 ]
 
