@@ -86,6 +86,10 @@ def _response_format(response_format: ResponseFormat) -> list[Constraint]:
     if (response_format.type == "json_schema") != (named is not None):
         reason = "goes with type json_schema, and that with it"
         raise InvalidRequestError("response_format.json_schema", None if named is None else named.schema_, reason)
+    if response_format.value is not None and response_format.type != "json_object":
+        raise InvalidRequestError("response_format.value", response_format.value, "goes with type json_object only")
+    if response_format.value is not None:
+        return [_json_schema("response_format.value", response_format.value)]
     if named is not None:
         return [_json_schema("response_format.json_schema.schema", named.schema_)]
     return [Constraint("response_format", ANY_OBJECT)] if response_format.type == "json_object" else []

@@ -63,6 +63,9 @@ class NamedJSONSchema(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"] = Field(description="`text` is off.")
     json_schema: NamedJSONSchema | None = Field(None, description="Goes with type json_schema, and that with it.")
+    value: dict[str, Any] | None = Field(
+        None, description="A JSON schema with type json_object, which is how huggingface_hub sends one."
+    )
 
 
 class OpenAISampling(SamplingExtras):

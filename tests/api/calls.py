@@ -7,6 +7,7 @@ from typing import Any, Self
 import httpx
 from fastapi import FastAPI
 
+TEXT = " jumps over the café — 東京."
 CHAT_TEMPLATE = """\
 {% for message in messages %}
 {% if message.role == "developer" %}{{ raise_exception("only system, user, assistant") }}{% endif %}

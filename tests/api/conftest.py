@@ -1,10 +1,13 @@
 """The HTTP application over a fake engine."""
 
-from collections.abc import AsyncIterator
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from calls import CHAT_TEMPLATE
+import uvicorn
+from calls import CHAT_TEMPLATE, TEXT
 from fakes import SPECIAL_TOKEN, FakeEngine, small_model, small_tokenizer
 from fastapi import FastAPI
 
@@ -50,3 +53,20 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def url() -> Iterator[str]:
+    """A real server on a free port, in a thread of its own. Of the named heads it has "tone" and "reader"."""
+    engine = FakeEngine(small_model(), small_tokenizer())
+    engine.script |= {"The fox": TEXT, "u>The fox|a>": TEXT}
+    template = ChatTemplate(CHAT_TEMPLATE, {})
+    service = Service(ServiceConfig(), engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS, template)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()

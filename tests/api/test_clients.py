@@ -1,25 +1,19 @@
 """The libraries that people have, unmodified: openai in process, huggingface_hub over a loopback socket."""
 
-import socket
-import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from fakes import FakeEngine, small_model, small_tokenizer
+from calls import TEXT
+from fakes import FakeEngine
 from fastapi import FastAPI
 from huggingface_hub import InferenceClient, TextGenerationInputGrammarType
 from huggingface_hub.errors import ValidationError
+from openai.types.chat import ChatCompletionContentPartTextParam
 
-from gptj_serve.api.app import create_app
-from gptj_serve.api.service import Service
-from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import OverloadedError
 from gptj_serve.types import Grammar, GrammarKind
-
-TEXT = " jumps over the café — 東京."
 
 # ── openai ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -93,6 +87,56 @@ async def test_openai_streamed_logprobs(openai_client: openai.AsyncOpenAI) -> No
     ] == [token for token in tokens if not token.startswith(("bytes", "<"))]
 
 
+async def test_openai_chat(openai_client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    engine.script["u>The fox|a>"] = TEXT
+    create = openai_client.chat.completions.create
+    answer = await create(
+        model="tiny",
+        messages=[{"role": "user", "content": "The fox"}],
+        max_completion_tokens=40,
+        logprobs=True,
+        top_logprobs=2,
+        store=False,
+        tool_choice="none",
+    )
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", TEXT, "stop")
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert b"".join(bytes(token.bytes or []) for token in choice.logprobs.content[:-1]).decode() == TEXT
+    assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
+    parts: list[ChatCompletionContentPartTextParam] = [{"type": "text", "text": "The fox"}]
+    stream = await create(
+        model="tiny",
+        messages=[{"role": "user", "content": parts}],
+        max_tokens=40,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == TEXT
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage == answer.usage
+    with pytest.raises(openai.BadRequestError, match="tools="):
+        await create(
+            model="tiny",
+            messages=[{"role": "user", "content": "The fox"}],
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+
+
+async def test_openai_embeddings(openai_client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """Unless told otherwise the client asks for base64, and decodes it."""
+    embeddings = await openai_client.embeddings.create(model="tiny", input=["The fox", "The dog"])
+    vectors = [item.embedding for item in embeddings.data]
+    assert [len(vector) for vector in vectors] == [engine.model.n_embd] * 2
+    assert [sum(x * x for x in vector) for vector in vectors] == pytest.approx([1, 1])
+    numbers = await openai_client.embeddings.create(model="tiny", input="The dog", encoding_format="float")
+    assert numbers.data[0].embedding == pytest.approx(vectors[1])
+    assert numbers.usage.prompt_tokens == len(engine.tokenizer.encode("The dog"))
+
+
 async def test_openai_models(openai_client: openai.AsyncOpenAI) -> None:
     assert [model.id async for model in openai_client.models.list()] == ["tiny"]
     assert (await openai_client.models.retrieve("tiny")).id == "tiny"
@@ -116,22 +160,6 @@ async def test_openai_errors(openai_client: openai.AsyncOpenAI, engine: FakeEngi
 
 
 # ── huggingface_hub ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """A real server on a free port, in a thread of its own."""
-    engine = FakeEngine(small_model(), small_tokenizer())
-    engine.script["The fox"] = TEXT
-    service = Service(ServiceConfig(), engine.model, ["lm_head", "score", "qa_outputs"], engine.tokenizer, engine)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
-        assert not thread.is_alive()
 
 
 def test_hugging_face_text_generation(url: str) -> None:

@@ -90,6 +90,7 @@ OPENAI_SAMPLING: dict[str, tuple[Any, dict[str, Any]]] = {  # of OpenAI's two ge
     "stream_options.include_usage": (True, {"stream": True}),
     "stream_options.continuous_usage_stats": (True, {"stream": True, "stream_options.include_usage": True}),
     "response_format.type": ("json_object", {"response_format": {"type": "text"}}),
+    "response_format.value": ({"type": "array"}, {"response_format": {"type": "json_object"}}),
     "response_format.json_schema.schema": (
         {"type": "array"},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
