@@ -36,6 +36,7 @@ from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent
 BLOCK_SIZE = 16
 NUM_KV_TOKENS = 256
 PROMPT = [464, 3290]
+SHAPE_FIELDS = ("n_layer", "n_embd", "n_head", "rotary_dim", "vocab_size", "n_positions")
 COLUMNS = ("layers", "weights GB", "peak after loading GB", "bound GB", "peak after generating GB", "loaded in s")
 
 
@@ -88,7 +89,8 @@ def make_checkpoint(model: Model, directory: Path) -> None:
         save_file(tensors, directory / file)
         weight_map |= dict.fromkeys(shapes, file)
     (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps({"model_type": "gptj", "n_layer": model.config.n_layer}))
+    config = {name: getattr(model.config, name) for name in SHAPE_FIELDS}
+    (directory / "config.json").write_text(json.dumps({"model_type": "gptj", **config}))
 
 
 async def load_and_generate(model: Model, directory: Path, num_stages: int, num_tokens: int) -> int:
@@ -149,11 +151,19 @@ async def generate(
     return [event.token_id for event in events], (time.perf_counter() - started) / num_tokens
 
 
-def run_stage(pipe: Connection, directory: str, span: range, num_kv_blocks: int, num_stages: int, address: str) -> None:
+def run_stage(
+    pipe: Connection,
+    directory: str,
+    span: range,
+    num_kv_blocks: int,
+    num_stages: int,
+    address: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """A stage's process: load, tell where it listens, serve until told to stop, tell its peak memory."""
     torch.set_num_threads(max(1, multiprocessing.cpu_count() // num_stages))
     checkpoint = Checkpoint.open(Path(directory))
-    spec = StageSpec(span, num_kv_blocks, BLOCK_SIZE, torch.bfloat16, torch.device("cpu"), checkpoint.config.vocab_size)
+    spec = StageSpec(span, num_kv_blocks, BLOCK_SIZE, dtype, torch.device("cpu"), checkpoint.config.vocab_size)
     started = time.perf_counter()
     runner = StageRunner.load(checkpoint, spec)
     load_s = time.perf_counter() - started

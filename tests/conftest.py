@@ -77,8 +77,9 @@ def _save_random_gptj(config: dict[str, Any], directory: Path) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `large` run only when asked for: `pytest -m large`."""
-    if "large" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("large"):
-                item.add_marker(pytest.mark.skip(reason="needs -m large"))
+    """Tests marked `large` or `clients` run only when asked for: `pytest -m large`."""
+    for marker in ("large", "clients"):
+        if marker not in config.option.markexpr:
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"needs -m {marker}"))

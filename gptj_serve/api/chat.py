@@ -15,7 +15,6 @@ from gptj_serve.api.openai_responses import (
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
-    Usage,
 )
 from gptj_serve.api.pieces import Piece, stream_choices, whole_choices
 from gptj_serve.api.service import Service, off_loop
@@ -117,7 +116,7 @@ async def stream_chat(service: Service, plan: Plan) -> AsyncGenerator[ChatComple
     num_tokens = 0
     begun: set[int] = set()
 
-    def chunk(choices: list[ChatChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
+    def chunk(choices: list[ChatChunkChoice], *, is_last: bool = False) -> ChatCompletionChunk:
         body: ChatCompletionChunk = {
             "id": answer_id,
             "object": "chat.completion.chunk",
@@ -126,18 +125,19 @@ async def stream_chat(service: Service, plan: Plan) -> AsyncGenerator[ChatComple
             "choices": choices,
         }
         if include_usage:
-            body["usage"] = usage
+            shows_usage = is_last or plan.body.includes_continuous_usage
+            body["usage"] = usage_of(plan, num_tokens) if shows_usage else None
         return body
 
     async with aclosing(stream_choices(service, plan)) as pieces:
         async for index, piece in pieces:
-            num_tokens += len(piece.tokens)
             if index not in begun:
                 begun.add(index)
-                yield chunk([_beginning(index)], None)
-            yield chunk([_chunk_choice(service, plan, index, piece)], None)
+                yield chunk([_beginning(index)])
+            num_tokens += len(piece.tokens)
+            yield chunk([_chunk_choice(service, plan, index, piece)])
     if include_usage:
-        yield chunk([], usage_of(plan, num_tokens))
+        yield chunk([], is_last=True)
 
 
 def _check(body: ChatCompletionRequest) -> None:

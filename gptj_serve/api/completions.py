@@ -39,7 +39,7 @@ async def stream_completion(service: Service, plan: Plan) -> AsyncGenerator[Comp
     num_tokens = 0
     offsets = [0] * len(plan.candidates)
 
-    def chunk(choices: list[CompletionChoice], usage: Usage | None) -> CompletionChunk:
+    def chunk(choices: list[CompletionChoice], *, is_last: bool = False) -> CompletionChunk:
         body: CompletionChunk = {
             "id": answer_id,
             "object": "text_completion",
@@ -48,16 +48,17 @@ async def stream_completion(service: Service, plan: Plan) -> AsyncGenerator[Comp
             "choices": choices,
         }
         if include_usage:
-            body["usage"] = usage
+            shows_usage = is_last or plan.body.includes_continuous_usage
+            body["usage"] = usage_of(plan, num_tokens) if shows_usage else None
         return body
 
     async with aclosing(stream_choices(service, plan)) as pieces:
         async for index, piece in pieces:
             num_tokens += len(piece.tokens)
-            yield chunk([_choice(service, plan, index, piece, offsets[index])], None)
+            yield chunk([_choice(service, plan, index, piece, offsets[index])])
             offsets[index] += sum(len(token.text) for token in said(plan, piece))
     if include_usage:
-        yield chunk([], usage_of(plan, num_tokens))
+        yield chunk([], is_last=True)
 
 
 def new_id(prefix: str) -> str:

@@ -1,8 +1,8 @@
 """What OpenAI's two generating routes take alike: OpenAI's parameters, and vLLM's names for what OpenAI lacks."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gptj_serve.api.sampling_schema import SamplingExtras
 from gptj_serve.api.schema_types import (
@@ -28,6 +28,15 @@ JSONSchema = str | dict[str, Any]
 
 class StreamOptions(Body):
     include_usage: bool = Field(False, description="A last event with the usage; all others have `usage: null`.")
+    continuous_usage_stats: bool = Field(
+        False, description="With include_usage, vLLM's: all other events have the usage until then."
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats goes with include_usage only")
+        return self
 
 
 class StructuredOutputs(Body):
@@ -120,3 +129,8 @@ class OpenAISampling(SamplingExtras):
     def includes_usage(self) -> bool:
         """As the last event of a stream."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def includes_continuous_usage(self) -> bool:
+        """In all its events."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats

@@ -9,15 +9,24 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
 from ray.serve.handle import DeploymentHandle
 
-from gptj_serve.api import huggingface
+from gptj_serve.api import huggingface, tokenization
 from gptj_serve.api.app import create_app
+from gptj_serve.api.chat import complete_chat, make_chat_plan, stream_chat
+from gptj_serve.api.chat_schemas import ChatCompletionRequest
 from gptj_serve.api.chat_template import ChatTemplate
+from gptj_serve.api.completion_plan import make_plan
+from gptj_serve.api.completions import complete, stream_completion
+from gptj_serve.api.embedding_schemas import EmbedRequest
+from gptj_serve.api.embeddings import embed
 from gptj_serve.api.errors import invalid_request, most_telling
-from gptj_serve.api.huggingface_responses import GenerateEvent
+from gptj_serve.api.huggingface_responses import Detokenized, GenerateEvent
 from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
+from gptj_serve.api.openai_responses import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
+from gptj_serve.api.openai_schemas import CompletionRequest
 from gptj_serve.api.request_context import RequestContext, answering
 from gptj_serve.api.request_record import RequestLog
 from gptj_serve.api.service import Service
+from gptj_serve.api.tokenization_schemas import DetokenizeRequest, TokenizeRequest
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError, InvalidRequestError
 from gptj_serve.model.checkpoint import Checkpoint
@@ -29,12 +38,13 @@ from gptj_serve.serving.proxy_loss import ProxyLossIsDisconnect
 from gptj_serve.tokenizer import Tokenizer
 
 Body = TypeVar("Body", bound=BaseModel)
+Streamable = TypeVar("Streamable", GenerateRequest, CompletionRequest, ChatCompletionRequest)
 
 
 class Ingress:
     """Serve calls its ASGI application for HTTP, and its methods for `serve.get_app_handle("gptj")`.
 
-    The methods take the HTTP routes' bodies, as dicts or as models of `gptj_serve.api.huggingface_schemas`, and answer
+    The methods take the HTTP routes' bodies, as dicts or as models of `gptj_serve.api`'s schemas, and answer
     with what the routes answer, as plain dicts and lists, so that a caller needs nothing but Ray. For the same reason
     they raise built-in exceptions: `ValueError` for a bad request, naming field and value, `RuntimeError` for a failed
     one.
@@ -61,12 +71,12 @@ class Ingress:
     async def generate(self, request: GenerateRequest | dict[str, Any]) -> Any:
         """As `POST /generate`."""
         with self._call("generate"):
-            return await huggingface.generate_whole(self._service, _parse(GenerateRequest, request))
+            return await huggingface.generate_whole(self._service, _whole(GenerateRequest, request, "generate_stream"))
 
     async def generate_stream(self, request: GenerateRequest | dict[str, Any]) -> AsyncGenerator[GenerateEvent]:
         """As `POST /generate_stream`: an item per token. Call it on `handle.options(stream=True)`."""
         with self._call("generate_stream"):
-            body = _parse(GenerateRequest, request)
+            body = _streamed(GenerateRequest, request)
             async with aclosing(huggingface.generate_stream(self._service, body)) as events:
                 async for event in events:
                     yield event
@@ -80,6 +90,55 @@ class Ingress:
         """As `POST /qa`."""
         with self._call("qa"):
             return await huggingface.answer_whole(self._service, _parse(QARequest, request))
+
+    async def embed(self, request: EmbedRequest | dict[str, Any]) -> list[list[float]]:
+        """As `POST /embed`."""
+        with self._call("embed"):
+            return await embed(self._service, _parse(EmbedRequest, request))
+
+    async def complete(self, request: CompletionRequest | dict[str, Any]) -> Completion:
+        """As `POST /v1/completions`."""
+        with self._call("complete"):
+            body = _whole(CompletionRequest, request, "complete_stream")
+            self._service.check_model(body.model)
+            return await complete(self._service, await make_plan(self._service, body))
+
+    async def complete_stream(self, request: CompletionRequest | dict[str, Any]) -> AsyncGenerator[CompletionChunk]:
+        """As `POST /v1/completions` with `stream`. Call it on `handle.options(stream=True)`."""
+        with self._call("complete_stream"):
+            body = _streamed(CompletionRequest, request)
+            self._service.check_model(body.model)
+            plan = await make_plan(self._service, body)
+            async with aclosing(stream_completion(self._service, plan)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def chat(self, request: ChatCompletionRequest | dict[str, Any]) -> ChatCompletion:
+        """As `POST /v1/chat/completions`."""
+        with self._call("chat"):
+            body = _whole(ChatCompletionRequest, request, "chat_stream")
+            self._service.check_model(body.model)
+            return await complete_chat(self._service, await make_chat_plan(self._service, body))
+
+    async def chat_stream(self, request: ChatCompletionRequest | dict[str, Any]) -> AsyncGenerator[ChatCompletionChunk]:
+        """As `POST /v1/chat/completions` with `stream`. Call it on `handle.options(stream=True)`."""
+        with self._call("chat_stream"):
+            body = _streamed(ChatCompletionRequest, request)
+            self._service.check_model(body.model)
+            plan = await make_chat_plan(self._service, body)
+            async with aclosing(stream_chat(self._service, plan)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def tokenize(self, request: TokenizeRequest | dict[str, Any]) -> Any:
+        """As `POST /tokenize`."""
+        with self._call("tokenize"):
+            return await tokenization.tokenize(self._service, _parse(TokenizeRequest, request))
+
+    async def detokenize(self, request: DetokenizeRequest | dict[str, Any]) -> Detokenized:
+        """As `POST /detokenize`."""
+        with self._call("detokenize"):
+            return await tokenization.detokenize(self._service, _parse(DetokenizeRequest, request))
 
     @contextmanager
     def _call(self, method: str) -> Iterator[None]:
@@ -98,6 +157,18 @@ def _plain_errors() -> Iterator[None]:
         raise ValueError(str(error)) from None
     except GPTJServeError as error:
         raise RuntimeError(str(error)) from None
+
+
+def _whole(body: type[Streamable], request: Streamable | dict[str, Any], streaming_method: str) -> Streamable:
+    parsed = _parse(body, request)
+    if parsed.stream:
+        raise InvalidRequestError("stream", True, f"call {streaming_method} on handle.options(stream=True)")
+    return parsed
+
+
+def _streamed(body: type[Streamable], request: Streamable | dict[str, Any]) -> Streamable:
+    fields = request if isinstance(request, dict) else request.model_dump(by_alias=True, exclude_unset=True)
+    return _parse(body, fields | {"stream": True})
 
 
 def _parse(body: type[Body], request: Body | dict[str, Any]) -> Body:

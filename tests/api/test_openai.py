@@ -166,6 +166,30 @@ async def test_stream_with_usage(client: httpx.AsyncClient, engine: FakeEngine, 
     }
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/completions", {"prompt": ["ab", "c"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ab"}]}),
+    ],
+)
+async def test_stream_with_continuous_usage(client: httpx.AsyncClient, path: str, prompt: dict) -> None:
+    """vLLM's: every event says how much there was until now; guidellm and others ask for it."""
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    body = {"model": "tiny", "n": 2, "max_tokens": 5, "ignore_eos": True, "return_token_ids": True} | prompt | options
+    *chunks, last, _ = events(await client.post(path, json=body))
+    num_tokens = 0
+    for chunk in chunks:
+        num_tokens += len(chunk["choices"][0].get("token_ids") or [])
+        assert chunk["usage"]["completion_tokens"] == num_tokens
+        assert chunk["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"] > 0
+    assert last["usage"]["completion_tokens"] == num_tokens > 0
+    options["stream_options"]["include_usage"] = False
+    refused = await client.post(path, json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream_options")
+    assert "continuous_usage_stats goes with include_usage" in refused.json()["error"]["message"]
+
+
 async def test_stream_of_several_choices_equals_the_whole(client: httpx.AsyncClient) -> None:
     body = {"model": "tiny", "prompt": ["ab", "c"], "n": 2, "seed": 1, "return_token_ids": True}
     whole = (await client.post("/v1/completions", json=body)).json()["choices"]

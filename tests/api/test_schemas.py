@@ -88,6 +88,7 @@ OPENAI_SAMPLING: dict[str, tuple[Any, dict[str, Any]]] = {  # of OpenAI's two ge
     "logit_bias": ({"5": 1.0}, {}),
     "stream": (True, {}),
     "stream_options.include_usage": (True, {"stream": True}),
+    "stream_options.continuous_usage_stats": (True, {"stream": True, "stream_options.include_usage": True}),
     "response_format.type": ("json_object", {"response_format": {"type": "text"}}),
     "response_format.value": ({"type": "array"}, {"response_format": {"type": "json_object"}}),
     "response_format.json_schema.schema": (
@@ -291,7 +292,7 @@ def test_each_generation_parameter_is_documented(model: type[BaseModel]) -> None
     names = {
         field.removeprefix(f"{model.__name__}.").removeprefix("parameters.") for field in _fields(model, model.__name__)
     }
-    names -= {"model", "user", "stream", "stream_options.include_usage"}
+    names -= {"model", "user", "stream", "stream_options.include_usage", "stream_options.continuous_usage_stats"}
     assert {name for name in names if f"`{name.partition('.')[0]}`" not in text} == set()
 
 

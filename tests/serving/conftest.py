@@ -1,4 +1,4 @@
-"""One service for all tests here: the README's deployment, with two heads more beside the checkpoint's own."""
+"""One service for all tests here: the README's deployment, with two more heads and a chat template."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
