@@ -159,7 +159,7 @@ def running_service(directory: Path, num_stages: int, work: Path) -> Iterator[No
     application = {"name": "gptj", "route_prefix": "/", "import_path": "gptj_serve.serving.app:build", "args": args}
     config = {"http_options": {"host": HOST, "port": PORT}, "applications": [application]}
     (work / "service.yaml").write_text(yaml.safe_dump(config))
-    command = [Path(sys.executable).parent / "serve", "run", work / "service.yaml"]
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(work / "service.yaml")]
     with (work / "service.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
