@@ -1,14 +1,16 @@
 """Every command and snippet of README.md and docs/ is run, here or where the table below says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from gptj_serve.config import ServiceConfig
 from tests.serving.documents import DOCUMENTS, Block, blocks
-from tests.serving.service import ServeRun
+from tests.serving.service import ROOT, ServeRun
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 
@@ -17,17 +19,23 @@ PICTURES = {"": "plain text", "text": "plain text"}
 ELSEWHERE = {
     "pip install": "`.ci/run` does it, in a fresh virtual environment",
     "gptj-serve fit classifier sms_spam.tsv": "takes minutes on the real data; the first block has the same commands",
+    "lm_eval ": "needs a data set from the network; tests/serving/clients does the same with files at hand",
+    "guidellm ": "tests/serving/clients does it",
     "python benchmarks/": "takes minutes; its figures are in the document",
 }
 """By the beginning of a block: why it is not run here."""
 
 TESTED_IN = {
     "docs/checkpoints.md": "tests/test_cli.py",
+    "docs/clients.md": "tests/serving/clients",
     "docs/library.md": "tests/modeling/test_documented_examples.py",
 }
 """Documents that need no service, with the tests that run all of their blocks."""
 
-SUBSTITUTIONS: dict[str, dict[str, str]] = {"docs/heads.md": {'"spam"': '"tone"'}}
+SUBSTITUTIONS: dict[str, dict[str, str]] = {
+    "docs/heads.md": {'"spam"': '"tone"'},
+    "docs/operations.md": {"10.0.0.5": "127.0.0.1"},
+}
 """By document: what stands for the reader's own."""
 
 
@@ -50,11 +58,11 @@ def write_examples(directory: Path) -> None:
 def is_run_here(block: Block) -> bool:
     if block.language in PICTURES or block.document in TESTED_IN:
         return False
-    return block.language != "yaml" and not any(map(block.code.startswith, ELSEWHERE))
+    return block.language in ("sh", "python") and not any(map(block.code.startswith, ELSEWHERE))
 
 
 def test_no_block_is_in_a_language_that_nothing_runs() -> None:
-    assert {block.language for block in BLOCKS} <= {"sh", "python", "yaml", "console", *PICTURES}
+    assert {block.language for block in BLOCKS} <= {"sh", "python", "yaml", "promql", "console", *PICTURES}
     assert {block.document for block in BLOCKS if block.language == "console"} <= set(TESTED_IN)
 
 
@@ -70,11 +78,20 @@ def test_pictures_hold_no_commands() -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
 def test_configuration(block: Block) -> None:
-    """Its `args`, or what would stand below them, are accepted."""
+    """Its `args`, or what would stand below them, are accepted; so is what Serve takes beside them."""
     values = yaml.safe_load(block.code)
-    if "applications" in values:
-        values = values["applications"][0]
+    if set(values) <= set(ServeDeploySchema.model_fields):
+        ServeDeploySchema.model_validate({"applications": []} | values)
+        values = next(iter(values.get("applications", [])), {})
     ServiceConfig.model_validate(values.get("args", values))
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "promql"], ids=str)
+def test_queries_ask_for_documented_metrics(block: Block) -> None:
+    text = (ROOT / block.document).read_text()
+    names = re.findall(r"ray_(gptj_\w+?)(?:_bucket|_total)?\b", block.code)
+    assert len(names) >= len(block.code.splitlines())
+    assert [name for name in names if f"`{name}`" not in text] == []
 
 
 @pytest.mark.serve
