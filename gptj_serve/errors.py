@@ -13,7 +13,8 @@ GPTJServeError
 ├── RequestTimeoutError     the request's own time is over
 ├── RequestFailedError      the request was accepted and then could not be finished
 │   └── UnsatisfiableError  since its own constraints leave nothing to go on with
-└── PipelineError           a stage was lost or a link broke; every step in flight is void
+├── PipelineError           a stage was lost or a link broke; every step in flight is void
+└── WireError               what came over a link is no message of the kind that was due
 
 Whoever raises one states the offending value and what to do about it: the message reaches the user as it is.
 """
@@ -91,6 +92,10 @@ class UnsatisfiableError(RequestFailedError):
 
 class PipelineError(GPTJServeError):
     """A stage or a link was lost: no step in flight will return."""
+
+
+class WireError(GPTJServeError):
+    """What came over a link is no message of the kind that was due."""
 
 
 def _shortened(value: Any, limit: int = 100) -> str:

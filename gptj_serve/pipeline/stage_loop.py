@@ -9,11 +9,13 @@ import msgspec
 import zmq
 from torch import Tensor
 
+from gptj_serve.errors import WireError
 from gptj_serve.pipeline.handoff import Handoff, ZmqHandoff
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
 from gptj_serve.pipeline.stage_runner import StageRunner
 from gptj_serve.pipeline.step_meter import StepMeter
 from gptj_serve.steps import MicroBatch, StepOutput
+from gptj_serve.wire import WireDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +84,16 @@ class StageLoop:
     def _serve(self) -> None:
         stage = self._runner.stage
         encoder = msgspec.msgpack.Encoder()
-        decoder = msgspec.msgpack.Decoder(MicroBatch)
+        decoder = WireDecoder[MicroBatch](MicroBatch)
         from_previous: Handoff = ZmqHandoff(self._hidden)
         to_next: Handoff = ZmqHandoff(self._next)
         self._meter.wait()
         while (frames := receive(self._steps, self._stopping.is_set)) is not None:
-            microbatch = decoder.decode(frames[0].buffer)
+            try:
+                microbatch = decoder.decode(frames[0].buffer)
+            except WireError as error:
+                logger.warning("a step is left out: %s", error)
+                continue
             self._microbatch_id = microbatch.microbatch_id
             hidden: Tensor | None = None
             sent_at: float | None = None

@@ -1,15 +1,19 @@
 """`StepLinks`: the engine's side of the links: steps out to every stage at once, results back from the last."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from gptj_serve.errors import PipelineError
+from gptj_serve.errors import PipelineError, WireError
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender
 from gptj_serve.steps import MicroBatch, StepOutput
+from gptj_serve.wire import WireDecoder
+
+logger = logging.getLogger(__name__)
 
 
 class StepLinks:
@@ -92,13 +96,17 @@ class StepLinks:
         self._context.term()
 
     async def _receive_results(self) -> None:
-        decoder = msgspec.msgpack.Decoder(StepOutput)
+        decoder = WireDecoder[StepOutput](StepOutput)
         try:
             while True:
-                output = decoder.decode(await self._results.recv())
+                try:
+                    output = decoder.decode(await self._results.recv())
+                except WireError as error:
+                    logger.warning("a result is left out: %s", error)
+                    continue
                 self._last_result_at = asyncio.get_running_loop().time()
                 future = self._pending.get(output.microbatch_id)
                 if future is not None and not future.done():
                     future.set_result(output)
-        except (msgspec.DecodeError, zmq.ZMQError) as error:
+        except zmq.ZMQError as error:
             self.fail(PipelineError(f"receiving results failed: {error}"))

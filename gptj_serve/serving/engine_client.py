@@ -34,6 +34,7 @@ from gptj_serve.types import (
     TokenEvent,
     is_terminal,
 )
+from gptj_serve.wire import WireDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ MIN_TIME_S = 1e-3
 BACKPRESSURE_RETRY_AFTER_S = 1.0
 
 STATUS_TIMEOUT_S = 2.0
+
+
+_REFUSALS = WireDecoder[Refusal](Refusal)
 
 
 class _ReplicaLostError(Exception):
@@ -178,7 +182,7 @@ class ServeEngineClient:
         try:
             async for item in call:
                 if isinstance(item, bytes):
-                    refusal = msgspec.msgpack.decode(item, type=Refusal)
+                    refusal = _REFUSALS.decode(item)
                     inbox.put_nowait(InvalidRequestError(refusal.field, refusal.value, refusal.reason))
                     return
                 replica_id = item
@@ -209,7 +213,7 @@ class ServeEngineClient:
 
     async def _read_events(self, replica_id: str) -> None:
         """Deliver a replica's events until its stream ends; it ends by itself when no request is left there."""
-        decoder = msgspec.msgpack.Decoder(list[Event])
+        decoder = WireDecoder[list[Event]](list[Event])
         stream = self._pipelines.events.remote(self._ingress_id, replica_id=replica_id)
         try:
             # A call that names a replica which is gone would wait in the router for ever, and block it for others.

@@ -32,6 +32,7 @@ from gptj_serve.serving.startup import startup_lines
 from gptj_serve.serving.tracing import EngineTracing, tracer
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import EngineRequest, Event, Refusal, is_terminal
+from gptj_serve.wire import WireDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ OBSERVATION_PERIOD_S = 1.0
 
 IDLE_STREAM_S = 1.0
 """An event stream without requests ends after this time, so that it never delays a replica's shutdown."""
+
+
+_REQUESTS = WireDecoder[EngineRequest](EngineRequest)
 
 
 @dataclass(slots=True)
@@ -105,7 +109,7 @@ class Pipeline:
         A request that can't be taken gets a `Refusal` instead: of what is raised here, Serve logs the traceback.
         When the engine stops, so does this process.
         """
-        request = msgspec.msgpack.decode(encoded_request, type=EngineRequest)
+        request = _REQUESTS.decode(encoded_request)
         grammar = request.sampling.grammar if request.sampling is not None else None
         try:
             matcher = None if grammar is None else await self._grammars.compile_async(grammar)
