@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from gptj_serve.model.heads import HeadCheckpoint
+from tests.serving.service import eventually
 
 pytestmark = pytest.mark.serve
 
@@ -109,7 +110,12 @@ async def test_labels_of_a_text_share_what_is_computed_of_it(http: httpx.AsyncCl
     answer = await post(http, "/classify", inputs=text, parameters={"candidate_labels": LABELS})
     assert sorted(pair["label"] for pair in answer) == sorted(LABELS)
     assert sum(pair["score"] for pair in answer) == pytest.approx(1)
-    assert await reused() - before >= 2 * 16 * (len(text) // 100)  # two of three labels skip most of the text
+
+    async def most_is_shared() -> bool:
+        """two of three labels skip most of the text"""
+        return await reused() - before >= 2 * 16 * (len(text) // 100)
+
+    await eventually(most_is_shared)
 
 
 # ------------------------------------------------------------------------------------------------- named heads
