@@ -48,6 +48,7 @@ async def ready(request: Request) -> Any:
 
 @router.get("/version", summary="Which version is this?")
 async def version() -> dict[str, str]:
+    """That of `gptj_serve`."""
     return {"version": __version__}
 
 
