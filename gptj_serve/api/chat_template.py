@@ -47,26 +47,11 @@ class ChatTemplate:
 
         Raises `ConfigError`, naming the file, if one can't be read or is no template.
         """
-        special_tokens = special_tokens_of(config.checkpoint_dir, model)
-        file = config.chat_template_file
-        if file is None and (config.checkpoint_dir / TEMPLATE_FILE).exists():
-            file = config.checkpoint_dir / TEMPLATE_FILE
-        if file is not None:
-            try:
-                return cls(file.read_text(encoding="utf-8"), special_tokens, str(file))
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{file}: the chat template can't be read: {error}") from error
-        source = _tokenizer_config(config.checkpoint_dir).get("chat_template")
-        if source is None:
+        found = _find_source(config)
+        if found is None:
             return None
-        name = f"{config.checkpoint_dir / TOKENIZER_CONFIG_FILE}: chat_template"
-        if isinstance(source, list):  # transformers' older way to write several
-            source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        if isinstance(source, dict):
-            source = source.get("default")
-        if not isinstance(source, str):
-            raise ConfigError(f"{name}: must be a text, or have one by the name default")
-        return cls(source, special_tokens, name)
+        name, source = found
+        return cls(source, special_tokens_of(config.checkpoint_dir, model), name)
 
     def render(
         self,
@@ -110,6 +95,29 @@ class ChatTemplate:
         except UnicodeEncodeError as error:  # from variables: all other text of a body is checked before
             raise InvalidRequestError("chat_template_kwargs", dict(variables), f"no valid text: {error}") from None
         return _up_to_end_of(str(messages[-1]["content"]), prompt) if continue_final_message else prompt
+
+
+def _find_source(config: ServiceConfig) -> tuple[str, str] | None:
+    """Where the template is written, and the template."""
+    file = config.chat_template_file
+    if file is None and (config.checkpoint_dir / TEMPLATE_FILE).exists():
+        file = config.checkpoint_dir / TEMPLATE_FILE
+    if file is not None:
+        try:
+            return str(file), file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: the chat template can't be read: {error}") from error
+    source = _tokenizer_config(config.checkpoint_dir).get("chat_template")
+    if source is None:
+        return None
+    name = f"{config.checkpoint_dir / TOKENIZER_CONFIG_FILE}: chat_template"
+    if isinstance(source, list):  # transformers' older way to write several
+        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not isinstance(source, str):
+        raise ConfigError(f"{name}: must be a text, or have one by the name default")
+    return name, source
 
 
 def special_tokens_of(directory: Path, model: GPTJConfig) -> dict[str, str]:

@@ -83,11 +83,12 @@ def check_choices(service: Service, body: OpenAISampling, num_prompts: int, fiel
         raise InvalidRequestError("prompt_logprobs", body.prompt_logprobs, "does not go with stream")
     if body.use_beam_search:
         if body.num_candidates < 2:
-            raise InvalidRequestError("use_beam_search", True, "needs a best_of, or n, of at least 2: so many beams")
-        for field in ("logprobs", "prompt_logprobs"):
-            value = getattr(body, field)
+            reason = "needs an n of at least 2, or in /v1/completions a best_of: so many beams"
+            raise InvalidRequestError("use_beam_search", True, reason)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(body, name)
             if value is not None and value is not False:
-                raise InvalidRequestError(field, value, "a beam search has no log-probabilities of single tokens")
+                raise InvalidRequestError(name, value, "a beam search has no log-probabilities of single tokens")
 
 
 async def sampling_of(

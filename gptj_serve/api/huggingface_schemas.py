@@ -90,7 +90,7 @@ class GenerateParameters(SamplingExtras):
 
 class GenerateRequest(Body):
     inputs: NonEmpty = Field(description="The text to go on with.")
-    parameters: GenerateParameters = Field(GenerateParameters(), description="How to generate.")
+    parameters: GenerateParameters = Field(default_factory=GenerateParameters, description="How to generate.")
     stream: bool = Field(False, description="Answer with server-sent events, as the text comes.")
 
 
@@ -118,7 +118,7 @@ _HEAD = "The name of a head; `default` is the checkpoint's own, which is also th
 class ClassifyRequest(Body):
     inputs: NonEmpty | Texts = Field(description="A text or several.")
     model: NonEmpty | None = Field(None, description=_HEAD)
-    parameters: ClassifyParameters = Field(ClassifyParameters(), description="How to classify.")
+    parameters: ClassifyParameters = Field(default_factory=ClassifyParameters, description="How to classify.")
 
 
 class QAInputs(Body):
@@ -151,4 +151,4 @@ class QARequest(Body):
         description="A question with its context, or several."
     )
     model: NonEmpty | None = Field(None, description=_HEAD)
-    parameters: QAParameters = Field(QAParameters(), description="How to look for answers.")
+    parameters: QAParameters = Field(default_factory=QAParameters, description="How to look for answers.")

@@ -7,7 +7,6 @@ from collections.abc import Set
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 
@@ -54,15 +53,14 @@ def hugging_face_answers(
 def describe(app: FastAPI) -> None:
     """Make the schema that `app` shows: with what the events of streams are, without what FastAPI adds of its own."""
 
+    make = app.openapi
+
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = get_openapi(
-                title=app.title, version=app.version, summary=app.summary, tags=app.openapi_tags, routes=app.routes
-            )
+            schema = make()  # which keeps it, and so it is changed only once
             _add_events(schema["components"]["schemas"])
             _drop_validation_errors(schema)
-            app.openapi_schema = schema
-        return app.openapi_schema
+        return make()
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to do it
 

@@ -14,7 +14,7 @@ import yaml
 
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadCheckpoint, HeadInfo, HeadKind, fingerprint
-from tests.serving.service import CHAT_TEMPLATE, ROOT, URL, ServeRun
+from tests.serving.service import ROOT, URL, ServeRun
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, named_heads: dict[str, Hea
     config = yaml.safe_load((ROOT / "deployments" / "gptj.yaml").read_text())
     args = config["applications"][0]["args"]
     args["heads"] = {name: str(head.directory) for name, head in named_heads.items()}
-    args["chat_template"] = str(CHAT_TEMPLATE)
+    args["chat_template"] = str(ROOT / "deployments" / "chat.jinja")
     (directory / "gptj.yaml").write_text(yaml.safe_dump(config))
     run = ServeRun(directory / "gptj.yaml", directory / "output.log")
     try:

@@ -16,7 +16,6 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 SERVE = Path(sys.executable).parent / "serve"
-CHAT_TEMPLATE = ROOT / "tests" / "serving" / "chat_template.jinja"
 URL = "http://127.0.0.1:8000"
 STARTUP_TIMEOUT_S = 120
 LOG_FORWARDING_S = 1.5  # Ray shows what its processes print with a delay

@@ -42,6 +42,7 @@ def test_args_that_are_no_config(args: dict[str, Any], message: str, said: list[
         ({"pipeline": {"kv_cache": {"num_tokens": 1023}}}, "must hold one sequence of n_positions=1024"),
         ({"checkpoint": "/nowhere"}, "/nowhere: no such checkpoint directory"),
         ({"heads": {"spam": "/nowhere"}}, "/nowhere"),
+        ({"chat_template": "/nowhere"}, "/nowhere: the chat template can't be read"),
     ],
 )
 def test_config_that_cannot_be_served(args: dict[str, Any], message: str, said: list[str]) -> None:
@@ -61,6 +62,14 @@ def test_tokenizer_larger_than_the_model(tmp_path: Path, demo: Path, said: list[
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(GPTJServeError, match="more than the vocab_size=4096"):
         app.build(app.BuilderConfig(checkpoint=str(checkpoint)))
+    assert len(said) == 1
+
+
+def test_a_chat_template_that_is_none(tmp_path: Path, said: list[str]) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for message in messages %}")
+    with pytest.raises(GPTJServeError, match=f"{template}: not a chat template: Unexpected end of template"):
+        app.build(app.BuilderConfig(chat_template=str(template)))
     assert len(said) == 1
 
 

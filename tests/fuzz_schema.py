@@ -1,6 +1,6 @@
 """Sends a running service requests made up from its OpenAPI schema, and holds each answer against that schema.
 
-    python tests/serving/fuzz_schema.py http://127.0.0.1:8000 --cases 2000
+    python tests/fuzz_schema.py http://127.0.0.1:8000 --cases 2000
 
 Half of the requests are as the schema wants them, half are not. Found wanting are: a status or content type that the
 schema does not tell of, a body or an event that is not as it says, an error of the server's own, and a forbidden
@@ -33,10 +33,11 @@ BUSY = {503, 504}
 """Errors of the server's that it is meant to answer with."""
 TIMEOUT_S = 120.0
 GOLDEN = {"prompt": "The President said", "max_tokens": 24, "temperature": 0.9, "seed": 7, "stream": True}
+GOLDEN_PAUSE_S = 0.2
 CHANGING = re.compile(rb'"(id|created)":("[^"]*"|[0-9]+)')
 
 
-def fuzz(url: str, num_cases: int) -> Counter[str]:
+def fuzz(url: str, num_cases: int, *, derandomize: bool = False) -> Counter[str]:
     """How many requests were answered with which status. Raises a group of all that schemathesis found wrong."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     model = served_model(url)
@@ -47,7 +48,7 @@ def fuzz(url: str, num_cases: int) -> Counter[str]:
     found: list[BaseException] = []
     for operation, mode in plans:
         try:
-            statuses += _fuzz_one(url, operation, mode, max(1, num_cases // len(plans)), model)
+            statuses += _fuzz_one(url, operation, mode, max(1, num_cases // len(plans)), model, derandomize)
         except BaseExceptionGroup as failures:
             found += failures.exceptions
     if found:
@@ -60,12 +61,15 @@ def served_model(url: str) -> str:
     return name
 
 
-def _fuzz_one(url: str, operation: Any, mode: GenerationMode, num_cases: int, model: str) -> Counter[str]:
+def _fuzz_one(
+    url: str, operation: Any, mode: GenerationMode, num_cases: int, model: str, derandomize: bool
+) -> Counter[str]:
     statuses: Counter[str] = Counter()
 
     @settings(
         max_examples=num_cases,
         database=None,
+        derandomize=derandomize,
         deadline=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
@@ -94,6 +98,7 @@ def golden_stream(url: str) -> Iterator[None]:
         while not done.is_set() or not came:
             response = httpx.post(f"{url}/v1/completions", json={"model": model, **GOLDEN}, timeout=TIMEOUT_S)
             came[CHANGING.sub(b"", response.content)] += 1
+            done.wait(GOLDEN_PAUSE_S)
 
     thread = threading.Thread(target=ask)
     thread.start()
