@@ -17,7 +17,7 @@ LOGPROB_TOLERANCE = 1e-4
 """What else is in a batch shows in a log-probability's last digits."""
 
 MESSAGES = [{"role": "system", "content": "Speak."}, {"role": "user", "content": "Who are you?"}]
-MESSAGES_AS_PROMPT = "system: Speak.\nuser: Who are you?\nassistant:"
+MESSAGES_AS_PROMPT = "Speak.\n\nUser: Who are you?\n\nAssistant:"
 
 
 @pytest.fixture(scope="session")
