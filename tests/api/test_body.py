@@ -139,7 +139,7 @@ async def test_the_bytes_that_come_count_not_the_declared_ones(
     assert (dict(start["headers"]).get(b"connection") == b"close") == (status == 413)
 
 
-@pytest.mark.parametrize(("num_bytes", "is_closed"), [(4097, False), (8 << 20, False), ((8 << 20) + 1, True)])
+@pytest.mark.parametrize(("num_bytes", "is_closed"), [(4097, False), (64 << 20, False), ((64 << 20) + 1, True)])
 async def test_a_connection_is_kept_while_the_rest_of_a_refused_body_is_little(
     client: httpx.AsyncClient, num_bytes: int, is_closed: bool
 ) -> None:

@@ -8,7 +8,7 @@ from tests.serving.service import URL, ServeRun
 
 pytestmark = pytest.mark.serve
 
-NUM_CASES = 600
+NUM_CASES = 200
 
 
 @pytest.mark.timeout(600)

@@ -9,7 +9,7 @@ from starlette.types import Message, Receive, Scope
 CLOSE = {"Connection": "close"}
 """Of what is refused while the client still sends, and may go on for ever."""
 
-MAX_UNREAD_BYTES = 8 << 20
+MAX_UNREAD_BYTES = 64 << 20
 """So much of a refused body the server still takes and drops: a client that sends all before it reads gets its 413."""
 
 MAX_DIGITS = 18
