@@ -260,6 +260,12 @@ class FailureEvent(Struct, frozen=True, array_like=True, tag="failure"):
 Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent
 
 
+class ReadinessEvent(Struct, frozen=True, array_like=True, tag="readiness"):
+    """Of no request: the pipeline is ready, or it has lost a stage and is bringing it back."""
+
+    is_ready: bool
+
+
 def is_terminal(event: Event) -> bool:
     """Each request ends in exactly one event for which this holds."""
     if isinstance(event, TokenEvent):

@@ -55,7 +55,15 @@ class Engine:
     `run` must be started in a task that belongs to no request: a task born inside a request dies with it.
     """
 
-    def __init__(self, scheduler: Scheduler, pipeline: Pipeline, emit: Callable[[list[Event]], None]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pipeline: Pipeline,
+        emit: Callable[[list[Event]], None],
+        on_ready_change: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        """`on_ready_change` is told when the pipeline is lost (False) and when it is back (True)."""
+        self._on_ready_change = on_ready_change
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._emit = emit
@@ -80,10 +88,14 @@ class Engine:
         """Forget a request and free its KV blocks at once; nothing happens if it has ended already."""
         self._num_aborted += self._scheduler.abort(request_id)
 
+    @property
+    def is_ready(self) -> bool:
+        return not self._is_recovering
+
     def status(self) -> dict[str, Any]:
         """As `api.status.PipelineStatus`, but for the replica's id."""
         return {
-            "is_ready": not self._is_recovering,
+            "is_ready": self.is_ready,
             "now": time.time(),
             "tokens_per_s": self._token_rate.per_second(),
             "stages": self._pipeline.stage_statuses(),
@@ -164,7 +176,7 @@ class Engine:
             for microbatch_id, request_ids in self._scheduler.request_ids_in_flight().items()
         )
         logger.warning("pipeline lost, recomputing all sequences once it is back: %s [in flight: %s]", error, in_flight)
-        self._is_recovering = True
+        self._set_recovering(True)
         self._cancel_steps()
         self._watch.cancel()
         self._publish(self._scheduler.reset())
@@ -175,7 +187,11 @@ class Engine:
         await asyncio.sleep(_delay_s(self._num_futile_recoveries - 1))
         await self._bring_back()
         self._watch = asyncio.create_task(self._pipeline.watch())
-        self._is_recovering = False
+        self._set_recovering(False)
+
+    def _set_recovering(self, is_recovering: bool) -> None:
+        self._is_recovering = is_recovering
+        self._on_ready_change(not is_recovering)
 
     async def _bring_back(self) -> None:
         for attempt in range(1, MAX_RECOVERY_ATTEMPTS):

@@ -23,12 +23,14 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
 
 from gptj_serve.errors import GPTJServeError, InvalidRequestError, OverloadedError, PipelineError, RequestFailedError
+from gptj_serve.serving.replicas import REPLICAS, Replicas
 from gptj_serve.serving.tracing import tracer
 from gptj_serve.types import (
     EngineRequest,
     Event,
     FailureEvent,
     PromptEvent,
+    ReadinessEvent,
     Refusal,
     SamplingParams,
     TokenEvent,
@@ -68,26 +70,40 @@ _REFUSALS = WireDecoder[Refusal](Refusal)
 class _ReplicaLostError(Exception):
     """The replica that served a request, or was to, is gone or can't be reached."""
 
-    def __init__(self, message: str, *, had_request: bool = True) -> None:
+    def __init__(self, message: str, *, is_suspicious: bool = True) -> None:
+        """`is_suspicious`: the request was there and may be the cause."""
         super().__init__(message)
-        self.had_request = had_request
+        self.is_suspicious = is_suspicious
+
+
+class _Leaves:
+    """In an inbox: the pipeline is bringing a stage back, and others could go on at once."""
 
 
 class ServeEngineClient:
     """Implements the api's `EngineClient`."""
 
-    def __init__(self, pipelines: DeploymentHandle, on_replay: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        pipelines: DeploymentHandle,
+        on_replay: Callable[[], None] = lambda: None,
+        replicas: Replicas = REPLICAS,
+    ) -> None:
         """`on_replay` is called when a request goes to another replica."""
         self._on_replay = on_replay
+        self._replicas = replicas
+        self._loop: asyncio.AbstractEventLoop | None = None
+        replicas.subscribe(self._on_left)
         self._is_traced = tracer() is not None
         self._pipeline_ids: set[str] = set()  # of those that answered the last question for their status
         self._pipelines = pipelines.options(stream=True)
         self._ingress_id = secrets.token_hex(8)
-        self._inboxes: dict[str, asyncio.Queue[Event | Exception]] = {}  # by request id
+        self._inboxes: dict[str, asyncio.Queue[Event | Exception | _Leaves]] = {}  # by request id
         self._requests_at: defaultdict[str, set[str]] = defaultdict(set)  # request ids by replica id
         self._event_streams: dict[str, asyncio.Task[None]] = {}  # by replica id
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        self._loop = asyncio.get_running_loop()
         tokens = list(request.output_token_ids)
         has_prompt_scores = False
         clock = asyncio.get_running_loop().time
@@ -103,12 +119,14 @@ class ServeEngineClient:
                 sampling=_rest_of(request.sampling, clock() - began_at, has_prompt_scores),
             )
             try:
-                async with aclosing(self._attempt(attempt_request)) as events:
+                # What was lost once with a request in it may be lost by it: there the scheduler finds out, elsewhere
+                # it would start anew.
+                async with aclosing(self._attempt(attempt_request, may_leave=num_losses == 0)) as events:
                     async for event in events:
                         if isinstance(event, FailureEvent) and event.is_pipeline_at_fault:
                             num_given_up += 1
                             if num_given_up < MAX_GIVEN_UP:
-                                raise _ReplicaLostError(event.message, had_request=False)
+                                raise _ReplicaLostError(event.message, is_suspicious=False)
                         if isinstance(event, TokenEvent):
                             assert event.index == len(tokens), "a token was lost or repeated"
                             tokens.append(event.token_id)
@@ -123,7 +141,7 @@ class ServeEngineClient:
                     extra={"request_id": request.request_id},
                 )  # fmt: skip
                 self._on_replay()
-                num_losses += lost.had_request
+                num_losses += lost.is_suspicious
                 if num_losses >= MAX_REPLICA_LOSSES:
                     message = f"{num_losses} pipelines in a row were lost while they had this request"
                     yield FailureEvent(request.request_id, message)
@@ -148,7 +166,7 @@ class ServeEngineClient:
         problems = [f"pipeline {n} does not answer: {_first_line(e)}" for n, e in zip(names, errors, strict=True)]
         return sorted(pipelines, key=lambda pipeline: str(pipeline["replica_id"])), problems
 
-    async def _attempt(self, request: EngineRequest) -> AsyncGenerator[Event]:
+    async def _attempt(self, request: EngineRequest, *, may_leave: bool) -> AsyncGenerator[Event]:
         """The request's events from one replica. Raises `_ReplicaLostError` if it doesn't stay."""
         inbox = self._inboxes[request.request_id] = asyncio.Queue()
         # Calls made inside one HTTP request share its internal id, by which Serve's router tells waiting calls apart
@@ -164,18 +182,28 @@ class ServeEngineClient:
                 item = await inbox.get()
                 if isinstance(item, Exception):
                     raise item
+                if isinstance(item, _Leaves):
+                    if may_leave:
+                        raise _ReplicaLostError("its pipeline has lost a stage")
+                    continue
                 yield item
                 if is_terminal(item):
                     return
         finally:
             del self._inboxes[request.request_id]
-            for requests in self._requests_at.values():
-                requests.discard(request.request_id)
+            for replica_id, requests in self._requests_at.items():
+                if request.request_id in requests:
+                    requests.discard(request.request_id)
+                    if not requests and replica_id not in self._replicas.running:
+                        self._close_event_stream(replica_id)
             watcher.cancel()
             call.cancel()
 
     async def _watch(
-        self, call: DeploymentResponseGenerator[str | bytes], request_id: str, inbox: asyncio.Queue[Event | Exception]
+        self,
+        call: DeploymentResponseGenerator[str | bytes],
+        request_id: str,
+        inbox: asyncio.Queue[Event | Exception | _Leaves],
     ) -> None:
         """Follow the call of one request to its end, and report an end that is not the request's own."""
         replica_id = None
@@ -196,9 +224,9 @@ class ServeEngineClient:
         except RayTaskError as error:
             inbox.put_nowait(_what_went_wrong(error.cause))
         except (RayError, RayServeException) as error:
-            inbox.put_nowait(_ReplicaLostError(_first_line(error), had_request=replica_id is not None))
-            if isinstance(error, ActorDiedError) and replica_id in self._event_streams:
-                self._event_streams[replica_id].cancel()  # it may still wait to be routed there
+            inbox.put_nowait(_ReplicaLostError(_first_line(error), is_suspicious=replica_id is not None))
+            if isinstance(error, ActorDiedError) and replica_id is not None:
+                self._close_event_stream(replica_id)  # it may still wait to be routed there
         except Exception as error:
             logger.exception("request %s: its call failed", request_id, extra={"request_id": request_id})
             inbox.put_nowait(RequestFailedError(f"the call to the pipeline failed: {error!r}"))
@@ -211,17 +239,49 @@ class ServeEngineClient:
             )
             self._event_streams[replica_id] = task
 
+    def _close_event_stream(self, replica_id: str) -> None:
+        if replica_id in self._event_streams:
+            self._event_streams[replica_id].cancel()
+
+    def _on_left(self, replica_ids: frozenset[str]) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._leave, replica_ids)
+
+    def _leave(self, replica_ids: frozenset[str]) -> None:
+        """Take requests along from replicas that are stopping (or dead), if there is anywhere to go.
+
+        Else they go on there: Serve gives a stopping replica some time.
+        """
+        for replica_id in replica_ids:
+            request_ids = self._requests_at.get(replica_id, set())
+            if request_ids and not self._replicas.others(replica_id):
+                continue
+            for request_id in request_ids:
+                if (inbox := self._inboxes.get(request_id)) is not None:
+                    inbox.put_nowait(_ReplicaLostError("its pipeline is being stopped", is_suspicious=False))
+            self._close_event_stream(replica_id)
+
+    def _on_readiness(self, replica_id: str, is_ready: bool) -> None:
+        self._replicas.set_ready(replica_id, is_ready)
+        if not is_ready and self._replicas.others(replica_id):
+            for request_id in self._requests_at.get(replica_id, ()):
+                if (inbox := self._inboxes.get(request_id)) is not None:
+                    inbox.put_nowait(_Leaves())
+
     async def _read_events(self, replica_id: str) -> None:
         """Deliver a replica's events until its stream ends; it ends by itself when no request is left there."""
-        decoder = WireDecoder[list[Event]](list[Event])
+        decoder = WireDecoder[list[Event | ReadinessEvent]](list[Event | ReadinessEvent])
         stream = self._pipelines.events.remote(self._ingress_id, replica_id=replica_id)
         try:
             # A call that names a replica which is gone would wait in the router for ever, and block it for others.
-            await asyncio.wait_for(anext(stream), EVENTS_TIMEOUT_S)
-            async for batch in stream:
+            batch = await asyncio.wait_for(anext(stream), EVENTS_TIMEOUT_S)
+            while batch is not None:
                 for event in decoder.decode(batch):
-                    if (inbox := self._inboxes.get(event.request_id)) is not None:
+                    if isinstance(event, ReadinessEvent):
+                        self._on_readiness(replica_id, event.is_ready)
+                    elif (inbox := self._inboxes.get(event.request_id)) is not None:
                         inbox.put_nowait(event)
+                batch = await anext(stream, None)
         except (Exception, asyncio.CancelledError) as error:
             if not isinstance(error, RayError | RayServeException | TimeoutError | asyncio.CancelledError):
                 logger.exception("the event stream of pipeline %s failed", replica_id)
@@ -230,6 +290,7 @@ class ServeEngineClient:
                     inbox.put_nowait(_ReplicaLostError(_first_line(error)))
         finally:
             stream.cancel()
+            self._replicas.set_ready(replica_id, True)  # what is not known is not held against it
             del self._event_streams[replica_id]
         if self._requests_at.get(replica_id):
             self._ensure_event_stream(replica_id)  # a request came while the stream was ending

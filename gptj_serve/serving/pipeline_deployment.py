@@ -31,7 +31,7 @@ from gptj_serve.serving.stage_actor import StageSettings
 from gptj_serve.serving.startup import startup_lines
 from gptj_serve.serving.tracing import EngineTracing, tracer
 from gptj_serve.tokenizer import Tokenizer
-from gptj_serve.types import EngineRequest, Event, Refusal, is_terminal
+from gptj_serve.types import EngineRequest, Event, ReadinessEvent, Refusal, is_terminal
 from gptj_serve.wire import WireDecoder
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 OBSERVATION_PERIOD_S = 1.0
 """How often the stages are asked what they do, and metrics and traces taken over from them."""
 
-IDLE_STREAM_S = 1.0
-"""An event stream without requests ends after this time, so that it never delays a replica's shutdown."""
+IDLE_STREAM_S = 60.0
+"""An event stream without requests ends after this time; its ingress may have died. Opening one costs a request some
+milliseconds. An ingress closes its own when this replica is to leave, so that it doesn't delay that."""
 
 
 _REQUESTS = WireDecoder[EngineRequest](EngineRequest)
@@ -50,7 +51,7 @@ _REQUESTS = WireDecoder[EngineRequest](EngineRequest)
 class _Outbox:
     """Events on their way to one ingress: whatever has gathered by the time it is read travels as one item."""
 
-    events: list[Event] = field(default_factory=list)
+    events: list[Event | ReadinessEvent] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     num_requests: int = 0
 
@@ -92,7 +93,7 @@ class Pipeline:
         own_tracer = tracer()
         self._tracing = None if own_tracer is None else EngineTracing(own_tracer)
         scheduler = Scheduler(limits, blocks, checkpoint.config.eos_token_ids, on_milestone=self._on_milestone)
-        self._engine = Engine(scheduler, self._pipeline, self._distribute)
+        self._engine = Engine(scheduler, self._pipeline, self._distribute, self._tell_readiness)
         self._closing = False
         background = contextvars.Context()  # outside any request: Serve cancels what is born inside one
         self._engine_task = asyncio.get_running_loop().create_task(self._engine.run(), context=background)
@@ -140,7 +141,8 @@ class Pipeline:
         """All events for one ingress, batched; `replica_id` is for the router, which brings the call here."""
         assert replica_id == self._replica_id, "the router sent an event stream to the wrong replica"
         outbox = self._outboxes.setdefault(ingress_id, _Outbox())
-        yield msgspec.msgpack.encode([])  # "here": the ingress waits for it for a limited time
+        # First of all "here": the ingress waits for it for a limited time.
+        yield msgspec.msgpack.encode([ReadinessEvent(self._engine.is_ready)])
         while True:
             try:
                 await asyncio.wait_for(outbox.arrived.wait(), IDLE_STREAM_S)
@@ -186,6 +188,11 @@ class Pipeline:
             logger.critical("the engine has stopped, ending this process: %r", engine_task.exception())
             logging.shutdown()
             os._exit(1)
+
+    def _tell_readiness(self, is_ready: bool) -> None:
+        for outbox in self._outboxes.values():
+            outbox.events.append(ReadinessEvent(is_ready))
+            outbox.arrived.set()
 
     def _distribute(self, events: list[Event]) -> None:
         if self._tracing is not None:

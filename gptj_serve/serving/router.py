@@ -1,12 +1,17 @@
-"""`PipelineRouter`: the less loaded of two random replicas, except where a call names its replica."""
+"""`PipelineRouter`: the less loaded of two random replicas that are ready, except where a call names its replica."""
 
 import random
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from gptj_serve.serving.replicas import REPLICAS
+
 
 class PipelineRouter(RequestRouter):  # type: ignore[misc]  # ray is untyped
-    """A call with the keyword `replica_id` goes to that replica, and waits for as long as it is not there."""
+    """A call with the keyword `replica_id` goes to that replica, and waits for as long as it is not there.
+
+    Others go to a replica that is bringing a lost stage back only if there is no other.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -16,4 +21,11 @@ class PipelineRouter(RequestRouter):  # type: ignore[misc]  # ray is untyped
             replica_id = pending_request.kwargs.get("replica_id")
             if replica_id is not None:
                 return [[replica for replica in candidate_replicas if replica.replica_id.unique_id == replica_id]]
-        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+        recovering = REPLICAS.recovering
+        ready = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in recovering]
+        choices = ready or candidate_replicas
+        return [random.sample(choices, min(2, len(choices)))]
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        REPLICAS.set_running(replica.replica_id.unique_id for replica in replicas)

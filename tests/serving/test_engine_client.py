@@ -12,12 +12,14 @@ from ray.serve.exceptions import RayServeException
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.serving import engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
+from gptj_serve.serving.replicas import Replicas
 from gptj_serve.types import (
     EngineRequest,
     FailureEvent,
     FinishReason,
     Matrix,
     PromptEvent,
+    ReadinessEvent,
     Refusal,
     SamplingParams,
     Task,
@@ -67,6 +69,9 @@ class FakePipelines:
         self.loses_events = loses_events
         self.attempts: list[EngineRequest] = []
         self.outboxes: dict[str, asyncio.Queue[bytes | Exception]] = {}
+        self.stall_after: dict[str, int] = {}  # replica → tokens of an attempt, after which it gives none for a while
+        self.stalled = asyncio.Event()
+        self.goes_on = asyncio.Event()
         self.run, self.events = Method(self._run), Method(self._events)
 
     def options(self, **_: Any) -> "FakePipelines":
@@ -94,6 +99,9 @@ class FakePipelines:
             event = TokenEvent(request.request_id, index, 100 + index, -1.0, reason)
             if not (self.loses_events and replica_id == "0"):
                 outbox.put_nowait(msgspec.msgpack.encode([event]))
+            if self.stall_after.get(replica_id) == life + 1:
+                self.stalled.set()
+                await self.goes_on.wait()
             await asyncio.sleep(0.001)
 
     async def _events(self, _ingress: str, *, replica_id: str) -> AsyncGenerator[bytes]:
@@ -105,8 +113,10 @@ class FakePipelines:
             yield item
 
 
-async def collect(pipelines: FakePipelines, request: EngineRequest = REQUEST) -> list[Any]:
-    client = ServeEngineClient(pipelines)  # type: ignore[arg-type]
+async def collect(
+    pipelines: FakePipelines, request: EngineRequest = REQUEST, replicas: Replicas | None = None
+) -> list[Any]:
+    client = ServeEngineClient(pipelines, replicas=replicas or Replicas())  # type: ignore[arg-type]
     return [event async for event in client.submit(request)]
 
 
@@ -169,6 +179,55 @@ async def test_request_whose_events_do_not_come_goes_elsewhere(monkeypatch: pyte
     pipelines = FakePipelines(loses_events=True)
     events = await asyncio.wait_for(collect(pipelines), 10)
     assert [event.index for event in events] == list(range(NUM_TOKENS))
+    assert len(pipelines.attempts) == 2
+
+
+async def leaving(event: str, *, others: bool) -> FakePipelines:
+    """A request has two tokens of replica "0" when that leaves, or loses a stage; then it goes on after all."""
+    replicas = Replicas()
+    replicas.set_running({"0", "1"} if others else {"0"})
+    pipelines = FakePipelines()
+    pipelines.stall_after["0"] = 2
+    answer = asyncio.create_task(collect(pipelines, replicas=replicas))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    if event == "stops":
+        replicas.set_running(replicas.running - {"0"})
+    else:
+        pipelines.outboxes["0"].put_nowait(msgspec.msgpack.encode([ReadinessEvent(False)]))
+    await asyncio.sleep(0.05)
+    assert replicas.recovering == ({"0"} if event == "loses a stage" else set())
+    pipelines.goes_on.set()
+    events = await asyncio.wait_for(answer, 5)
+    assert [(event.index, event.token_id) for event in events] == [(i, 100 + i) for i in range(NUM_TOKENS)]
+    return pipelines
+
+
+@pytest.mark.parametrize("event", ["stops", "loses a stage"])
+async def test_requests_leave_a_replica_that_leaves_them(event: str) -> None:
+    pipelines = await leaving(event, others=True)
+    assert [attempt.output_token_ids for attempt in pipelines.attempts] == [[], [100, 101]]
+
+
+@pytest.mark.parametrize("event", ["stops", "loses a stage"])
+async def test_requests_stay_where_there_is_nowhere_else(event: str) -> None:
+    pipelines = await leaving(event, others=False)
+    assert len(pipelines.attempts) == 1
+
+
+async def test_what_may_have_cost_a_stage_does_not_go_on_to_the_next() -> None:
+    """It was there when a first one was lost, and has got no further: the scheduler of the second shall find out."""
+    replicas = Replicas()
+    replicas.set_running({"0", "1", "2"})
+    pipelines = FakePipelines(0)
+    pipelines.stall_after["1"] = 0
+    client = ServeEngineClient(pipelines, replicas=replicas)  # type: ignore[arg-type]
+    stream = client.submit(REQUEST)
+    first = asyncio.create_task(anext(stream))
+    while len(pipelines.attempts) < 2:
+        await asyncio.sleep(0.001)
+    pipelines.outboxes["1"].put_nowait(msgspec.msgpack.encode([ReadinessEvent(False)]))
+    assert (await asyncio.wait_for(first, 5)).index == 0
+    assert len([event async for event in stream]) == NUM_TOKENS - 1
     assert len(pipelines.attempts) == 2
 
 

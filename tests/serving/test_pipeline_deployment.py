@@ -8,7 +8,16 @@ import pytest
 
 from gptj_serve.serving import pipeline_deployment
 from gptj_serve.serving.pipeline_deployment import Pipeline
-from gptj_serve.types import EngineRequest, Event, FailureEvent, Grammar, GrammarKind, SamplingParams, Task
+from gptj_serve.types import (
+    EngineRequest,
+    Event,
+    FailureEvent,
+    Grammar,
+    GrammarKind,
+    ReadinessEvent,
+    SamplingParams,
+    Task,
+)
 
 REQUEST = EngineRequest(
     request_id="r", task=Task.GENERATE, prompt_token_ids=[1], sampling=SamplingParams(max_new_tokens=1)
@@ -18,6 +27,7 @@ REQUEST = EngineRequest(
 class FakeEngine:
     def __init__(self) -> None:
         self.aborted: list[str] = []
+        self.is_ready = True
 
     def add(self, request: EngineRequest, matcher: object = None) -> None:
         pass
@@ -54,6 +64,23 @@ async def test_events_of_a_request_whose_grammar_took_a_while(monkeypatch: pytes
     pipeline._distribute([FailureEvent("r", "the end")])
     assert msgspec.msgpack.decode(await asyncio.wait_for(anext(stream), 5), type=list[Event])
     await call.aclose()
+
+
+async def test_ingresses_are_told_when_a_stage_is_lost_and_back() -> None:
+    pipeline = make_pipeline(engine := FakeEngine())
+    engine.is_ready = False
+    streams = [pipeline.events(ingress, replica_id="replica") for ingress in ("a", "b")]
+
+    async def told() -> list[object]:
+        batches = [await asyncio.wait_for(anext(stream), 5) for stream in streams]
+        return [msgspec.msgpack.decode(batch, type=list[ReadinessEvent]) for batch in batches]
+
+    assert await told() == [[ReadinessEvent(False)]] * 2
+    pipeline._tell_readiness(True)
+    pipeline._tell_readiness(False)
+    assert await told() == [[ReadinessEvent(True), ReadinessEvent(False)]] * 2
+    for stream in streams:
+        await stream.aclose()
 
 
 async def anext_all(stream: AsyncGenerator[bytes]) -> list[bytes]:

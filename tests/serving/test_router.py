@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from gptj_serve.serving import router
+from gptj_serve.serving.replicas import Replicas
 from gptj_serve.serving.router import PipelineRouter
 
 REPLICAS = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
@@ -30,3 +32,31 @@ async def test_absent_replica_is_waited_for_with_pauses() -> None:
 async def test_otherwise_two_different_ones(_: int) -> None:
     chosen, _ = await choose()
     assert len(set(chosen)) == 2
+
+
+async def test_a_replica_that_brings_a_stage_back_is_chosen_only_if_there_is_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router, "REPLICAS", replicas := Replicas())
+    replicas.set_running("abc")
+    for recovering, wanted in (("a", {"b", "c"}), ("ab", {"c"})):
+        for replica_id in recovering:
+            replicas.set_ready(replica_id, False)
+        for _ in range(20):
+            assert set((await choose())[0]) == wanted
+    replicas.set_ready("c", False)
+    assert len((await choose())[0]) == 2
+    assert (await choose(replica_id="a"))[0] == ["a"]
+
+
+def test_who_left_is_told() -> None:
+    replicas, told = Replicas(), []
+    replicas.subscribe(told.append)
+    for running in ("a", "ab", "b", "b", ""):
+        replicas.set_running(running)
+    assert told == [{"a"}, {"b"}]
+    replicas.set_running("cd")
+    replicas.set_ready("c", False)
+    assert (replicas.others("d"), replicas.others("c")) == (set(), {"d"})
+    replicas.set_running("d")
+    assert replicas.recovering == set()
