@@ -58,10 +58,10 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # [B, T], not shifted; -100 is ignored
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,  # the last so many positions (0: all), or indices [N] or [B, N], or a mask
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,  # the last so many positions (0: all), or indices [N] or [B, N], or a mask
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Next-token logits; with `labels`, the cross-entropy of each token's successor."""
         outputs = self.run_backbone(
@@ -149,13 +149,13 @@ class GPTJForSequenceClassification(GPTJPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # [B]; [B, num_labels] for multi-label and for regression with several outputs
         use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -235,11 +235,12 @@ class GPTJForQuestionAnswering(GPTJPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,  # [B]; outside the sequence they are ignored
         end_positions: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -247,6 +248,7 @@ class GPTJForQuestionAnswering(GPTJPreTrainedModel):
         """Start and end logits [B, T]; with both positions, the mean of the two cross-entropies."""
         outputs = self.run_backbone(
             input_ids=input_ids,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,

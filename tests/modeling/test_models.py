@@ -1,6 +1,7 @@
 """What the random comparison does not draw: output objects, caches as people use them, errors, losses at the edges."""
 
 import copy
+import inspect
 import logging
 import pickle
 from typing import Any
@@ -85,6 +86,22 @@ def test_a_cache_of_transformers_is_taken_too():
     cache = transformers.DynamicCache(config=theirs.config)
     ours(IDS[:, :2], cache=cache)
     torch.testing.assert_close(ours(IDS[:, 2:], cache=cache)[0], theirs(IDS)[0][:, 2:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_arguments_stand_in_the_same_places(name: str):
+    theirs, ours = (list(inspect.signature(model.forward).parameters) for model in pair(name))
+    assert ours[: len(theirs) - 1] == theirs[:-1]
+    assert theirs[-1] == "kwargs"
+
+
+@torch.no_grad()
+def test_a_cache_is_extended_by_question_answering_too():
+    theirs, ours = pair("GPTJForQuestionAnswering")
+    caches = transformers.DynamicCache(), DynamicCache()
+    for part in (IDS[:, :3], IDS[:, 3:]):
+        assert_same_output(ours(part, cache=caches[1]), theirs(part, cache=caches[0]))
+    assert_same_output((caches[1],), (caches[0],))
 
 
 @pytest.mark.parametrize("name", CLASSES[:3])
