@@ -13,6 +13,7 @@ from gptj_serve.model.block import GPTJBlock, RotaryTable
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.modeling.attention import Cache, PaddedAttention, attention_mask_for
 from gptj_serve.modeling.cache import DynamicCache
+from gptj_serve.modeling.former_name import takes_former_name
 from gptj_serve.modeling.outputs import BaseModelOutputWithPast
 from gptj_serve.modeling.pretrained import GPTJPreTrainedModel
 
@@ -28,10 +29,11 @@ class GPTJModel(GPTJPreTrainedModel):
         self.rotary = RotaryTable(config)
         self.init_weights(self)
 
+    @takes_former_name
     def forward(
         self,
         input_ids: Tensor | None = None,  # [B, T]
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,  # [B, C], or [B or 1, heads or 1, T, C] to add to the scores
         token_type_ids: Tensor | None = None,  # [B, T], embedded like tokens and added
         position_ids: Tensor | None = None,  # [B or 1, T]; by default they go on from the past, whatever the mask says
@@ -51,13 +53,13 @@ class GPTJModel(GPTJPreTrainedModel):
             embeds = inputs_embeds
         else:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if past_key_values is None and (config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        num_past = None if past_key_values is None else past_key_values.get_seq_length()
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        num_past = None if cache is None else cache.get_seq_length()
         positions = self._positions(position_ids, embeds, num_past or 0)
         attention = PaddedAttention(
             attention_mask_for(attention_mask, position_ids, embeds, num_past),
-            past_key_values,
+            cache,
             config.attn_pdrop if self.training else 0.0,
             keep_attentions,
         )
@@ -73,7 +75,7 @@ class GPTJModel(GPTJPreTrainedModel):
         hidden = self.ln_f(hidden)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=(*all_hidden, hidden) if keep_hidden else None,
             attentions=tuple(attention.weights) if keep_attentions else None,
         )

@@ -27,7 +27,7 @@ class CacheLayer:
 
 
 class DynamicCache:
-    """Pass it as `past_key_values`: a forward call appends its tokens to it in place and returns it again."""
+    """Pass it as `cache`: a forward call appends its tokens to it in place and returns it again."""
 
     def __init__(self) -> None:
         self.layers: list[CacheLayer] = []

@@ -3,16 +3,14 @@
 Shapes: `B` answers, `S` steps, `V` vocab_size.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from gptj_serve.modeling.attention import Cache
-from gptj_serve.modeling.outputs import ModelOutput
+from gptj_serve.modeling.outputs import ModelOutput, model_output
 
 
-@dataclass
+@model_output
 class GenerateDecoderOnlyOutput(ModelOutput):
     """Of greedy search and sampling. The last three are there for their names; nothing fills them."""
 
@@ -21,10 +19,10 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     logits: tuple[Tensor, ...] | None = None  # S times [B, V], before them
     attentions: tuple[tuple[Tensor, ...], ...] | None = None
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
 
 
-@dataclass
+@model_output
 class GenerateBeamDecoderOnlyOutput(ModelOutput):
     """Of beam search. The last six are there for their names; nothing fills them."""
 
@@ -35,7 +33,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     beam_indices: Tensor | None = None
     attentions: tuple[tuple[Tensor, ...], ...] | None = None
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
 
 
 def padded(outputs: list[list[int]], pad_token_id: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from gptj_serve.errors import InvalidOptionError
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.modeling.attention import Cache
 from gptj_serve.modeling.backbone import GPTJModel
+from gptj_serve.modeling.former_name import takes_former_name
 from gptj_serve.modeling.generation import generate
 from gptj_serve.modeling.generation_config import GENERATION_CONFIG_FILE, GenerationConfig
 from gptj_serve.modeling.generation_inputs import GenerationInputs
@@ -46,25 +47,26 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         self.init_weights(self.lm_head)
         self.tie_weights()
 
+    @takes_former_name
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # [B, T], not shifted; -100 is ignored
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,  # the last so many positions (0: all), or indices [N] or [B, N], or a mask
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,  # the last so many positions (0: all), or indices [N] or [B, N], or a mask
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Next-token logits; with `labels`, the cross-entropy of each token's successor."""
         outputs = self.run_backbone(
             input_ids=input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -78,9 +80,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         if labels is not None:
             successors = F.pad(labels, (0, 1), value=-100)[..., 1:].to(logits.device)
             loss = F.cross_entropy(logits.float().view(-1, self.config.vocab_size), successors.reshape(-1))
-        output = CausalLMOutputWithPast(
-            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
-        )
+        output = CausalLMOutputWithPast(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
         return output if self.wants_dict(return_dict) else output.to_tuple()
 
     def generate(
@@ -145,16 +145,17 @@ class GPTJForSequenceClassification(GPTJPreTrainedModel):
         self.init_weights(self.score)
         self._warned_of_embeds = False
 
+    @takes_former_name
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # [B]; [B, num_labels] for multi-label and for regression with several outputs
         use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -162,7 +163,7 @@ class GPTJForSequenceClassification(GPTJPreTrainedModel):
         """Logits [B, num_labels]; with `labels`, the loss of `config.problem_type`, which the first labels decide."""
         outputs = self.run_backbone(
             input_ids=input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -177,7 +178,7 @@ class GPTJForSequenceClassification(GPTJPreTrainedModel):
         logits: Tensor = self.score(hidden[rows, self._last_tokens(input_ids, hidden)])
         loss = None if labels is None else self._loss(logits, labels.to(logits.device))
         output = SequenceClassifierOutputWithPast(
-            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+            loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions
         )
         return output if self.wants_dict(return_dict) else output.to_tuple()
 
@@ -229,15 +230,17 @@ class GPTJForQuestionAnswering(GPTJPreTrainedModel):
         self.qa_outputs = nn.Linear(config.n_embd, 2)
         self.init_weights(self.qa_outputs)
 
+    @takes_former_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,  # [B]; outside the sequence they are ignored
         end_positions: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -245,6 +248,7 @@ class GPTJForQuestionAnswering(GPTJPreTrainedModel):
         """Start and end logits [B, T]; with both positions, the mean of the two cross-entropies."""
         outputs = self.run_backbone(
             input_ids=input_ids,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,

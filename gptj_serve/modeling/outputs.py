@@ -1,17 +1,19 @@
 """What the models return: attributes, dictionary and tuple in one, as transformers' `ModelOutput`.
 
-Fields that are None are absent from the dictionary and the tuple: `output[0]` is the loss if there is one. Shapes:
-`B` rows, `T` tokens, `D` n_embd, `H` heads, `C` keys (past and present), `V` vocab_size.
+Fields that are None are absent from the dictionary and the tuple: `output[0]` is the loss if there is one. The cache
+is also found under its former name. Shapes: `B` rows, `T` tokens, `D` n_embd, `H` heads, `C` keys (past and present),
+`V` vocab_size.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 from torch import Tensor
 from torch.utils._pytree import Context, register_pytree_node
 
 from gptj_serve.modeling.attention import Cache
+from gptj_serve.modeling.former_name import FORMER_NAME, made_by_former_name, renamed
 
 
 class ModelOutput(OrderedDict[str, Any]):
@@ -33,14 +35,26 @@ class ModelOutput(OrderedDict[str, Any]):
                 super().__setitem__(name, value)
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+        return super().__getitem__(renamed(key)) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(renamed(key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(renamed(key), default)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        name = renamed(name)
         if value is not None and name in self._field_names():
             super().__setitem__(name, value)
         super().__setattr__(name, value)
 
+    @property
+    def past_key_values(self) -> Any:
+        return getattr(self, renamed(FORMER_NAME))
+
     def __setitem__(self, key: str, value: Any) -> None:
+        key = renamed(key)
         super().__setitem__(key, value)
         super().__setattr__(key, value)
 
@@ -60,33 +74,44 @@ class ModelOutput(OrderedDict[str, Any]):
         return [field.name for field in fields(self)]  # type: ignore[arg-type]  # subclasses are dataclasses
 
 
-@dataclass
+T = TypeVar("T", bound=ModelOutput)
+
+
+@dataclass_transform()
+def model_output(cls: type[T]) -> type[T]:
+    """Make it a dataclass, which may be given its `cache` by the former name."""
+    made = dataclass(cls)
+    made.__init__ = made_by_former_name(made.__init__)  # type: ignore[method-assign]
+    return made
+
+
+@model_output
 class BaseModelOutputWithPast(ModelOutput):
     last_hidden_state: Tensor | None = None  # [B, T, D]
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None  # n_layer + 1 times [B, T, D]
     attentions: tuple[Tensor, ...] | None = None  # n_layer times [B, H, T, C]
 
 
-@dataclass
+@model_output
 class CausalLMOutputWithPast(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None  # [B, T, V], T as `logits_to_keep` says
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@model_output
 class SequenceClassifierOutputWithPast(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None  # [B, num_labels]
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@model_output
 class QuestionAnsweringModelOutput(ModelOutput):
     loss: Tensor | None = None
     start_logits: Tensor | None = None  # [B, T]

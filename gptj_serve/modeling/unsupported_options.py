@@ -23,6 +23,7 @@ UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "assistant_lookbehind": ((10,), _DRAFTS),
     "assistant_model": ((), _DRAFTS),
     "assistant_tokenizer": ((), _DRAFTS),
+    "cache": ((), _CACHE),
     "cache_config": ((), _CACHE),
     "cache_implementation": ((), _CACHE),
     "compile_config": ((), _COMPILE),

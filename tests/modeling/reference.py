@@ -23,9 +23,9 @@ CLASSES = ["GPTJModel", "GPTJForCausalLM", "GPTJForSequenceClassification", "GPT
 
 
 def pair(name: str, seed: int = 0, **config: Any) -> tuple[Any, Any]:
-    """(transformers' model, ours), in eval mode. Weights are large enough for each of them to matter."""
+    """(transformers' model with eager attention, ours), in eval mode. Weights are large enough for each to matter."""
     values = {**TINY, **config}
-    theirs = getattr(transformers, name)(transformers.GPTJConfig(**values)).eval()
+    theirs = getattr(transformers, name)(transformers.GPTJConfig(**values, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in theirs.named_parameters():

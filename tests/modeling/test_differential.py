@@ -144,10 +144,10 @@ def test_going_on_from_a_cache_equals_transformers(name: str):
             arguments: dict[str, Any] = {"input_ids": ids[:, start:end], "use_cache": True, "output_attentions": True}
             if mask is not None:
                 arguments["attention_mask"] = mask[:, :end]
-            reference = theirs(**arguments, past_key_values=caches[0])
-            output = ours(**arguments, past_key_values=caches[1])
+            reference = theirs(**arguments, cache=caches[0])
+            output = ours(**arguments, cache=caches[1])
             assert_same_output(output, reference)
-            caches = (reference.past_key_values, output.past_key_values)
+            caches = (reference.cache, output.cache)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -1,4 +1,4 @@
-"""transformers' documented GPT-J examples with only the import line changed, and the examples of docs/library.md."""
+"""The examples in transformers' documents with only the import line changed, and those of docs/library.md."""
 
 import doctest
 import re
@@ -10,6 +10,7 @@ import torch
 import transformers
 from fakes import SPECIAL_TOKEN, small_backend_json, small_tokenizer
 from reference import pair
+from transformers.utils.doc import PT_SAMPLE_DOCSTRINGS
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread"),
@@ -53,10 +54,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return directories
 
 
-def documented(model_class: Any) -> list[str]:
-    """The examples in the docstring of its forward, each as one text."""
-    blocks = re.findall(r"```python\n(.*?)```", model_class.forward.__doc__, re.DOTALL)
-    return [block for block in blocks if ">>>" in block]
+def documented(name: str) -> list[str]:
+    """What transformers shows for models of this class's task, each example as one text."""
+    sample = PT_SAMPLE_DOCSTRINGS[name.removeprefix("GPTJFor")].format(
+        model_class=name,
+        checkpoint=HUB_NAME,
+        expected_output="...",
+        expected_loss="...",
+        qa_target_start_index=14,
+        qa_target_end_index=15,
+    )
+    return re.findall(r"```python\n(.*?)```", sample, re.DOTALL)
 
 
 def run(example: str, package: str, directory: Path) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def run(example: str, package: str, directory: Path) -> dict[str, Any]:
     ],
 )
 def test_documented_example(checkpoints: dict[str, Path], name: str, index: int, compared: list[str]):
-    example = documented(getattr(transformers, name))[index]
+    example = documented(name)[index]
     theirs, ours = (run(example, package, checkpoints[name]) for package in ("transformers", "gptj_serve"))
     for variable in [*compared, "inputs"]:
         expected, value = theirs[variable], ours[variable]

@@ -184,8 +184,8 @@ def test_scores_of_a_sampled_text_are_those_of_each_step_in_transformers(models:
 def test_outputs_are_named_as_in_transformers(models: tuple[Any, Any]):
     theirs, ours = models
     cases = [
-        ({}, {"past_key_values"}),
-        ({"num_beams": 3, "num_return_sequences": 2}, {"beam_indices", "past_key_values"}),
+        ({}, {"cache"}),
+        ({"num_beams": 3, "num_return_sequences": 2}, {"beam_indices", "cache"}),
     ]
     cases += [({**case, "output_scores": True}, {*missing, "scores"} if case else missing) for case, missing in cases]
     for case, missing in cases:

@@ -28,6 +28,7 @@ NOT_FOLLOWED: dict[str, Any] = {
     "assistant_lookbehind": 5,
     "assistant_model": object(),
     "assistant_tokenizer": object(),
+    "cache": object(),
     "cache_config": {"backend": "quanto"},
     "cache_implementation": "quantized",
     "compile_config": object(),

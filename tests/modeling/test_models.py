@@ -1,6 +1,8 @@
 """What the random comparison does not draw: output objects, caches as people use them, errors, losses at the edges."""
 
 import copy
+import inspect
+import logging
 import pickle
 from typing import Any
 
@@ -11,6 +13,7 @@ from reference import CLASSES, assert_same_gradients, assert_same_output, pair
 from torch.utils import _pytree
 
 from gptj_serve import DynamicCache, GPTJConfig, GPTJForQuestionAnswering
+from gptj_serve.modeling import former_name, outputs
 from gptj_serve.modeling.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -44,29 +47,30 @@ def test_the_config_sets_what_is_returned(name: str):
     config = {"output_attentions": True, "output_hidden_states": True, "return_dict": False, "use_cache": True}
     theirs, ours = pair(name)
     for key, value in config.items():
-        setattr(theirs.config, key, value)
         setattr(ours.config, key, value)
+        if key != "return_dict":  # transformers' heads fail if their backbone returns a tuple
+            setattr(theirs.config, key, value)
     assert isinstance(ours(IDS), tuple)
-    assert_same_output(ours(IDS), theirs(IDS))
+    assert_same_output(ours(IDS), theirs(IDS, return_dict=False))
 
 
 @torch.no_grad()
 def test_a_cache_as_people_use_it():
     theirs, ours = pair("GPTJForCausalLM")
     cache = DynamicCache()
-    first = ours(IDS[:, :3], past_key_values=cache)
-    assert first.past_key_values is cache
+    first = ours(IDS[:, :3], cache=cache)
+    assert first.cache is cache
     assert (len(cache), cache.get_seq_length()) == (2, 3)
     assert cache.layers[0].keys is not None
     assert cache.layers[0].keys.shape == cache[1][0].shape == (2, 2, 3, 8)
     snapshot = copy.deepcopy(cache)
     full = theirs(IDS).logits[:, 3:]
-    torch.testing.assert_close(ours(IDS[:, 3:], past_key_values=cache).logits, full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(IDS[:, 3:], cache=cache).logits, full, atol=1e-5, rtol=1e-5)
     assert (cache.get_seq_length(), snapshot.get_seq_length()) == (4, 3)
     cache.crop(-1)
-    torch.testing.assert_close(ours(IDS[:, 3:], past_key_values=cache).logits, full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(IDS[:, 3:], cache=cache).logits, full, atol=1e-5, rtol=1e-5)
     snapshot.reorder_cache(torch.tensor([1, 0]))
-    again = ours(IDS.flip(0)[:, 3:], past_key_values=snapshot).logits
+    again = ours(IDS.flip(0)[:, 3:], cache=snapshot).logits
     torch.testing.assert_close(again, full.flip(0), atol=1e-5, rtol=1e-5)
     snapshot.batch_select_indices(torch.tensor([0]))
     snapshot.batch_repeat_interleave(3)
@@ -80,14 +84,72 @@ def test_a_cache_as_people_use_it():
 def test_a_cache_of_transformers_is_taken_too():
     theirs, ours = pair("GPTJModel")
     cache = transformers.DynamicCache(config=theirs.config)
-    ours(IDS[:, :2], past_key_values=cache)
-    torch.testing.assert_close(ours(IDS[:, 2:], past_key_values=cache)[0], theirs(IDS)[0][:, 2:], atol=1e-5, rtol=1e-5)
+    ours(IDS[:, :2], cache=cache)
+    torch.testing.assert_close(ours(IDS[:, 2:], cache=cache)[0], theirs(IDS)[0][:, 2:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_arguments_stand_in_the_same_places(name: str):
+    theirs, ours = (list(inspect.signature(model.forward).parameters) for model in pair(name))
+    assert ours[: len(theirs) - 1] == theirs[:-1]
+    assert theirs[-1] == "kwargs"
+
+
+@torch.no_grad()
+def test_a_cache_is_extended_by_question_answering_too():
+    theirs, ours = pair("GPTJForQuestionAnswering")
+    caches = transformers.DynamicCache(), DynamicCache()
+    for part in (IDS[:, :3], IDS[:, 3:]):
+        assert_same_output(ours(part, cache=caches[1]), theirs(part, cache=caches[0]))
+    assert_same_output((caches[1],), (caches[0],))
+
+
+@pytest.mark.parametrize("name", CLASSES[:3])
+def test_a_cache_is_taken_by_its_former_name_too(name: str):
+    for model, cache_class in zip(pair(name), (transformers.DynamicCache, DynamicCache), strict=True):
+        cache = cache_class()
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated.* Use `cache` instead"):
+            assert model(IDS[:, :3], past_key_values=cache).cache is cache
+        with pytest.warns(FutureWarning, match="Both .* Using `cache.* ignoring deprecated `past_key_values"):
+            assert model(IDS[:, 3:], cache=cache, past_key_values=cache_class()).cache is cache
+        assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("module", [transformers.modeling_outputs, outputs], ids=["theirs", "ours"])
+def test_an_output_has_its_cache_under_the_former_name_too(module: Any):
+    first, second, third = DynamicCache(), DynamicCache(), DynamicCache()
+    output = module.CausalLMOutputWithPast(logits=torch.ones(1), past_key_values=first, attentions=(torch.zeros(2),))
+    assert list(output) == ["logits", "cache", "attentions"]
+    assert output.cache is output[1] is first
+    assert output.past_key_values is output["past_key_values"] is output.get("past_key_values") is first
+    assert "past_key_values" in output
+    output.past_key_values = second
+    assert output.cache is output["cache"] is second
+    output["past_key_values"] = third
+    assert output.cache is output["cache"] is third
+    assert list(output) == list(pickle.loads(pickle.dumps(output))) == ["logits", "cache", "attentions"]
+    with pytest.raises(
+        ValueError, match=r"^You cannot specify both `cache` and `past_key_values`\. use `cache` only\.$"
+    ):
+        module.BaseModelOutputWithPast(cache=first, past_key_values=first)
+    without = module.QuestionAnsweringModelOutput()
+    assert (hasattr(without, "past_key_values"), "past_key_values" in without) == (False, False)
+
+
+def test_the_former_name_in_an_output_is_told_of_once(caplog: pytest.LogCaptureFixture):
+    former_name._log_once.cache_clear()
+    output = CausalLMOutputWithPast(cache=DynamicCache())
+    assert output.past_key_values is output["past_key_values"] is output.cache
+    told = [record for record in caplog.records if record.name == former_name.logger.name]
+    assert [(record.levelno, record.getMessage()) for record in told] == [
+        (logging.WARNING, "`past_key_values` is deprecated. Use `cache` instead.")
+    ]
 
 
 def test_no_cache_is_made_unless_asked_for():
     _, ours = pair("GPTJModel", use_cache=False)
-    assert ours(IDS).past_key_values is None
-    assert isinstance(ours(IDS, use_cache=True).past_key_values, DynamicCache)
+    assert ours(IDS).cache is None
+    assert isinstance(ours(IDS, use_cache=True).cache, DynamicCache)
 
 
 def test_gradients_reach_the_embeddings_that_are_passed():
