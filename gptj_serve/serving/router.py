@@ -4,7 +4,7 @@ import random
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from gptj_serve.serving.replicas import REPLICAS
+from gptj_serve.serving import replicas  # the module: Serve pickles this class, which must bring no Replicas along
 
 
 class PipelineRouter(RequestRouter):  # type: ignore[misc]  # ray is untyped
@@ -21,11 +21,11 @@ class PipelineRouter(RequestRouter):  # type: ignore[misc]  # ray is untyped
             replica_id = pending_request.kwargs.get("replica_id")
             if replica_id is not None:
                 return [[replica for replica in candidate_replicas if replica.replica_id.unique_id == replica_id]]
-        recovering = REPLICAS.recovering
+        recovering = replicas.REPLICAS.recovering
         ready = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in recovering]
         choices = ready or candidate_replicas
         return [random.sample(choices, min(2, len(choices)))]
 
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        super().update_replicas(replicas)
-        REPLICAS.set_running(replica.replica_id.unique_id for replica in replicas)
+    def update_replicas(self, running_replicas: list[RunningReplica]) -> None:
+        super().update_replicas(running_replicas)
+        replicas.REPLICAS.set_running(replica.replica_id.unique_id for replica in running_replicas)

@@ -1,11 +1,13 @@
 """`PipelineRouter` by itself; it needs no cluster."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 
-from gptj_serve.serving import router
+from gptj_serve.serving import replicas as replicas_module
 from gptj_serve.serving.replicas import Replicas
 from gptj_serve.serving.router import PipelineRouter
 
@@ -37,7 +39,7 @@ async def test_otherwise_two_different_ones(_: int) -> None:
 async def test_a_replica_that_brings_a_stage_back_is_chosen_only_if_there_is_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(router, "REPLICAS", replicas := Replicas())
+    monkeypatch.setattr(replicas_module, "REPLICAS", replicas := Replicas())
     replicas.set_running("abc")
     for recovering, wanted in (("a", {"b", "c"}), ("ab", {"c"})):
         for replica_id in recovering:
@@ -60,3 +62,13 @@ def test_who_left_is_told() -> None:
     assert (replicas.others("d"), replicas.others("c")) == (set(), {"d"})
     replicas.set_running("d")
     assert replicas.recovering == set()
+
+
+def test_serve_can_send_the_router_to_other_processes() -> None:
+    """By value, even: what it refers to in its module goes along."""
+    router_module = sys.modules[PipelineRouter.__module__]
+    cloudpickle.register_pickle_by_value(router_module)
+    try:
+        cloudpickle.dumps(PipelineRouter)
+    finally:
+        cloudpickle.unregister_pickle_by_value(router_module)
