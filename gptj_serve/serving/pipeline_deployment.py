@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 OBSERVATION_PERIOD_S = 1.0
 """How often the stages are asked what they do, and metrics and traces taken over from them."""
 
-IDLE_STREAM_S = 60.0
-"""An event stream without requests ends after this time; its ingress may have died. Opening one costs a request some
-milliseconds. An ingress closes its own when this replica is to leave, so that it doesn't delay that."""
+IDLE_STREAM_S = 1.0
+"""An event stream without requests ends after this time, so that it never delays a replica's shutdown: its ingress may
+have died."""
 
 
 _REQUESTS = WireDecoder[EngineRequest](EngineRequest)
