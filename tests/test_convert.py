@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from transformers import GPTJForCausalLM
 from gptj_serve.errors import CheckpointError, ConfigError, ConversionError
 from gptj_serve.model import convert, weights
 from gptj_serve.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
+from gptj_serve.model.checksums import MANIFEST_FILE
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.model.convert import JOURNAL_FILE, PICKLE_FILE, PICKLE_INDEX_FILE, Conversion
+from gptj_serve.model.stage import load_stage
 from gptj_serve.model.weights import DTYPES, pieces
 from gptj_serve.planner import Model
 
@@ -101,8 +104,10 @@ def test_pickle_bit_for_bit(
     assert len(conversion.shards) > 3
     assert_bits(all_tensors(destination), tensors)
     assert sorted(p.name for p in destination.iterdir()) == sorted(
-        ["config.json", INDEX_FILE, *(shard.file_name for shard in conversion.shards)]
+        ["config.json", MANIFEST_FILE, INDEX_FILE, *(shard.file_name for shard in conversion.shards)]
     )
+    checksums = json.loads((destination / MANIFEST_FILE).read_text())["sha256"]
+    assert checksums == {name: sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
     assert json.loads((destination / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
     assert not conversion.unfinished.exists()
 
@@ -113,6 +118,45 @@ def test_safetensors_to_another_dtype(tiny_gptj, tensors: Tensors, destination: 
     assert_bits(all_tensors(destination), {name: tensor.bfloat16() for name, tensor in tensors.items()})
     assert Checkpoint.open(destination).stored_dtype == "BF16"
     assert (destination / SINGLE_FILE).exists() == (max_shard_bytes == 10**9)
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.fc_in.bias"])
+def test_a_damaged_byte_is_found_by_whoever_loads_the_tensor(
+    tiny_gptj, destination: Path, small_pieces: None, name: str
+):
+    Conversion.prepare(tiny_gptj(), destination, max_shard_bytes=10**9).run()
+    checkpoint = Checkpoint.open(destination)
+    num_layers = checkpoint.config.n_layer
+    load_stage(checkpoint, range(num_layers), torch.float32, torch.device("cpu"))
+    content = bytearray((destination / SINGLE_FILE).read_bytes())
+    header_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_bytes])
+    stored = checkpoint.tensors[name].stored_name
+    content[8 + header_bytes + header[stored]["data_offsets"][1] - 1] ^= 1
+    (destination / SINGLE_FILE).write_bytes(content)
+    checkpoint = Checkpoint.open(destination)
+    with pytest.raises(CheckpointError, match=f"{SINGLE_FILE}: tensor {stored!r} is damaged"):
+        load_stage(checkpoint, range(num_layers), torch.float32, torch.device("cpu"))
+    load_stage(checkpoint, range(2, num_layers), torch.float32, torch.device("cpu"))  # has no part of it
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sha256: sha256.pop("transformer.wte.weight"), "has no checksum of tensor 'transformer.wte.weight'"),
+        (lambda sha256: sha256.update(other="00"), "is about other weights: it has tensor 'other'"),
+    ],
+)
+def test_a_manifest_of_other_weights(tiny_gptj, destination: Path, change: Callable[[Any], object], message: str):
+    Conversion.prepare(tiny_gptj(), destination).run()
+    manifest = json.loads((destination / MANIFEST_FILE).read_text())
+    change(manifest["sha256"])
+    (destination / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(destination)
+    (destination / MANIFEST_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match="can't be read"):
+        Checkpoint.open(destination)
 
 
 def test_transformers_reads_it(tiny_gptj, destination: Path):

@@ -1,5 +1,6 @@
 """The demo folder: config.json, model.safetensors and the tokenizer's two files, written and read."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from gptj_serve.model.checksums import MANIFEST_FILE, manifest
 from gptj_serve.model.config import GPTJConfig
+from gptj_serve.model.weights import raw_bytes
 from training.network import DemoModel
 from training.tokenizer import save_tokenizer
 
@@ -37,6 +40,8 @@ def export_demo(model: DemoModel, tokenizer: Tokenizer, out: Path) -> None:
     weights = {name: to_stored(name, tensor) for name, tensor in model.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # save_file leaves it to its owner alone
+    checksums = {name: hashlib.sha256(raw_bytes(tensor)).hexdigest() for name, tensor in weights.items()}
+    (out / MANIFEST_FILE).write_bytes(manifest(checksums) + b"\n")
     (out / "config.json").write_text(json.dumps(config_json(model.config), indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, out, model.config.n_positions)
 

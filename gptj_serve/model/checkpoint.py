@@ -7,13 +7,14 @@ stage exists. Tensor names are canonical: those of transformers without the `tra
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from safetensors import SafetensorError, safe_open
 
 from gptj_serve.errors import CheckpointError
+from gptj_serve.model.checksums import MANIFEST_FILE, read_checksums
 from gptj_serve.model.config import GPTJConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -36,6 +37,7 @@ class TensorInfo:
     stored_name: str
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: F32, BF16, F16, F64
+    sha256: str | None = None  # of its bytes, if the directory has a manifest
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +64,8 @@ class Checkpoint:
         files = weight_files(directory, SINGLE_FILE, INDEX_FILE)
         if not files:
             raise CheckpointError(_no_weights(directory))
-        return cls.checked(directory, config, (info for file in files for info in _read_header(file)))
+        found = [info for file in files for info in _read_header(file)]
+        return cls.checked(directory, config, _with_checksums(directory, found))
 
     @classmethod
     def checked(cls, directory: Path, config: GPTJConfig, found: Iterable[TensorInfo]) -> Self:
@@ -168,6 +171,17 @@ def _no_weights(directory: Path) -> str:
             f"can't: gptj-serve convert {directory} NEW_DIRECTORY"
         )
     return f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}"
+
+
+def _with_checksums(directory: Path, found: list[TensorInfo]) -> list[TensorInfo]:
+    checksums = read_checksums(directory)
+    if checksums is None:
+        return found
+    file, names = directory / MANIFEST_FILE, {info.stored_name for info in found}
+    for name in sorted(names ^ checksums.keys()):
+        what = "has no checksum of" if name in names else "is about other weights: it has"
+        raise CheckpointError(f"{file}: {what} tensor {name!r}")
+    return [replace(info, sha256=checksums[info.stored_name]) for info in found]
 
 
 def _read_header(file: Path) -> list[TensorInfo]:

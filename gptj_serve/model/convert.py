@@ -23,8 +23,9 @@ from torch import Tensor
 
 from gptj_serve.errors import CheckpointError, ConversionError
 from gptj_serve.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, weight_files
+from gptj_serve.model.checksums import MANIFEST_FILE, manifest
 from gptj_serve.model.config import GPTJConfig
-from gptj_serve.model.weights import DTYPES, pickle_header, pieces
+from gptj_serve.model.weights import DTYPES, pickle_header, pieces, raw_bytes
 
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
@@ -85,12 +86,16 @@ class _Shard:
 
 
 class _Journal(msgspec.Struct):
-    """What is converted, by which a later run knows its own, and what is done: shard file → SHA-256."""
+    """What is converted, by which a later run knows its own, and what is done.
+
+    `finished` has each shard file's SHA-256, `checksums` that of each tensor in them.
+    """
 
     source: list[tuple[str, int, int]]  # (file name, size, modification time in ns)
     dtype: str | None
     max_shard_bytes: int
     finished: dict[str, str] = {}
+    checksums: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,8 @@ class Conversion:
         todo = []
         for shard in self.shards:
             file = self.unfinished / shard.file_name
-            if _is_intact(file, shard.num_bytes, journal.finished.get(shard.file_name)):
+            has_checksums = journal.checksums.keys() >= {target.source.stored_name for target in shard.targets}
+            if has_checksums and _is_intact(file, shard.num_bytes, journal.finished.get(shard.file_name)):
                 progress(shard.num_bytes)
             else:
                 journal.finished.pop(shard.file_name, None)
@@ -158,8 +164,9 @@ class Conversion:
         self._check_room(todo)
         for shard in todo:
             file = self.unfinished / shard.file_name
-            journal.finished[shard.file_name] = _write_shard(shard, file, progress)
+            journal.finished[shard.file_name] = _write_shard(shard, file, journal.checksums, progress)
             self._save(JOURNAL_FILE, msgspec.json.encode(journal))
+        self._save(MANIFEST_FILE, manifest(journal.checksums))
         self._finish()
 
     def _open_journal(self) -> _Journal:
@@ -176,7 +183,7 @@ class Conversion:
             found = msgspec.json.decode(file.read_bytes(), type=_Journal)
         except (FileNotFoundError, msgspec.DecodeError):
             raise ConversionError(f"{self.unfinished}: is in the way and no unfinished conversion; delete it") from None
-        journal.finished = found.finished
+        journal.finished, journal.checksums = found.finished, found.checksums
         if found != journal:
             raise ConversionError(
                 f"{self.unfinished}: holds an unfinished conversion of another source or with other options; "
@@ -276,13 +283,16 @@ def _shards(targets: list[_Target], max_bytes: int) -> tuple[_Shard, ...]:
     return tuple(_Shard(name, tuple(group)) for name, group in zip(names, widest_first, strict=True))
 
 
-def _write_shard(shard: _Shard, file: Path, progress: Callable[[int], object]) -> str:
-    """Write it under a temporary name, read it back from the disk, and rename it; returns its SHA-256."""
+def _write_shard(shard: _Shard, file: Path, checksums: dict[str, str], progress: Callable[[int], object]) -> str:
+    """Write it under a temporary name, read it back from the disk, and rename it; returns its SHA-256.
+
+    Those of its tensors are added to `checksums`.
+    """
     digest = hashlib.sha256()
     partial = _partial(file)
     try:
         with open(partial, "wb") as handle:
-            for content in _contents(shard):
+            for content in _contents(shard, checksums):
                 digest.update(content)
                 handle.write(content)
                 progress(len(content))
@@ -304,11 +314,15 @@ class _RangeError(ConversionError):
     """The chosen dtype can't hold the source's values."""
 
 
-def _contents(shard: _Shard) -> Iterator[memoryview]:
+def _contents(shard: _Shard, checksums: dict[str, str]) -> Iterator[memoryview]:
     yield memoryview(shard.header)
     for target in shard.targets:
+        digest = hashlib.sha256()
         for _, piece in pieces(target.source):
-            yield _cast(piece, target).flatten().view(torch.uint8).numpy().data
+            content = raw_bytes(_cast(piece, target))
+            digest.update(content)
+            yield content
+        checksums[target.source.stored_name] = digest.hexdigest()
 
 
 def _cast(piece: Tensor, target: _Target) -> Tensor:

@@ -4,6 +4,7 @@ The pages of a mapped file that were read count as the process's own memory unti
 opened anew for every piece (or, where opening is dear, for every tensor), and memory is bounded by the piece.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,16 +29,30 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def pieces(info: TensorInfo) -> Iterator[tuple[slice, Tensor]]:
     """The tensor's rows in order, contiguous, each with its place along the first dimension.
 
-    A piece is a view of a mapping: copy from it and let go of it before the next.
+    A piece is a view of a mapping: copy from it and let go of it before the next. After the last one the checksum is
+    compared, if there is one: `CheckpointError` names the tensor.
     """
     if is_pickle(info.file):
         tensor = read_pickle(info.file)[info.stored_name]
         for rows in _row_ranges(info):
             yield rows, tensor[rows].contiguous()
-    else:
-        for rows in _row_ranges(info):
-            with safe_open(info.file, framework="pt") as file:
-                yield rows, file.get_slice(info.stored_name)[rows]
+        return
+    digest = hashlib.sha256()
+    for rows in _row_ranges(info):
+        with safe_open(info.file, framework="pt") as file:
+            piece = file.get_slice(info.stored_name)[rows]
+            if info.sha256 is not None:
+                digest.update(raw_bytes(piece))
+            yield rows, piece
+    if info.sha256 is not None and digest.hexdigest() != info.sha256:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.stored_name!r} is damaged: its SHA-256 is not that of checksums.json"
+        )
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's bytes, as they lie in memory."""
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 def is_pickle(file: Path) -> bool:

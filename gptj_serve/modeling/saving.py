@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptj_serve.model.checkpoint import INDEX_FILE, SINGLE_FILE
+from gptj_serve.model.checksums import MANIFEST_FILE
 from gptj_serve.model.config import CONFIG_FILE
 from gptj_serve.modeling.generation_config import GENERATION_CONFIG_FILE, GenerationConfig
 
@@ -48,7 +49,8 @@ def save_checkpoint(model: "GPTJPreTrainedModel", directory: Path, max_shard_siz
             generation_config.save_pretrained(scratch)
             files.append(GENERATION_CONFIG_FILE)
         (scratch / CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
-        for old in [path for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name)]:
+        stale = [path for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name) or path.name == MANIFEST_FILE]
+        for old in stale:
             old.unlink()
         for file in [*files, CONFIG_FILE]:
             os.replace(scratch / file, directory / file)
