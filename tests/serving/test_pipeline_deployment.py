@@ -9,6 +9,7 @@ import pytest
 from gptj_serve.errors import WireError
 from gptj_serve.serving import pipeline_deployment
 from gptj_serve.serving.pipeline_deployment import Pipeline
+from gptj_serve.serving.ray_pipeline import HUNG_STOP_TIMEOUT_S, hung_stop_timeout_s
 from gptj_serve.types import (
     EngineRequest,
     Event,
@@ -171,6 +172,21 @@ async def test_observing_goes_on_after_an_error(
     observer.cancel()
     lines = [record for record in caplog.records if record.name == pipeline_deployment.__name__]
     assert [record.exc_info is not None for record in lines] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("durations_s", "step_timeout_s", "timeout_s"),
+    [
+        ([[], []], 120.0, HUNG_STOP_TIMEOUT_S),  # nothing is known of steps yet
+        ([[0.5, 3.0], [1.0]], 120.0, HUNG_STOP_TIMEOUT_S + 3.0),
+        ([[0.5, 3.0], [1.0]], 2.0, 2.0),  # who takes longer than that hangs by definition
+    ],
+)
+def test_a_healthy_stage_has_time_to_end_its_step_when_another_hangs(
+    durations_s: list[list[float]], step_timeout_s: float, timeout_s: float
+) -> None:
+    measured = [{"steps": [{"duration_s": duration_s} for duration_s in stage]} for stage in durations_s]
+    assert hung_stop_timeout_s(measured, step_timeout_s) == timeout_s
 
 
 async def anext_all(stream: AsyncGenerator[bytes]) -> list[bytes]:
