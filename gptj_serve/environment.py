@@ -2,7 +2,8 @@
 
 import os
 
-API_KEYS = "GPTJ_SERVE_API_KEYS"
+API_KEYS = "GPTJ_SERVE_API_KEYS"  # that a service accepts
+API_KEY = "GPTJ_SERVE_API_KEY"  # that `gptj-serve status` presents; its option reads it
 
 
 def api_keys() -> str | None:

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gptj_serve import environment
 from gptj_serve.api.status import PipelineStatus, StageStatus, Status
 from gptj_serve.errors import GPTJServeError
 
@@ -25,6 +26,16 @@ BAR_WIDTH = 20
 _STATUS = TypeAdapter(Status)
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Where they lead the key would go along."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
 class StatusError(GPTJServeError):
     """The service's status is not to be had."""
 
@@ -32,7 +43,7 @@ class StatusError(GPTJServeError):
 def status(
     url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
-        str | None, typer.Option(envvar="GPTJ_SERVE_API_KEY", show_default=False, help="If the service asks for one.")
+        str | None, typer.Option(envvar=environment.API_KEY, show_default=False, help="If the service asks for one.")
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print it once instead of renewing it until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it once, as JSON.")] = False,
@@ -61,17 +72,24 @@ def fetch_status(url: str, api_key: str | None = None) -> Status:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     request = urllib.request.Request(address, headers=headers)  # noqa: S310  # its scheme is checked
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+        with _OPENER.open(request, timeout=TIMEOUT_S) as response:
             return _STATUS.validate_json(response.read())
     except urllib.error.HTTPError as error:
         error.close()
-        hint = "; it asks for an API key (--api-key or GPTJ_SERVE_API_KEY)" if error.code in (401, 403) else ""
-        raise StatusError(f"{address}: HTTP {error.code} {error.reason}{hint}") from None
+        raise StatusError(f"{address}: HTTP {error.code} {error.reason}{_hint(error)}") from None
     except ValidationError:
         raise StatusError(f"{address}: what answers there is not this service's status") from None
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise StatusError(f"{address}: {reason}") from None
+
+
+def _hint(error: urllib.error.HTTPError) -> str:
+    if error.code in (401, 403):
+        return f"; it asks for an API key (--api-key or {environment.API_KEY})"
+    if 300 <= error.code < 400:
+        return f"; it leads to {error.headers['Location']}, and is not followed, since that may be anybody's"
+    return ""
 
 
 def render(status: Status) -> RenderableType:

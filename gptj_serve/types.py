@@ -180,6 +180,11 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     traceparent: str = ""  # of the span that the request belongs to (W3C Trace Context); empty: it is not traced
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """All that is given: of a SCORE the continuation too."""
+        return len(self.prompt_token_ids) + len(self.continuation_token_ids)
+
 
 class Refusal(Struct, frozen=True):
     """`InvalidRequestError` on its way back: a pipeline can't take the request."""

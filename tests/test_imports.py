@@ -1,4 +1,4 @@
-"""Imports point down only, as design.md says. The rules are read from the source, so lazy imports count too."""
+"""Imports point down only, as docs/architecture.md says. The rules are read from the source: lazy imports count too."""
 
 import ast
 import subprocess
@@ -156,6 +156,17 @@ def test_environment_variables_are_read_in_one_place():
         if path != ROOT / "environment.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "getenvb")
+    ]
+    assert found == []
+
+
+def test_environment_variables_are_named_in_one_place():
+    found = [
+        f"{path.relative_to(ROOT.parent)}:{node.lineno}"
+        for path in ROOT.rglob("*.py")
+        if path != ROOT / "environment.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("GPTJ_SERVE_")
     ]
     assert found == []
 

@@ -15,11 +15,13 @@ from gptj_serve.cli import main
 
 @dataclass
 class Service:
-    """Answers `GET /status` with `body`; asks for the key if there is one."""
+    """Answers `GET /status` with `body`; asks for the key if there is one. Or sends everybody elsewhere."""
 
     body: bytes = b""
     key: str | None = None
     url: str = ""
+    location: str = ""
+    num_requests: int = 0
 
 
 @pytest.fixture
@@ -28,6 +30,12 @@ def service() -> Iterator[Service]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            state.num_requests += 1
+            if state.location:
+                self.send_response(302)
+                self.send_header("Location", state.location)
+                self.end_headers()
+                return
             is_known = state.key is None or self.headers["Authorization"] == f"Bearer {state.key}"
             found = self.path == "/status"
             self.send_response((200 if found else 404) if is_known else 401)
@@ -132,6 +140,15 @@ def test_the_key_comes_from_the_option_or_the_environment(
         f"gptj-serve: {service.url}/status: HTTP 401 Unauthorized; it asks for an API key (--api-key or "
         "GPTJ_SERVE_API_KEY)\n"
     )
+
+
+def test_no_redirect_takes_the_key_elsewhere(run: Any, service: Service) -> None:
+    service.location = f"{service.url}/elsewhere"
+    assert run("--once", "--api-key", "secret") == (
+        1, "", f"gptj-serve: {service.url}/status: HTTP 302 Found; it leads to {service.url}/elsewhere, and is not "
+        "followed, since that may be anybody's\n"
+    )  # fmt: skip
+    assert service.num_requests == 1
 
 
 @pytest.mark.parametrize("body", [b"<html>", b'{"model": "x"}', b""])

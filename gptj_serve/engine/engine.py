@@ -7,6 +7,7 @@ events go out together through one callback.
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,15 +23,22 @@ from gptj_serve.types import EngineRequest, EngineStats, Event, FailureEvent, is
 logger = logging.getLogger(__name__)
 
 MAX_FUTILE_RECOVERIES = 8
-"""After so many losses in a row without a finished step the pipeline is taken for broken, and this engine stops.
+"""After so many losses in a row that took a step with them, without a finished one, the pipeline is taken for broken,
+and this engine stops.
 
-By then the scheduler has given up several requests that might have been the cause.
+By then the scheduler has given up several requests that might have been the cause. Losses while nothing was in flight
+say nothing of the sort, however many there are.
 """
+
+SOON_S = 10.0
+"""A stage that is lost while idle, so soon after the pipeline came back, may be lost again at once: then the next
+attempt waits."""
 
 MAX_RECOVERY_ATTEMPTS = 4
 RECOVERY_DELAY_S = 0.25
 MAX_RECOVERY_DELAY_S = 4.0
-"""Before the second attempt in a row to bring the pipeline back; doubled before each later one."""
+"""Before the second attempt in a row to bring the pipeline back; doubled before each later one. After a loss while idle
+too, but only if it follows the last recovery soon."""
 
 
 class Pipeline(Protocol):
@@ -70,7 +78,9 @@ class Engine:
         self._steps: deque[asyncio.Task[StepOutput]] = deque()  # in flight, oldest first
         self._watch: asyncio.Task[None] | None = None
         self._work_arrived = asyncio.Event()
-        self._num_futile_recoveries = 0
+        self._num_futile_recoveries = 0  # in a row, each with a step lost
+        self._num_idle_losses = 0  # in a row, each soon after the one before
+        self._recovered_at = -math.inf
         self._num_recoveries = 0
         self._is_recovering = False
         self._token_rate = Rate()
@@ -167,13 +177,14 @@ class Engine:
                 raise error
         while self._steps and self._steps[0].done():
             self._publish(self._scheduler.update(self._steps.popleft().result()))
-            self._num_futile_recoveries = 0
+            self._num_futile_recoveries = self._num_idle_losses = 0
 
     async def _recover(self, error: PipelineError) -> None:
         assert self._watch is not None
+        request_ids_in_flight = self._scheduler.request_ids_in_flight()
         in_flight = "; ".join(
             f"microbatch {microbatch_id} of {', '.join(request_ids)}"
-            for microbatch_id, request_ids in self._scheduler.request_ids_in_flight().items()
+            for microbatch_id, request_ids in request_ids_in_flight.items()
         )
         logger.warning("pipeline lost, recomputing all sequences once it is back: %s [in flight: %s]", error, in_flight)
         self._set_recovering(True)
@@ -181,11 +192,18 @@ class Engine:
         self._watch.cancel()
         self._publish(self._scheduler.reset())
         self._num_recoveries += 1
-        self._num_futile_recoveries += 1
-        if self._num_futile_recoveries > MAX_FUTILE_RECOVERIES:
-            raise PipelineError(f"lost {self._num_futile_recoveries} times without a finished step: {error}")
-        await asyncio.sleep(_delay_s(self._num_futile_recoveries - 1))
+        if request_ids_in_flight:
+            self._num_futile_recoveries += 1
+            if self._num_futile_recoveries > MAX_FUTILE_RECOVERIES:
+                raise PipelineError(f"lost {self._num_futile_recoveries} times without a finished step: {error}")
+            delay_s = _delay_s(self._num_futile_recoveries - 1)
+        else:
+            follows_soon = time.monotonic() - self._recovered_at < SOON_S
+            self._num_idle_losses = self._num_idle_losses + 1 if follows_soon else 0
+            delay_s = _delay_s(self._num_idle_losses)
+        await asyncio.sleep(delay_s)
         await self._bring_back()
+        self._recovered_at = time.monotonic()
         self._watch = asyncio.create_task(self._pipeline.watch())
         self._set_recovering(False)
 

@@ -158,7 +158,7 @@ class Scheduler:
         self._num_arrivals += 1
         entry = self._entries[request.request_id] = _Entry(job, rank, now)
         insort(self._waiting, entry, key=_rank)
-        self.num_prompt_tokens += len(request.prompt_token_ids)
+        self.num_prompt_tokens += request.num_prompt_tokens
         self._num_traced += bool(request.traceparent)
         self._on_milestone(Milestone.QUEUED, request, 0.0)
 

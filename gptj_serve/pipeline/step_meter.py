@@ -91,7 +91,8 @@ class StepMeter:
             if step.handoff_s is not None:
                 self._num_handoffs += 1
                 self._total_handoff_s += step.handoff_s
-            while len(self._steps) > NUM_STEPS_SHOWN and self._steps[0].ended_at < now - WINDOW_S:
+            # Those from before the clock was set back seem to be yet to come: they go first of all.
+            while len(self._steps) > NUM_STEPS_SHOWN and not now - WINDOW_S <= self._steps[0].ended_at <= now:
                 self._steps.popleft()
             if microbatch.traceparents:
                 self._traced.append(TracedStep(step, microbatch.traceparents))

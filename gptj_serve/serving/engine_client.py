@@ -22,7 +22,14 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
 
-from gptj_serve.errors import GPTJServeError, InvalidRequestError, OverloadedError, PipelineError, RequestFailedError
+from gptj_serve.errors import (
+    GPTJServeError,
+    InvalidRequestError,
+    OverloadedError,
+    PipelineError,
+    RequestFailedError,
+    WireError,
+)
 from gptj_serve.serving.replicas import REPLICAS, Replicas
 from gptj_serve.serving.tracing import tracer
 from gptj_serve.types import (
@@ -51,7 +58,8 @@ MAX_GIVEN_UP = 2
 
 REPLAY_DELAY_S = 0.1
 MAX_REPLAY_DELAY_S = 2.0
-"""Before going to another replica; doubled with each loss in a row."""
+"""Before a request is sent again; doubled with each loss in a row. One that leaves for a replica that is ready does so
+at once, the first time."""
 
 EVENTS_TIMEOUT_S = 10.0
 """A replica whose event stream does not open, or whose last events do not come, within this time counts as lost."""
@@ -76,6 +84,10 @@ class _ReplicaLostError(Exception):
         self.is_suspicious = is_suspicious
 
 
+class _ReplicaLeftError(_ReplicaLostError):
+    """It is not gone, but stops or has lost a stage, and another one is ready."""
+
+
 class _Leaves:
     """In an inbox: the pipeline is bringing a stage back, and others could go on at once."""
 
@@ -89,7 +101,7 @@ class ServeEngineClient:
         on_replay: Callable[[], None] = lambda: None,
         replicas: Replicas = REPLICAS,
     ) -> None:
-        """`on_replay` is called when a request goes to another replica."""
+        """`on_replay` is called when a request is sent again."""
         self._on_replay = on_replay
         self._replicas = replicas
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,7 +120,7 @@ class ServeEngineClient:
         has_prompt_scores = False
         clock = asyncio.get_running_loop().time
         began_at = last_progress_at = clock()
-        delay_s = REPLAY_DELAY_S
+        delay_s = 0.0  # after the next loss, at least
         num_losses = num_given_up = 0
         for attempt in itertools.count():
             # Each attempt has an id of its own, so that nothing late from a lost replica is taken for this one's.
@@ -130,17 +142,12 @@ class ServeEngineClient:
                         if isinstance(event, TokenEvent):
                             assert event.index == len(tokens), "a token was lost or repeated"
                             tokens.append(event.token_id)
-                            last_progress_at, delay_s, num_losses = clock(), REPLAY_DELAY_S, 0
+                            last_progress_at, delay_s, num_losses = clock(), 0.0, 0
                         has_prompt_scores |= isinstance(event, PromptEvent)
                         yield event
                         if is_terminal(event):
                             return
             except _ReplicaLostError as lost:
-                logger.warning(
-                    "request %s goes to another pipeline after %d tokens: %s", request.request_id, len(tokens), lost,
-                    extra={"request_id": request.request_id},
-                )  # fmt: skip
-                self._on_replay()
                 num_losses += lost.is_suspicious
                 if num_losses >= MAX_REPLICA_LOSSES:
                     message = f"{num_losses} pipelines in a row were lost while they had this request"
@@ -148,8 +155,15 @@ class ServeEngineClient:
                     return
                 if clock() - last_progress_at > REPLAY_TIMEOUT_S:
                     break
+                logger.warning(
+                    "request %s is sent again after %d tokens: %s", request.request_id, len(tokens), lost,
+                    extra={"request_id": request.request_id},
+                )  # fmt: skip
+                self._on_replay()
+                if not isinstance(lost, _ReplicaLeftError):
+                    delay_s = max(delay_s, REPLAY_DELAY_S)
                 await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, MAX_REPLAY_DELAY_S)
+                delay_s = min(max(2 * delay_s, REPLAY_DELAY_S), MAX_REPLAY_DELAY_S)
         yield FailureEvent(request.request_id, f"no pipeline took the request further for {REPLAY_TIMEOUT_S:.0f} s")
 
     async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -184,7 +198,7 @@ class ServeEngineClient:
                     raise item
                 if isinstance(item, _Leaves):
                     if may_leave:
-                        raise _ReplicaLostError("its pipeline has lost a stage")
+                        raise _ReplicaLeftError("its pipeline has lost a stage")
                     continue
                 yield item
                 if is_terminal(item):
@@ -258,7 +272,7 @@ class ServeEngineClient:
                 continue
             for request_id in request_ids:
                 if (inbox := self._inboxes.get(request_id)) is not None:
-                    inbox.put_nowait(_ReplicaLostError("its pipeline is being stopped", is_suspicious=False))
+                    inbox.put_nowait(_ReplicaLeftError("its pipeline is being stopped", is_suspicious=False))
             self._close_event_stream(replica_id)
 
     def _on_readiness(self, replica_id: str, is_ready: bool) -> None:
@@ -312,6 +326,8 @@ def _what_went_wrong(cause: BaseException) -> Exception:
     """What a replica's exception means for the request: it may go elsewhere, was refused, or failed."""
     if isinstance(cause, PipelineError):
         return _ReplicaLostError(str(cause))
+    if isinstance(cause, WireError):
+        return RequestFailedError(f"the pipeline could not read the request: {cause}")
     if isinstance(cause, GPTJServeError):
         return cause
     return RequestFailedError(f"the pipeline failed: {cause!r}")

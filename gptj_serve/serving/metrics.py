@@ -66,7 +66,7 @@ class RequestMetrics:
             "gptj_requests", "Requests that have ended", ("model", "task", "outcome")
         ).set_default_tags(tags)
         self._replays = Counter(
-            "gptj_replays", "Sequences taken over by another pipeline, theirs being lost", ("model",)
+            "gptj_replays", "Times that a sequence was sent to a pipeline again, its own being lost", ("model",)
         ).set_default_tags(tags)
 
     def first_token(self, record: RequestRecord, seconds: float) -> None:

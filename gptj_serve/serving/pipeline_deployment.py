@@ -54,6 +54,20 @@ class _Outbox:
     events: list[Event | ReadinessEvent] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     num_requests: int = 0
+    num_streams: int = 0  # that read it; more than one only while an ingress opens its next
+
+    def put(self, event: Event | ReadinessEvent) -> None:
+        """Of readiness only the newest counts."""
+        if isinstance(event, ReadinessEvent):
+            self.events = [other for other in self.events if not isinstance(other, ReadinessEvent)]
+        self.events.append(event)
+        self.arrived.set()
+
+    @property
+    def is_needed(self) -> bool:
+        """Events of a request that is over may still wait: it can end before its ingress has opened a stream."""
+        has_events = any(not isinstance(event, ReadinessEvent) for event in self.events)
+        return self.num_requests > 0 or self.num_streams > 0 or has_events
 
 
 class Pipeline:
@@ -108,14 +122,13 @@ class Pipeline:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
 
         A request that can't be taken gets a `Refusal` instead: of what is raised here, Serve logs the traceback.
-        When the engine stops, so does this process.
+        When the engine stops, so does this process. Raises `WireError` for what is no request: an ingress of another
+        version.
         """
         request = _REQUESTS.decode(encoded_request)
         grammar = request.sampling.grammar if request.sampling is not None else None
         try:
             matcher = None if grammar is None else await self._grammars.compile_async(grammar)
-            # No await from here to the count of the outbox's requests: one without any is given up.
-            outbox = self._outboxes.setdefault(ingress_id, _Outbox())
             if self._tracing is not None:
                 request = self._tracing.begin(request)
             self._engine.add(request, matcher)
@@ -124,7 +137,8 @@ class Pipeline:
                 self._tracing.end(request.request_id)
             yield msgspec.msgpack.encode(Refusal(error.field, error.value, error.reason), enc_hook=repr)
             return
-        self._outbox_of[request.request_id] = outbox
+        # No await since it was added, so no event was lost, and none until the outbox counts it: else that is dropped.
+        outbox = self._outbox_of[request.request_id] = self._outboxes.setdefault(ingress_id, _Outbox())
         finished = self._finished[request.request_id] = asyncio.Event()
         outbox.num_requests += 1
         try:
@@ -136,25 +150,34 @@ class Pipeline:
             self._engine.abort(request.request_id)
             if self._tracing is not None:
                 self._tracing.end(request.request_id)
+            self._drop_if_not_needed(ingress_id, outbox)
 
     async def events(self, ingress_id: str, *, replica_id: str) -> AsyncGenerator[bytes]:
         """All events for one ingress, batched; `replica_id` is for the router, which brings the call here."""
         assert replica_id == self._replica_id, "the router sent an event stream to the wrong replica"
         outbox = self._outboxes.setdefault(ingress_id, _Outbox())
-        # First of all "here": the ingress waits for it for a limited time.
-        yield msgspec.msgpack.encode([ReadinessEvent(self._engine.is_ready)])
-        while True:
-            try:
-                await asyncio.wait_for(outbox.arrived.wait(), IDLE_STREAM_S)
-            except TimeoutError:
-                if outbox.num_requests == 0:
-                    self._outboxes.pop(ingress_id, None)
-                    return
-                continue
-            outbox.arrived.clear()
-            events, outbox.events = outbox.events, []
-            if events:
-                yield msgspec.msgpack.encode(events)
+        outbox.num_streams += 1
+        try:
+            # First of all "here": the ingress waits for it for a limited time.
+            yield msgspec.msgpack.encode([ReadinessEvent(self._engine.is_ready)])
+            while True:
+                try:
+                    await asyncio.wait_for(outbox.arrived.wait(), IDLE_STREAM_S)
+                except TimeoutError:
+                    if outbox.num_requests == 0:
+                        return
+                    continue
+                outbox.arrived.clear()
+                events, outbox.events = outbox.events, []
+                if events:
+                    yield msgspec.msgpack.encode(events)
+        finally:
+            outbox.num_streams -= 1
+            self._drop_if_not_needed(ingress_id, outbox)
+
+    def _drop_if_not_needed(self, ingress_id: str, outbox: _Outbox) -> None:
+        if not outbox.is_needed and self._outboxes.get(ingress_id) is outbox:
+            del self._outboxes[ingress_id]
 
     async def status(self) -> dict[str, Any]:
         """As `api.status.PipelineStatus`; of the stages what they told last, so it never waits for one."""
@@ -170,11 +193,14 @@ class Pipeline:
 
     async def _observe(self) -> None:
         while True:
-            reports = await self._pipeline.collect_reports()
-            stages = self._pipeline.stage_statuses()
-            self._metrics.report(self._engine.stats(), stages, reports)
-            if self._tracing is not None:
-                self._tracing.on_reports(stages, reports)
+            try:
+                reports = await self._pipeline.collect_reports()
+                stages = self._pipeline.stage_statuses()
+                self._metrics.report(self._engine.stats(), stages, reports)
+                if self._tracing is not None:
+                    self._tracing.on_reports(stages, reports)
+            except Exception:
+                logger.exception("what the stages do could not be told this time")
             await asyncio.sleep(OBSERVATION_PERIOD_S)
 
     def _on_milestone(self, milestone: Milestone, request: EngineRequest, elapsed_s: float) -> None:
@@ -191,8 +217,7 @@ class Pipeline:
 
     def _tell_readiness(self, is_ready: bool) -> None:
         for outbox in self._outboxes.values():
-            outbox.events.append(ReadinessEvent(is_ready))
-            outbox.arrived.set()
+            outbox.put(ReadinessEvent(is_ready))
 
     def _distribute(self, events: list[Event]) -> None:
         if self._tracing is not None:
@@ -201,8 +226,7 @@ class Pipeline:
             outbox = self._outbox_of.get(event.request_id)
             if outbox is None:
                 continue
-            outbox.events.append(event)
-            outbox.arrived.set()
+            outbox.put(event)
             if is_terminal(event):
                 self._finished[event.request_id].set()
 

@@ -28,7 +28,7 @@ from gptj_serve.steps import MicroBatch, StepOutput
 logger = logging.getLogger(__name__)
 
 HUNG_STOP_TIMEOUT_S = 1.0
-"""After a step that timed out, a stage whose loop does not stop within this time is the one that hangs."""
+"""After a step that timed out, a stage whose loop does not stop within this time, and that of a long step, hangs."""
 
 REPORT_TIMEOUT_S = 1.0
 
@@ -119,7 +119,9 @@ class RayPipeline:
     async def recover(self) -> None:
         """Close all links, replace the stages that are dead or hang, and link anew."""
         step_hangs = self._links is not None and self._links.timed_out
-        timeout_s = HUNG_STOP_TIMEOUT_S if step_hangs else self._config.step_timeout_s
+        step_timeout_s = self._config.step_timeout_s
+        measured = [stage.measured for stage in self._stages]
+        timeout_s = hung_stop_timeout_s(measured, step_timeout_s) if step_hangs else step_timeout_s
         self._close_links()
         stopped = await asyncio.gather(*[self._has_stopped(stage, timeout_s) for stage in self._stages])
         for index, (stage, alive) in enumerate(zip(self._stages, stopped, strict=True)):
@@ -221,6 +223,16 @@ class RayPipeline:
         }
         actor: ActorHandle = ray.remote(GPTJStage).options(**options).remote(settings)
         return actor
+
+
+def hung_stop_timeout_s(measured: Sequence[dict[str, Any]], step_timeout_s: float) -> float:
+    """How long a healthy stage may take to stop after another's step has timed out.
+
+    Mostly it is idle by then: the steps in flight are few, and it has long done with them. But one that was sent last,
+    for a request that came while the other stage hung, may have just begun: so the longest step of late goes on top.
+    """
+    longest_s = max((step["duration_s"] for stage in measured for step in stage["steps"]), default=0.0)
+    return min(HUNG_STOP_TIMEOUT_S + float(longest_s), step_timeout_s)
 
 
 async def _report_of(actor: ActorHandle) -> StageReport:

@@ -6,6 +6,7 @@ report. So a stage needs no exporter of its own.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,10 +16,15 @@ from gptj_serve.serving.stage_actor import StageReport
 from gptj_serve.types import EngineRequest, Event, FailureEvent, TokenEvent, is_terminal, num_generated
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
-    from opentelemetry.trace import Span, Tracer
+    from opentelemetry.trace import Span, SpanContext, Tracer
 
 NANOSECONDS = 1_000_000_000
+
+MAX_LINKS = 32
+"""Of a step's span. With hundreds of sequences a step they would be most of what is exported."""
+
+MAX_SPAN_CONTEXTS = 4096
+"""That are kept, of sequences whose steps have lately been reported. Each is in the rows of many steps."""
 
 
 def tracer() -> "Tracer | None":
@@ -50,7 +56,7 @@ class EngineTracing:
             f"sequence {request.task}",
             attributes={
                 "gptj.request_id": request.request_id,
-                "gptj.num_prompt_tokens": len(request.prompt_token_ids),
+                "gptj.num_prompt_tokens": request.num_prompt_tokens,
                 "gptj.num_replayed_tokens": len(request.output_token_ids),
             },
         )
@@ -83,17 +89,17 @@ class EngineTracing:
                 span.set_attribute("gptj.finish_reason", _finish_reason(event))
 
     def on_reports(self, stages: Sequence[dict[str, Any]], reports: Sequence[StageReport | None]) -> None:
-        """A span for each step of a stage that had traced sequences: below the first one's, linked to the others'."""
-        from opentelemetry.trace import Link, get_current_span
+        """A span for each step of a stage that had traced sequences: below the first one's, linked to others'."""
+        from opentelemetry.trace import Link, NonRecordingSpan, set_span_in_context
 
         for stage, report in zip(stages, reports, strict=True):
             for step, traceparents in report.traced if report is not None else ():
-                parent, *others = map(_context, traceparents)
+                parent, *others = map(_span_context, traceparents[: 1 + MAX_LINKS])
                 first, end = stage["layers"]
                 span = self._tracer.start_span(
                     f"stage {stage['stage_index']}",
-                    context=parent,
-                    links=[Link(get_current_span(other).get_span_context()) for other in others],
+                    context=set_span_in_context(NonRecordingSpan(parent)),
+                    links=list(map(Link, others)),
                     start_time=int(step.started_at * NANOSECONDS),
                     attributes={
                         "gptj.stage_index": stage["stage_index"],
@@ -116,10 +122,13 @@ def _traceparent(span: "Span") -> str:
     return carrier["traceparent"]
 
 
-def _context(traceparent: str) -> "Context":
+@lru_cache(MAX_SPAN_CONTEXTS)
+def _span_context(traceparent: str) -> "SpanContext":
+    from opentelemetry.trace import get_current_span
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    return TraceContextTextMapPropagator().extract({"traceparent": traceparent})
+    context = TraceContextTextMapPropagator().extract({"traceparent": traceparent})
+    return get_current_span(context).get_span_context()
 
 
 def _finish_reason(event: Event) -> str:

@@ -197,6 +197,40 @@ async def test_stage_lost_while_idle_is_brought_back_before_anyone_asks():
         assert await collect(engine, request) == expected_events(request)
 
 
+async def test_losses_while_idle_never_end_the_engine(monkeypatch: pytest.MonkeyPatch):
+    """However many: those that are far apart are brought back from at once."""
+    monkeypatch.setattr("gptj_serve.engine.engine.RECOVERY_DELAY_S", 60.0)
+    monkeypatch.setattr("gptj_serve.engine.engine.SOON_S", 0.0)
+    pipeline = FakePipeline()
+    async with LocalEngine(make_scheduler(), pipeline) as engine:
+        await turns()
+        for count in range(1, MAX_FUTILE_RECOVERIES + 4):
+            pipeline.lost_while_idle.set()
+            await turns()
+            assert pipeline.num_recoveries == count
+        request = generate_request("a", [1])
+        assert await collect(engine, request) == expected_events(request)
+
+
+async def test_losses_while_idle_that_follow_each_other_soon_are_waited_after(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gptj_serve.engine.engine.RECOVERY_DELAY_S", 0.01)
+    monkeypatch.setattr("gptj_serve.engine.engine.MAX_RECOVERY_DELAY_S", 0.04)
+    pipeline = FakePipeline()
+    clock = asyncio.get_running_loop().time
+    async with LocalEngine(make_scheduler(), pipeline) as engine:
+        await turns()
+        began_at = clock()
+        for count in range(1, MAX_FUTILE_RECOVERIES + 4):
+            pipeline.lost_while_idle.set()
+            async with asyncio.timeout(5):
+                while pipeline.num_recoveries < count:
+                    await asyncio.sleep(0.001)
+            await turns()
+        assert clock() - began_at >= 0.01 + 0.02 + 0.04 * (MAX_FUTILE_RECOVERIES + 4 - 4)
+        request = generate_request("a", [1])
+        assert await collect(engine, request) == expected_events(request)
+
+
 async def test_several_steps_lost_at_once_leave_no_trace_in_the_log(caplog):
     """Each lost step is a task with an exception; asyncio complains of those that nobody looked at."""
     pipeline = FakePipeline()

@@ -5,14 +5,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_stages import FakeStages, generate_request, make_scheduler
+from fake_stages import FakeStages, generate_request, head_request, make_scheduler
 
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.milestones import Milestone
 from gptj_serve.engine.rate import Rate
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.steps import RowResult, StepOutput
-from gptj_serve.types import EngineRequest
+from gptj_serve.types import EngineRequest, Task
 
 
 class Clock:
@@ -83,7 +83,8 @@ def test_prompt_tokens_are_counted() -> None:
     scheduler = make_scheduler()
     scheduler.add(generate_request("a", [1] * 5, max_new_tokens=1))
     scheduler.add(generate_request("b", [1] * 7, max_new_tokens=1))
-    assert scheduler.num_prompt_tokens == 12
+    scheduler.add(head_request("c", Task.SCORE, [1] * 4, continuation=[2] * 3))
+    assert scheduler.num_prompt_tokens == 5 + 7 + (4 + 3)
 
 
 def test_a_microbatch_names_the_spans_of_its_traced_sequences() -> None:

@@ -106,6 +106,15 @@ def test_traced_steps_are_told_once(stage: MeteredStage) -> None:
     assert stage.meter.take_traced() == []
 
 
+def test_steps_are_forgotten_when_the_clock_was_set_back(stage: MeteredStage) -> None:
+    stage.step(microbatch(0), 0.25)
+    stage.clock.now -= 3600
+    for index in range(1000):
+        stage.step(microbatch(index), 1 / 256)
+    assert len(stage.meter._steps) == 256 + 1  # those of the last second
+    assert stage.meter.status()["busy_ratio"] == 1
+
+
 def test_time_that_goes_back_is_never_negative(stage: MeteredStage) -> None:
     stage.step(microbatch(0), -5.0, sent_at=2000.0)
     status: dict[str, Any] = stage.meter.status()

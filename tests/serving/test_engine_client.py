@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from gptj_serve.errors import InvalidRequestError
+from gptj_serve.errors import InvalidRequestError, RequestFailedError, WireError
 from gptj_serve.serving import engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import Replicas
@@ -203,7 +203,9 @@ async def leaving(event: str, *, others: bool) -> FakePipelines:
 
 
 @pytest.mark.parametrize("event", ["stops", "loses a stage"])
-async def test_requests_leave_a_replica_that_leaves_them(event: str) -> None:
+async def test_requests_leave_a_replica_that_leaves_them(event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: another one is there."""
+    monkeypatch.setattr(engine_client, "REPLAY_DELAY_S", 60.0)
     pipelines = await leaving(event, others=True)
     assert [attempt.output_token_ids for attempt in pipelines.attempts] == [[], [100, 101]]
 
@@ -291,6 +293,39 @@ async def test_each_replay_is_told() -> None:
     client = ServeEngineClient(FakePipelines(2, 3), lambda: replays.append(None))  # type: ignore[arg-type]
     assert len([event async for event in client.submit(REQUEST)]) == NUM_TOKENS
     assert len(replays) == 2
+
+
+@pytest.mark.parametrize("timeout_s", [60.0, -1.0])
+async def test_what_is_given_up_is_no_replay(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, timeout_s: float
+) -> None:
+    """Neither counted nor logged as one, whichever limit it is given up by."""
+    monkeypatch.setattr(engine_client, "REPLAY_DELAY_S", 0.001)
+    monkeypatch.setattr(engine_client, "REPLAY_TIMEOUT_S", timeout_s)
+    replays: list[None] = []
+    pipelines = FakePipelines(*[0] * 50)
+    client = ServeEngineClient(pipelines, lambda: replays.append(None))  # type: ignore[arg-type]
+    (failure,) = [event async for event in client.submit(REQUEST)]
+    assert isinstance(failure, FailureEvent)
+    assert len(pipelines.attempts) == (1 if timeout_s < 0 else engine_client.MAX_REPLICA_LOSSES)
+    assert len(replays) == len(pipelines.attempts) - 1
+    lines = [record.getMessage() for record in caplog.records if record.name == engine_client.__name__]
+    assert len(lines) == len(replays)
+    assert all("request r is sent again after 0 tokens: " in line for line in lines)
+
+
+async def test_a_pipeline_that_can_not_read_a_request_is_not_lost() -> None:
+    class OfAnotherVersion(FakePipelines):
+        async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+            self.attempts.append(REQUEST)
+            raise RayTaskError("run", "a traceback", WireError("9 bytes that are no EngineRequest: truncated"))
+            yield ""
+
+    pipelines = OfAnotherVersion()
+    message = "the pipeline could not read the request: 9 bytes that are no EngineRequest: truncated"
+    with pytest.raises(RequestFailedError, match=message):
+        await asyncio.wait_for(collect(pipelines), 10)
+    assert len(pipelines.attempts) == 1
 
 
 async def test_a_refusal_comes_back_as_it_was_raised() -> None:

@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator
 import msgspec
 import pytest
 
+from gptj_serve.errors import WireError
 from gptj_serve.serving import pipeline_deployment
 from gptj_serve.serving.pipeline_deployment import Pipeline
+from gptj_serve.serving.ray_pipeline import HUNG_STOP_TIMEOUT_S, hung_stop_timeout_s
 from gptj_serve.types import (
     EngineRequest,
     Event,
@@ -78,9 +80,113 @@ async def test_ingresses_are_told_when_a_stage_is_lost_and_back() -> None:
     assert await told() == [[ReadinessEvent(False)]] * 2
     pipeline._tell_readiness(True)
     pipeline._tell_readiness(False)
-    assert await told() == [[ReadinessEvent(True), ReadinessEvent(False)]] * 2
+    assert await told() == [[ReadinessEvent(False)]] * 2  # as it is now
     for stream in streams:
         await stream.aclose()
+
+
+async def test_events_of_an_ingress_that_left_are_not_kept() -> None:
+    pipeline = make_pipeline(FakeEngine())
+    stream = pipeline.events("ingress", replica_id="replica")
+    await anext(stream)
+    pipeline._tell_readiness(False)
+    await stream.aclose()
+    assert not pipeline._outboxes
+    call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
+    await anext(call)
+    stream = pipeline.events("ingress", replica_id="replica")
+    assert msgspec.msgpack.decode(await anext(stream), type=list[ReadinessEvent]) == [ReadinessEvent(True)]
+    await stream.aclose()
+    for _ in range(5):
+        pipeline._tell_readiness(False)
+        pipeline._tell_readiness(True)
+    (outbox,) = pipeline._outboxes.values()  # of a request that has no stream now
+    assert outbox.events == [ReadinessEvent(True)]
+    await call.aclose()
+    assert not pipeline._outboxes
+
+
+async def test_last_events_wait_for_the_stream_that_is_still_to_come() -> None:
+    """The request may be over before its ingress has opened one; another of its streams may end meanwhile."""
+    pipeline = make_pipeline(FakeEngine())
+    former = pipeline.events("ingress", replica_id="replica")
+    await anext(former)
+    call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
+    await anext(call)
+    pipeline._distribute([FailureEvent("r", "the end")])
+    assert [item async for item in call] == []
+    await former.aclose()
+    stream = pipeline.events("ingress", replica_id="replica")
+    await anext(stream)
+    batch = await asyncio.wait_for(anext(stream), 5)
+    assert msgspec.msgpack.decode(batch, type=list[Event]) == [FailureEvent("r", "the end")]
+    await stream.aclose()
+    assert not pipeline._outboxes
+
+
+async def test_a_stream_that_ends_leaves_the_outbox_to_the_next_one() -> None:
+    pipeline = make_pipeline(FakeEngine())
+    former, later = (pipeline.events("ingress", replica_id="replica") for _ in range(2))
+    await anext(former)
+    await anext(later)
+    await former.aclose()
+    call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
+    await anext(call)
+    pipeline._distribute([FailureEvent("r", "the end")])
+    batch = await asyncio.wait_for(anext(later), 5)
+    assert msgspec.msgpack.decode(batch, type=list[Event]) == [FailureEvent("r", "the end")]
+    await call.aclose()
+    await later.aclose()
+
+
+async def test_a_message_that_is_no_request() -> None:
+    pipeline = make_pipeline(FakeEngine())
+    with pytest.raises(WireError, match="6 bytes that are no EngineRequest"):
+        await anext(pipeline.run("ingress", b"\x81\xa1a..."))
+    assert not pipeline._outboxes
+
+
+async def test_observing_goes_on_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline_deployment, "OBSERVATION_PERIOD_S", 0.0)
+    asked = asyncio.Event()
+
+    class Stages:
+        num_calls = 0
+
+        async def collect_reports(self) -> list[None]:
+            self.num_calls += 1
+            if self.num_calls == 3:
+                asked.set()
+                await asyncio.sleep(60)
+            raise ValueError("a report of an unknown kind")
+
+        def close(self) -> None:
+            pass
+
+    pipeline = make_pipeline(FakeEngine())
+    pipeline._pipeline = Stages()  # type: ignore[assignment]
+    observer = asyncio.create_task(pipeline._observe())
+    await asyncio.wait_for(asked.wait(), 5)
+    observer.cancel()
+    lines = [record for record in caplog.records if record.name == pipeline_deployment.__name__]
+    assert [record.exc_info is not None for record in lines] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("durations_s", "step_timeout_s", "timeout_s"),
+    [
+        ([[], []], 120.0, HUNG_STOP_TIMEOUT_S),  # nothing is known of steps yet
+        ([[0.5, 3.0], [1.0]], 120.0, HUNG_STOP_TIMEOUT_S + 3.0),
+        ([[0.5, 3.0], [1.0]], 2.0, 2.0),  # who takes longer than that hangs by definition
+    ],
+)
+def test_a_healthy_stage_has_time_to_end_its_step_when_another_hangs(
+    durations_s: list[list[float]], step_timeout_s: float, timeout_s: float
+) -> None:
+    measured = [{"steps": [{"duration_s": duration_s} for duration_s in stage]} for stage in durations_s]
+    assert hung_stop_timeout_s(measured, step_timeout_s) == timeout_s
 
 
 async def anext_all(stream: AsyncGenerator[bytes]) -> list[bytes]:

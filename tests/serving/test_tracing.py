@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from gptj_serve.engine.milestones import Milestone
 from gptj_serve.pipeline.step_meter import Step, TracedStep
 from gptj_serve.serving.stage_actor import StageReport
-from gptj_serve.serving.tracing import EngineTracing, tracer
+from gptj_serve.serving.tracing import MAX_LINKS, EngineTracing, tracer
 from gptj_serve.types import EngineRequest, FinishReason, SamplingParams, Task, TokenEvent
 
 STAGES = [
@@ -104,6 +104,19 @@ def test_a_step_is_a_span_below_its_first_sequence_linked_to_the_others(traced: 
         "gptj.num_tokens": 30,
     }
     assert "stage 0" not in traced.spans()
+
+
+def test_a_step_of_many_sequences_has_a_limited_number_of_links(traced: Traced) -> None:
+    with traced.tracer.start_as_current_span("call"):
+        requests = [traced.tracing.begin(make_request(str(index))) for index in range(MAX_LINKS + 9)]
+    traceparents = [request.traceparent for request in requests]
+    steps = [TracedStep(Step(index, 1000.0, 0.25, 1, 1, None), traceparents) for index in range(2)]
+    traced.tracing.on_reports(STAGES[:1], [StageReport({}, {}, steps)])
+    spans = [span for span in traced.exporter.get_finished_spans() if span.name == "stage 0"]
+    assert len(spans) == 2
+    for span in spans:
+        linked = [f"{link.context.span_id:016x}" for link in span.links]
+        assert linked == [traceparent.split("-")[2] for traceparent in traceparents[1 : MAX_LINKS + 1]]
 
 
 def test_calls_that_are_not_sampled_leave_nothing(traced: Traced) -> None:
