@@ -56,11 +56,15 @@ def main(
     num_tokens: Annotated[int, typer.Option(help="Of each stream.")] = 32,
     rounds: int = 3,
     streams: Annotated[str, typer.Option(help="How many at a time.")] = "1,16,64",
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG to draw; needs matplotlib.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="streaming-") as work:
         directory = ServiceConfig().checkpoint_dir if tokenizer is None else make_model(tokenizer, Path(work))
         with running_service(directory, num_stages, Path(work)):
-            asyncio.run(compare(directory, num_stages, num_tokens, rounds, list(map(int, streams.split(",")))))
+            counts = list(map(int, streams.split(",")))
+            rates = asyncio.run(compare(directory, num_stages, num_tokens, rounds, counts))
+    if plot is not None:
+        draw(plot, counts, rates)
 
 
 def make_model(tokenizer: Path, work: Path) -> Path:
@@ -72,7 +76,11 @@ def make_model(tokenizer: Path, work: Path) -> Path:
     return directory
 
 
-async def compare(directory: Path, num_stages: int, num_tokens: int, rounds: int, streams: list[int]) -> None:
+async def compare(
+    directory: Path, num_stages: int, num_tokens: int, rounds: int, streams: list[int]
+) -> list[tuple[float, float]]:
+    """Prints the table; returns for each number of streams tokens/s of the engine and over HTTP."""
+    medians = []
     table = Table("streams", "engine tokens/s", "HTTP tokens/s", "share", title=f"{num_tokens} tokens each")
     async with engine_alone(directory, num_stages) as engine:
         sources = (lambda seed: engine_stream(engine, seed, num_tokens), lambda seed: http_stream(seed, num_tokens))
@@ -82,6 +90,7 @@ async def compare(directory: Path, num_stages: int, num_tokens: int, rounds: int
                 alone, over_http = [await rate(source, count, num_tokens, index) for source in sources]
                 rates += [(alone, over_http)] if index >= 0 else []
             alone, over_http = (statistics.median(column) for column in zip(*rates, strict=True))
+            medians.append((alone, over_http))
             share = statistics.median(http / engine for engine, http in rates)
             table.add_row(str(count), f"{alone:.1f}", f"{over_http:.1f}", f"{share:.2f}")
         firsts: list[tuple[float, float]] = []
@@ -94,6 +103,24 @@ async def compare(directory: Path, num_stages: int, num_tokens: int, rounds: int
     console.print(
         f"first token at idle: engine {alone:.1f} ms, HTTP {over_http:.1f} ms, {over_http - alone:.1f} ms more"
     )
+    return medians
+
+
+def draw(file: Path, counts: list[int], rates: list[tuple[float, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(counts))
+    for offset, column, name, colour in ((-0.2, 0, "engine alone", "#9aa5a0"), (0.2, 1, "over HTTP", "#12776b")):
+        bars = axes.bar([place + offset for place in places], [pair[column] for pair in rates], 0.38, color=colour)
+        bars.set_label(name)
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes.set_xticks(places, [f"{count} stream{'s' * (count > 1)}" for count in counts])
+    axes.set_ylabel("generated tokens/s")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(file, dpi=150)
 
 
 async def rate(make_stream: Callable[[int], AsyncIterator[object]], count: int, num_tokens: int, index: int) -> float:
