@@ -92,7 +92,7 @@ class ChatTemplate:
         prompt = "".join(parts)
         try:
             prompt.encode()
-        except UnicodeEncodeError as error:  # from variables: all other text of a body is checked before
+        except UnicodeEncodeError as error:  # which a template can make, of a number say
             raise InvalidRequestError("chat_template_kwargs", dict(variables), f"no valid text: {error}") from None
         return _up_to_end_of(str(messages[-1]["content"]), prompt) if continue_final_message else prompt
 

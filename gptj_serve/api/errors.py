@@ -53,15 +53,15 @@ _TYPE_NAMES = {"bool", "dict", "float", "int", "list", "str"}
 
 def hugging_face_error(error: GPTJServeError) -> HuggingFaceError:
     """TGI's error object."""
-    return {"error": str(error), "error_type": _lookup(error)[1]}
+    return {"error": _text(str(error)), "error_type": _lookup(error)[1]}
 
 
 def openai_error(error: GPTJServeError) -> OpenAIError:
     """OpenAI's error object."""
-    param = error.field if isinstance(error, InvalidRequestError) else None
+    param = _text(error.field) if isinstance(error, InvalidRequestError) else None
     kind = _lookup(error)[1]
     type_, code = _OPENAI_TYPES.get(kind, "server_error"), _OPENAI_CODES.get(kind)
-    return {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
+    return {"error": {"message": _text(str(error)), "type": type_, "param": param, "code": code}}
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -110,6 +110,11 @@ def http_error_response(request: Request, error: HTTPException) -> JSONResponse:
     else:
         body = {"error": message, "error_type": "validation"}
     return JSONResponse(body, error.status_code, error.headers)
+
+
+def _text(message: str) -> str:
+    """As it can be sent: what the client wrote, a field's name say, may have half a surrogate pair."""
+    return message.encode("utf-8", "backslashreplace").decode()
 
 
 def _lookup(error: GPTJServeError) -> tuple[int, str]:
