@@ -7,13 +7,16 @@ from typing import Any
 import httpx
 import pytest
 from fakes import FakeEngine, small_model
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+from starlette._utils import get_route_path
 
 from gptj_serve.api.app import create_app
 from gptj_serve.api.errors import most_telling
 from gptj_serve.api.openai_schemas import CompletionRequest
+from gptj_serve.api.route_path import route_path
 from gptj_serve.api.schema_types import Body
 from gptj_serve.api.service import Service
 
@@ -357,6 +360,29 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient, method: str,
     else:
         assert response.json() == {"error": message, "error_type": "validation"}
     assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("prefix", ["", "/gptj", "/v1"])
+async def test_errors_below_a_prefix(app: FastAPI, prefix: str) -> None:
+    """Ray Serve sets `root_path` and leaves its prefix in the path."""
+    transport = httpx.ASGITransport(app, root_path=prefix)
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{prefix}") as client:
+        for body in (_complete(temperature=-1), _complete(model="other"), {}):
+            response = await client.post("/v1/completions", json=body)
+            assert response.status_code == (404 if body.get("model") == "other" else 400)
+            assert response.json()["error"]["type"] == "invalid_request_error"
+        assert (await client.get("/v1/nowhere")).json()["error"]["type"] == "invalid_request_error"
+        assert (await client.get("/nowhere")).json()["error_type"] == "validation"
+        assert (await client.post("/generate", json={})).json()["error_type"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "below"),
+    [("/a/b", "", "/a/b"), ("/a/b", "/a", "/b"), ("/ab", "/a", "/ab"), ("/a", "/a", ""), ("/b", "/a", "/b")],
+)
+def test_the_path_as_routes_know_it(path: str, root: str, below: str) -> None:
+    scope = {"path": path, "root_path": root}
+    assert route_path(scope) == get_route_path(scope) == below
 
 
 ROUTES = [
