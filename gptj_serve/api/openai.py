@@ -107,7 +107,7 @@ async def create_embeddings(
     """
     service: Service = request.app.state.service
     service.check_model(body.model)
-    return JSONResponse(await openai_embeddings(service, body))
+    return Response(await openai_embeddings(service, body), media_type="application/json")
 
 
 def _model_card(service: Service, started_at: float) -> ModelCard:

@@ -32,7 +32,8 @@ from gptj_serve.types import (
 Result = TypeVar("Result")
 
 MAX_CHARACTERS_ON_LOOP = 4096
-"""Longer texts are tokenized in a thread: about a millisecond per 4,000 characters, in which no other text goes out."""
+"""Longer texts are tokenized in a thread: about a millisecond per 4,000 characters, in which no other text goes out. So
+are answers of more values than that."""
 
 
 class EngineClient(Protocol):
@@ -232,7 +233,7 @@ async def _before_deadline(step: Coroutine[Any, Any, Result], request: RequestCo
 
 
 async def off_loop(num_characters: int, function: Callable[..., Result], *args: Any) -> Result:
-    """Call a function that tokenizes so many characters; in a thread, if they are many."""
+    """Call a function that is busy with so many characters or values; in a thread, if they are many."""
     if num_characters <= MAX_CHARACTERS_ON_LOOP:
         return function(*args)
     return await asyncio.to_thread(function, *args)
