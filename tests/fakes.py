@@ -100,7 +100,9 @@ class FakeEngine:
         self.num_running = 0
         self.num_status_calls = 0
         self.refusal: Callable[[EngineRequest], Exception | None] = lambda request: None
-        self.fail_at: Callable[[EngineRequest, int], str | Exception | None] = lambda request, index: None
+        self.fail_at: Callable[[EngineRequest, int], str | Exception | FailureEvent | None] = lambda request, index: (
+            None
+        )
         self.end_at: Callable[[EngineRequest, int], FinishReason | None] = lambda request, index: None
         self.pause_at: int | None = None  # requests wait before their token of this index until `resumed` is set
         self.resumed = asyncio.Event()
@@ -163,8 +165,8 @@ class FakeEngine:
         while True:
             await self._step(request, index)
             failure = self.fail_at(request, index)
-            if isinstance(failure, str):
-                yield FailureEvent(request.request_id, failure)
+            if isinstance(failure, str | FailureEvent):
+                yield FailureEvent(request.request_id, failure) if isinstance(failure, str) else failure
                 return
             if index == 0 and request.sampling.prompt_logprobs:
                 rows = self.score_rows(request.prompt_token_ids, 1, request.sampling.num_top_logprobs)

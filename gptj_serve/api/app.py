@@ -1,7 +1,5 @@
 """The HTTP application: routes over a `Service`, known by nothing but that, behind a door."""
 
-import time
-
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
@@ -12,7 +10,7 @@ from gptj_serve.api.door.key_ring import KeyRing
 from gptj_serve.api.door.ongoing import OngoingRequests
 from gptj_serve.api.door.request_headers import REQUEST_ID, RequestHeaders
 from gptj_serve.api.errors import install_error_handlers
-from gptj_serve.api.request_record import RecordRequests, RequestLog
+from gptj_serve.api.request_log import RecordRequests, RequestLog
 from gptj_serve.api.route_docs import describe, operation_id
 from gptj_serve.api.service import Service
 from gptj_serve.api.service_status import ServiceStatus
@@ -33,8 +31,8 @@ def create_app(service: Service, request_log: RequestLog | None = None, *, echoe
     )
     describe(app)
     app.state.service = service
-    app.state.started_at = int(time.time())
-    app.state.status = ServiceStatus(service, request_log)
+    app.state.ongoing = OngoingRequests(service.config.ingress.max_ongoing_requests)
+    app.state.status = ServiceStatus(service, app.state.ongoing)
     _install_door(app, service, request_log, echoes_request_id)
     install_error_handlers(app)
     app.include_router(huggingface.router)
@@ -48,7 +46,6 @@ def create_app(service: Service, request_log: RequestLog | None = None, *, echoe
 def _install_door(app: FastAPI, service: Service, request_log: RequestLog, echoes_request_id: bool) -> None:
     """From the inside to the outside: what is added last sees a request first."""
     config = service.config.ingress
-    app.state.ongoing = OngoingRequests(config.max_ongoing_requests)
     app.add_middleware(Door, config=config, keys=KeyRing(config.api_keys_path), ongoing=app.state.ongoing)
     app.add_middleware(RecordRequests, log=request_log)
     app.add_middleware(RequestHeaders, request_timeout_s=config.request_timeout_s, echoes_request_id=echoes_request_id)

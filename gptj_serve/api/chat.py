@@ -17,7 +17,7 @@ from gptj_serve.api.openai_responses import (
     ChatLogprobs,
 )
 from gptj_serve.api.pieces import Piece, stream_choices, whole_choices
-from gptj_serve.api.service import Service, off_loop
+from gptj_serve.api.service import MAX_CHARACTERS_ON_LOOP, Service, off_loop
 from gptj_serve.errors import InvalidRequestError
 
 _NAMES = {
@@ -76,7 +76,9 @@ async def chat_prompt(
         raise InvalidRequestError("add_generation_prompt", True, "does not go with continue_final_message")
     adds_prompt = not how.continue_final_message if how.add_generation_prompt is None else how.add_generation_prompt
     chat = [message.for_template for message in messages]
-    num_characters = sum(len(message["content"]) for message in chat)
+    num_characters = sum(len(text) for message in chat for text in message.values())
+    if how.chat_template_kwargs:  # how long a template takes with those, their size doesn't say
+        num_characters += MAX_CHARACTERS_ON_LOOP
     longest = service.model.n_positions * service.tokenizer.max_token_bytes
 
     def render() -> str:

@@ -1,11 +1,11 @@
 """The request body of `/v1/chat/completions`, and the fields with which a chat becomes a prompt."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from gptj_serve.api.openai_sampling import OpenAISampling
-from gptj_serve.api.schema_types import Body, NumTopLogprobs, off
+from gptj_serve.api.schema_types import JSON, Body, NumTopLogprobs, off
 
 MAX_MESSAGES = 512
 MAX_PARTS = 64
@@ -13,7 +13,7 @@ MAX_TEMPLATE_VARIABLES = 32
 
 NOT_SUPPORTED = "Not supported: refused unless off."
 
-ChatTemplateVariables = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)]
+ChatTemplateVariables = Annotated[dict[str, JSON], Field(max_length=MAX_TEMPLATE_VARIABLES)]
 
 
 class TextPart(Body):
@@ -30,9 +30,9 @@ class ChatMessage(Body):
     )
     name: str | None = Field(None, description="Who exactly says it, for templates that tell.")
     refusal: Annotated[str | None, off("")] = Field(None, description=NOT_SUPPORTED)
-    audio: Annotated[Any, off()] = Field(None, description=NOT_SUPPORTED)
-    tool_calls: Annotated[Any, off([])] = Field(None, description=NOT_SUPPORTED)
-    function_call: Annotated[Any, off()] = Field(None, description=NOT_SUPPORTED)
+    audio: Annotated[JSON, off()] = Field(None, description=NOT_SUPPORTED)
+    tool_calls: Annotated[JSON, off([])] = Field(None, description=NOT_SUPPORTED)
+    function_call: Annotated[JSON, off()] = Field(None, description=NOT_SUPPORTED)
 
     @property
     def for_template(self) -> dict[str, str]:
@@ -82,20 +82,20 @@ class ChatCompletionRequest(OpenAISampling, ChatPrompt):
     modalities: Annotated[list[str] | None, off(["text"])] = Field(None, description='Only `["text"]`.')
     service_tier: Annotated[str | None, off("auto", "default")] = Field(None, description=NOT_SUPPORTED)
     store: Annotated[bool | None, off(False)] = Field(None, description=NOT_SUPPORTED)
-    tools: Annotated[list[Any] | None, off([])] = Field(None, description=NOT_SUPPORTED)
-    tool_choice: Annotated[Any, off("none", "auto")] = Field(
+    tools: Annotated[list[JSON] | None, off([])] = Field(None, description=NOT_SUPPORTED)
+    tool_choice: Annotated[JSON, off("none", "auto")] = Field(
         None, description="Not supported: refused unless `none` or `auto`."
     )
     parallel_tool_calls: bool | None = Field(None, description="There are no tools; it has no effect by definition.")
-    functions: Annotated[list[Any] | None, off([])] = Field(None, description=NOT_SUPPORTED)
-    function_call: Annotated[Any, off("none", "auto")] = Field(
+    functions: Annotated[list[JSON] | None, off([])] = Field(None, description=NOT_SUPPORTED)
+    function_call: Annotated[JSON, off("none", "auto")] = Field(
         None, description="Not supported: refused unless `none` or `auto`."
     )
-    audio: Annotated[Any, off()] = Field(None, description=NOT_SUPPORTED)
-    prediction: Annotated[Any, off()] = Field(None, description=NOT_SUPPORTED)
+    audio: Annotated[JSON, off()] = Field(None, description=NOT_SUPPORTED)
+    prediction: Annotated[JSON, off()] = Field(None, description=NOT_SUPPORTED)
     reasoning_effort: Annotated[str | None, off("none")] = Field(None, description=NOT_SUPPORTED)
     verbosity: Annotated[str | None, off()] = Field(None, description=NOT_SUPPORTED)
-    web_search_options: Annotated[Any, off()] = Field(None, description=NOT_SUPPORTED)
+    web_search_options: Annotated[JSON, off()] = Field(None, description=NOT_SUPPORTED)
 
     @property
     def new_token_limit(self) -> tuple[str, int | None]:

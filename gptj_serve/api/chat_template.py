@@ -42,7 +42,7 @@ class ChatTemplate:
             raise ConfigError(f"{name}: not a chat template: {error}") from error
 
     @classmethod
-    def open(cls, config: ServiceConfig, model: GPTJConfig) -> Self | None:
+    def open(cls, config: ServiceConfig, model: GPTJConfig, tokenizer: Tokenizer) -> Self | None:
         """The deployment's template, else the checkpoint's own, else None.
 
         Raises `ConfigError`, naming the file, if one can't be read or is no template.
@@ -51,7 +51,7 @@ class ChatTemplate:
         if found is None:
             return None
         name, source = found
-        return cls(source, special_tokens_of(config.checkpoint_dir, model), name)
+        return cls(source, special_tokens_of(config.checkpoint_dir, model, tokenizer), name)
 
     def render(
         self,
@@ -92,7 +92,7 @@ class ChatTemplate:
         prompt = "".join(parts)
         try:
             prompt.encode()
-        except UnicodeEncodeError as error:  # from variables: all other text of a body is checked before
+        except UnicodeEncodeError as error:  # which a template can make, of a number say
             raise InvalidRequestError("chat_template_kwargs", dict(variables), f"no valid text: {error}") from None
         return _up_to_end_of(str(messages[-1]["content"]), prompt) if continue_final_message else prompt
 
@@ -120,7 +120,7 @@ def _find_source(config: ServiceConfig) -> tuple[str, str] | None:
     return name, source
 
 
-def special_tokens_of(directory: Path, model: GPTJConfig) -> dict[str, str]:
+def special_tokens_of(directory: Path, model: GPTJConfig, tokenizer: Tokenizer) -> dict[str, str]:
     """By name, the texts of a checkpoint's special tokens: those of its tokenizer_config.json, else of its ids."""
     written = _tokenizer_config(directory)
     tokens: dict[str, str] = {}
@@ -129,7 +129,6 @@ def special_tokens_of(directory: Path, model: GPTJConfig) -> dict[str, str]:
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):
             tokens[name] = text
-    tokenizer = Tokenizer.from_directory(directory)
     eos_token_id = min(model.eos_token_ids) if model.eos_token_ids else None
     for name, token_id in (("bos_token", model.bos_token_id), ("eos_token", eos_token_id)):
         if name not in tokens and token_id is not None:

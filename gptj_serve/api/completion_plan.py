@@ -78,7 +78,9 @@ def check_choices(service: Service, body: OpenAISampling, num_prompts: int, fiel
     if num_prompts * body.num_candidates > limit:
         raise InvalidRequestError(field, num_prompts * body.num_candidates, f"at most {limit} completions at once")
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options", body.stream_options.model_dump(), "goes with stream only")
+        raise InvalidRequestError(
+            "stream_options", body.stream_options.model_dump(exclude_unset=True), "goes with stream only"
+        )
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequestError("prompt_logprobs", body.prompt_logprobs, "does not go with stream")
     if body.use_beam_search:

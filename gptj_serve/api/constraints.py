@@ -54,9 +54,10 @@ def constraint_of_generation(grammar: TextGrammar | None) -> Constraint | None:
                 raise InvalidRequestError(field, value, 'must be {"schema": …}, if you like with a "name"')
             return _json_schema(f"{field}.schema", value["schema"])
         case "choice":
-            if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
+            texts = [text for text in value if isinstance(text, str) and text] if isinstance(value, list) else []
+            if not texts or texts != value:
                 raise InvalidRequestError(field, value, "must be a list of strings")
-            return _choice(field, value)
+            return _choice(field, texts)
         case "regex" | "lark":
             if not isinstance(value, str) or not value:
                 raise InvalidRequestError(field, value, "must be a string")
@@ -102,6 +103,7 @@ def _json_schema(field: str, schema: Any) -> Constraint:
         if not isinstance(parsed, dict):
             raise InvalidRequestError(field, schema, "must be a JSON schema: an object, or one written as a string")
         text = json.dumps(parsed, allow_nan=False)
+        json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair, in a schema that came as a string
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(field, schema, f"not valid JSON: {error}") from None
     return Constraint(field, Grammar(GrammarKind.JSON_SCHEMA, text))

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptj_serve.api.embedding_schemas import EmbeddingRequest, EmbedRequest, Inputs
+from gptj_serve.api.json_answers import encode_answer
 from gptj_serve.api.openai_responses import Embedding, EmbeddingList
-from gptj_serve.api.service import Service, run_all
-from gptj_serve.errors import InvalidRequestError
+from gptj_serve.api.service import Service, off_loop, run_all
+from gptj_serve.errors import InvalidRequestError, RequestFailedError
 from gptj_serve.types import Pooling, Task
 
 
-async def openai_embeddings(service: Service, body: EmbeddingRequest) -> EmbeddingList:
-    """In the order of the inputs."""
+async def openai_embeddings(service: Service, body: EmbeddingRequest) -> bytes:
+    """An `EmbeddingList` as JSON, in the order of the inputs."""
     inputs = _as_list(body.input)
     _check(service, inputs, body.dimensions, "input")
     kept = body.truncate_prompt_tokens
@@ -26,23 +27,41 @@ async def openai_embeddings(service: Service, body: EmbeddingRequest) -> Embeddi
     prompts = [await _tokens(service, item, "input", num_last) for item in inputs]
     vectors = await _embed(service, prompts, Pooling(body.pooling), normalize=body.normalize)
     num_tokens = sum(map(len, prompts))
-    return {
-        "object": "list",
-        "data": [_embedding(index, vector, body.encoding_format) for index, vector in enumerate(vectors)],
-        "model": service.config.served_name,
-        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-    }
+
+    def answer() -> bytes:
+        whole: EmbeddingList = {
+            "object": "list",
+            "data": [_embedding(index, vector, body.encoding_format) for index, vector in enumerate(vectors)],
+            "model": service.config.served_name,
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+        }
+        return encode_answer(whole)
+
+    return await off_loop(_num_values(vectors), answer)
 
 
 async def embed(service: Service, body: EmbedRequest) -> list[list[float]]:
     """A vector per input, also for a single one."""
+    vectors = await _embed_inputs(service, body)
+    return await off_loop(_num_values(vectors), lambda: [vector.tolist() for vector in vectors])
+
+
+async def embed_to_json(service: Service, body: EmbedRequest) -> bytes:
+    vectors = await _embed_inputs(service, body)
+    return await off_loop(_num_values(vectors), lambda: encode_answer(vector.tolist() for vector in vectors))
+
+
+async def _embed_inputs(service: Service, body: EmbedRequest) -> list[NDArray[np.float32]]:
     inputs = _as_list(body.inputs)
     _check(service, inputs, body.dimensions, "inputs")
     longest = service.model.n_positions
     kept = None if not body.truncate else longest if body.truncation_direction.lower() == "right" else -longest
     prompts = [await _tokens(service, item, "inputs", kept) for item in inputs]
-    vectors = await _embed(service, prompts, Pooling(body.pooling), normalize=body.normalize)
-    return [vector.tolist() for vector in vectors]
+    return await _embed(service, prompts, Pooling(body.pooling), normalize=body.normalize)
+
+
+def _num_values(vectors: Sequence[NDArray[np.float32]]) -> int:
+    return sum(vector.size for vector in vectors)
 
 
 def _as_list(inputs: Inputs) -> Sequence[str | list[int]]:
@@ -79,6 +98,8 @@ async def _embed(
 ) -> list[NDArray[np.float32]]:
     made = await run_all([service.values(Task.EMBED, token_ids, pooling=pooling) for token_ids in prompts])
     vectors = [matrix.array[0] for matrix in made]
+    if not all(np.isfinite(vector).all() for vector in vectors):
+        raise RequestFailedError("the model's hidden states are not finite")
     return [_normalized(vector) for vector in vectors] if normalize else vectors
 
 

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from gptj_serve.api.huggingface_responses import HuggingFaceError
 from gptj_serve.api.openai_responses import OpenAIError
+from gptj_serve.api.route_path import route_path
 from gptj_serve.errors import (
     GPTJServeError,
     InvalidRequestError,
@@ -25,7 +26,7 @@ OPENAI_PREFIX = "/v1/"
 
 ErrorBody = Callable[[GPTJServeError], HuggingFaceError | OpenAIError]
 
-_ERRORS: dict[type[GPTJServeError], tuple[int, str]] = {
+_ERRORS: dict[type[Exception], tuple[int, str]] = {
     InvalidRequestError: (422, "validation"),
     UnauthorizedError: (401, "authentication"),
     RateLimitedError: (429, "rate_limit"),
@@ -33,7 +34,7 @@ _ERRORS: dict[type[GPTJServeError], tuple[int, str]] = {
     UnsatisfiableError: (422, "validation"),
     RequestTimeoutError: (504, "timeout"),
     RequestFailedError: (500, "generation"),
-    GPTJServeError: (500, "internal"),
+    Exception: (500, "internal"),
 }
 """HTTP status and TGI's `error_type`."""
 
@@ -51,17 +52,22 @@ INTERNAL_ERROR = GPTJServeError("internal error; the service's log has the detai
 _TYPE_NAMES = {"bool", "dict", "float", "int", "list", "str"}
 
 
+def http_status(error: Exception) -> int:
+    """What the error is answered with; under /v1/ 422 becomes 400, or 404."""
+    return _lookup(error)[0]
+
+
 def hugging_face_error(error: GPTJServeError) -> HuggingFaceError:
     """TGI's error object."""
-    return {"error": str(error), "error_type": _lookup(error)[1]}
+    return {"error": _text(str(error)), "error_type": _lookup(error)[1]}
 
 
 def openai_error(error: GPTJServeError) -> OpenAIError:
     """OpenAI's error object."""
-    param = error.field if isinstance(error, InvalidRequestError) else None
+    param = _text(error.field) if isinstance(error, InvalidRequestError) else None
     kind = _lookup(error)[1]
     type_, code = _OPENAI_TYPES.get(kind, "server_error"), _OPENAI_CODES.get(kind)
-    return {"error": {"message": str(error), "type": type_, "param": param, "code": code}}
+    return {"error": {"message": _text(str(error)), "type": type_, "param": param, "code": code}}
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -86,13 +92,13 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def error_response(request: Request, error: GPTJServeError) -> JSONResponse:
     """The error's status and body on the surface that the request came to."""
-    status = _lookup(error)[0]
+    status = http_status(error)
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
-    if request.url.path.startswith(OPENAI_PREFIX):
+    if route_path(request.scope).startswith(OPENAI_PREFIX):
         if status == 422:
             status = 400
             if isinstance(error, InvalidRequestError) and error.field == "model" and isinstance(error.value, str):
@@ -103,7 +109,7 @@ def error_response(request: Request, error: GPTJServeError) -> JSONResponse:
 
 def http_error_response(request: Request, error: HTTPException) -> JSONResponse:
     message = f"{request.method} {request.url.path}: {error.detail}"
-    if request.url.path.startswith(OPENAI_PREFIX):
+    if route_path(request.scope).startswith(OPENAI_PREFIX):
         body: HuggingFaceError | OpenAIError = {
             "error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}
         }
@@ -112,7 +118,12 @@ def http_error_response(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse(body, error.status_code, error.headers)
 
 
-def _lookup(error: GPTJServeError) -> tuple[int, str]:
+def _text(message: str) -> str:
+    """As it can be sent: what the client wrote, a field's name say, may have half a surrogate pair."""
+    return message.encode("utf-8", "backslashreplace").decode()
+
+
+def _lookup(error: Exception) -> tuple[int, str]:
     return next(_ERRORS[cls] for cls in type(error).__mro__ if cls in _ERRORS)
 
 

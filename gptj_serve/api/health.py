@@ -22,8 +22,7 @@ class PipelineReadiness(TypedDict):
 
 class Readiness(TypedDict):
     is_ready: bool
-    pipelines: list[PipelineReadiness]
-    problems: list[str]  # one line for each pipeline that did not answer
+    pipelines: list[PipelineReadiness]  # that answered; /status, which may need a key, tells of the others
 
 
 @router.get("/health", summary="Is the service live?")
@@ -40,7 +39,7 @@ async def ready(request: Request) -> Any:
         {"replica_id": each["replica_id"], "is_ready": each["is_ready"]} for each in status["pipelines"]
     ]
     is_ready = any(each["is_ready"] for each in pipelines)
-    body: Readiness = {"is_ready": is_ready, "pipelines": pipelines, "problems": status["problems"]}
+    body: Readiness = {"is_ready": is_ready, "pipelines": pipelines}
     if is_ready:
         return JSONResponse(body)
     return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from gptj_serve.api import examples, question_answering
 from gptj_serve.api.classification import classify
 from gptj_serve.api.embedding_schemas import EmbedRequest
-from gptj_serve.api.embeddings import embed
+from gptj_serve.api.embeddings import embed_to_json
 from gptj_serve.api.errors import hugging_face_error
 from gptj_serve.api.huggingface_responses import (
     ClassifyAnswers,
@@ -111,7 +111,7 @@ async def embed_texts(
     body: Annotated[EmbedRequest, Body(openapi_examples=examples.EMBED)], request: Request
 ) -> Response:
     """Text Embeddings Inference's `/embed`; the vectors are those of `/v1/embeddings`."""
-    return JSONResponse(await embed(request.app.state.service, body))
+    return Response(await embed_to_json(request.app.state.service, body), media_type="application/json")
 
 
 async def classify_whole(service: Service, body: ClassifyRequest) -> ClassifyAnswers:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from gptj_serve.api.sampling_schema import SamplingExtras
 from gptj_serve.api.schema_types import (
+    JSON,
     Body,
     Count,
     NonEmpty,
@@ -25,7 +26,7 @@ class TextGrammar(Body):
     type: Literal["json", "json_object", "json_schema", "regex", "choice", "lark"] = Field(
         description="TGI's types, and two of our own: `choice`, a list of strings, and `lark`, in llguidance's dialect."
     )
-    value: Any = Field(description='The schema, `{"schema": …}` for json_schema, the expression, texts or grammar.')
+    value: JSON = Field(description='The schema, `{"schema": …}` for json_schema, the expression, texts or grammar.')
 
 
 class GenerateParameters(SamplingExtras):

@@ -40,7 +40,7 @@ async def list_models(request: Request) -> Response:
     a head can't do that. `GET /status` names them.
     """
     service: Service = request.app.state.service
-    body: ModelList = {"object": "list", "data": [_model_card(service, request.app.state.started_at)]}
+    body: ModelList = {"object": "list", "data": [_model_card(service, request.app.state.status.started_at)]}
     return JSONResponse(body)
 
 
@@ -49,7 +49,7 @@ async def get_model(model: str, request: Request) -> Response:
     """The served model, if that is its name; else 404."""
     service: Service = request.app.state.service
     service.check_model(model)
-    return JSONResponse(_model_card(service, request.app.state.started_at))
+    return JSONResponse(_model_card(service, request.app.state.status.started_at))
 
 
 @router.post(
@@ -107,14 +107,14 @@ async def create_embeddings(
     """
     service: Service = request.app.state.service
     service.check_model(body.model)
-    return JSONResponse(await openai_embeddings(service, body))
+    return Response(await openai_embeddings(service, body), media_type="application/json")
 
 
-def _model_card(service: Service, started_at: int) -> ModelCard:
+def _model_card(service: Service, started_at: float) -> ModelCard:
     return {
         "id": service.config.served_name,
         "object": "model",
-        "created": started_at,
+        "created": int(started_at),
         "owned_by": "gptj_serve",
         "max_model_len": service.model.n_positions,
     }

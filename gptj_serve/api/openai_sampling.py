@@ -1,11 +1,12 @@
 """What OpenAI's two generating routes take alike: OpenAI's parameters, and vLLM's names for what OpenAI lacks."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gptj_serve.api.sampling_schema import SamplingExtras
 from gptj_serve.api.schema_types import (
+    JSON,
     MAX_TOKEN_RULES,
     Body,
     Count,
@@ -23,7 +24,7 @@ from gptj_serve.api.schema_types import (
 
 BiasedToken = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-JSONSchema = str | dict[str, Any]
+JSONSchema = str | dict[str, JSON]
 
 
 class StreamOptions(Body):
@@ -54,7 +55,7 @@ class StructuredOutputs(Body):
 class NamedJSONSchema(Body):
     """As OpenAI's clients send it."""
 
-    schema_: dict[str, Any] = Field(alias="schema", description="The JSON schema.")
+    schema_: dict[str, JSON] = Field(alias="schema", description="The JSON schema.")
     name: str | None = Field(None, description="A label of the client's own; it has no effect by definition.")
     description: str | None = Field(None, description="A label of the client's own; it has no effect by definition.")
     strict: bool | None = Field(None, description="The schema is always followed, whatever this says.")
@@ -63,7 +64,7 @@ class NamedJSONSchema(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"] = Field(description="`text` is off.")
     json_schema: NamedJSONSchema | None = Field(None, description="Goes with type json_schema, and that with it.")
-    value: dict[str, Any] | None = Field(
+    value: dict[str, JSON] | None = Field(
         None, description="A JSON schema with type json_object, which is how huggingface_hub sends one."
     )
 

@@ -6,11 +6,12 @@ It travels as a context variable: what a request starts (tasks, streams, threads
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from gptj_serve.api.request_record import RequestRecord
 from gptj_serve.errors import RequestTimeoutError
 
 
@@ -34,10 +35,15 @@ class RequestContext:
     deadline: float | None = None
     priority: int = 0  # of what sets none itself
     account: Account | None = None
+    record: RequestRecord = field(default_factory=RequestRecord)  # without a `RequestLog`, one that nobody reads
 
     def new_sequence_id(self) -> str:
         """An id for one of the request's sequences. A client may send the id of its request twice, at once even."""
         return f"{self.request_id}-{secrets.token_hex(4)}"
+
+    @property
+    def is_late(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def out_of_time(self) -> RequestTimeoutError:
         return RequestTimeoutError(f"the request was not finished after {time.monotonic() - self.arrived_at:.3g} s")
@@ -58,4 +64,5 @@ def answering(request: RequestContext) -> Iterator[None]:
     try:
         yield
     finally:
-        _current.reset(token)
+        with suppress(ValueError):  # a stream may be closed from elsewhere than where it was begun
+            _current.reset(token)

@@ -59,7 +59,7 @@ def describe(app: FastAPI) -> None:
         if app.openapi_schema is None:
             schema = make()  # which keeps it, and so it is changed only once
             _add_events(schema["components"]["schemas"])
-            _drop_validation_errors(schema)
+            _drop_what_does_not_apply(schema)
         return make()
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to do it
@@ -102,11 +102,11 @@ def _add_events(components: dict[str, Any]) -> None:
         components[event.__name__] = schema
 
 
-def _drop_validation_errors(schema: dict[str, Any]) -> None:
+def _drop_what_does_not_apply(schema: dict[str, Any]) -> None:
     """FastAPI says of every route with a body that it answers 422; those under /v1/ answer 400."""
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             if path.startswith(OPENAI_PREFIX):
                 operation["responses"].pop("422", None)
-    for name in ("HTTPValidationError", "ValidationError"):
+    for name in ("HTTPValidationError", "ValidationError", "JsonValue"):  # the last is written as {} where it stands
         schema["components"]["schemas"].pop(name, None)

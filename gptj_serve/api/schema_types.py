@@ -7,7 +7,16 @@ Limits that depend on the model or the configuration are checked where those are
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    Strict,
+    StringConstraints,
+    WithJsonSchema,
+)
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256
@@ -48,6 +57,9 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)]
 
+JSON = Annotated[JsonValue, WithJsonSchema({})]
+"""Anything, in the place of `Any`: what is in it is checked as all else is."""
+
 JSON_TUPLE = Strict(False)
 """JSON has no tuples: a strict one would take no list."""
 
@@ -73,4 +85,7 @@ NumKeptTokens = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_not_zero)
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    """`str_min_length` has pydantic look into all text, keys too, and refuse what is no Unicode: JSON's escapes can
+    write half a surrogate pair, which no UTF-8 has and nothing behind the door can send on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, str_min_length=0)

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.request_context import RequestContext, current_request
-from gptj_serve.api.request_record import current_record
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError, InvalidRequestError, RequestFailedError, UnsatisfiableError
 from gptj_serve.model.config import GPTJConfig
@@ -33,7 +32,8 @@ from gptj_serve.types import (
 Result = TypeVar("Result")
 
 MAX_CHARACTERS_ON_LOOP = 4096
-"""Longer texts are tokenized in a thread: about a millisecond per 4,000 characters, in which no other text goes out."""
+"""Longer texts are tokenized in a thread: about a millisecond per 4,000 characters, in which no other text goes out. So
+are answers of more values than that."""
 
 
 class EngineClient(Protocol):
@@ -190,18 +190,20 @@ class Service:
             priority=context.priority if priority is None else priority,
             **options,
         )
-        if context.account is not None:
-            context.account.spend(len(token_ids) + len(request.continuation_token_ids))
-        record = current_record()
-        record.add_sequence(request, context.request_id)
+        record = context.record
+        record.add_sequence(request)
+        num_unpaid = len(token_ids) + len(request.continuation_token_ids)  # until the engine has taken it
         last_token_at: float | None = None
         try:
             async with aclosing(self.engine.submit(request)) as events:
                 while (event := await _before_deadline(anext(events, None), context)) is not None:
-                    if isinstance(event, FailureEvent):
-                        raise (UnsatisfiableError if event.is_request_at_fault else RequestFailedError)(event.message)
+                    if isinstance(event, FailureEvent) and not event.is_request_at_fault:
+                        raise RequestFailedError(event.message)
                     if context.account is not None:
-                        context.account.spend(num_generated(event))
+                        context.account.spend(num_unpaid + num_generated(event))
+                        num_unpaid = 0
+                    if isinstance(event, FailureEvent):
+                        raise UnsatisfiableError(event.message)
                     last_token_at = record.add_event(event, last_token_at)
                     yield event
         except GPTJServeError as error:
@@ -231,7 +233,7 @@ async def _before_deadline(step: Coroutine[Any, Any, Result], request: RequestCo
 
 
 async def off_loop(num_characters: int, function: Callable[..., Result], *args: Any) -> Result:
-    """Call a function that tokenizes so many characters; in a thread, if they are many."""
+    """Call a function that is busy with so many characters or values; in a thread, if they are many."""
     if num_characters <= MAX_CHARACTERS_ON_LOOP:
         return function(*args)
     return await asyncio.to_thread(function, *args)

@@ -5,7 +5,7 @@ import time
 from typing import cast
 
 from gptj_serve import __version__
-from gptj_serve.api.request_record import RequestLog
+from gptj_serve.api.door.ongoing import OngoingRequests
 from gptj_serve.api.service import Service
 from gptj_serve.api.status import PipelineStatus, Status
 
@@ -14,10 +14,10 @@ CACHE_S = 0.5
 
 
 class ServiceStatus:
-    def __init__(self, service: Service, request_log: RequestLog) -> None:
+    def __init__(self, service: Service, ongoing: OngoingRequests) -> None:
         self._service = service
-        self._request_log = request_log
-        self._started_at = time.monotonic()
+        self._ongoing = ongoing
+        self.started_at = time.time()
         self._lock = asyncio.Lock()
         self._pipelines: list[PipelineStatus] = []
         self._problems: list[str] = []
@@ -34,13 +34,13 @@ class ServiceStatus:
         return {
             "model": service.config.served_name,
             "version": __version__,
-            "uptime_s": time.monotonic() - self._started_at,
+            "uptime_s": max(0.0, time.time() - self.started_at),
             "tasks": service.tasks,
             "heads": {name: info.kind.value for name, info in service.named_heads.items()},
             "max_model_len": service.model.n_positions,
             "ingress": {
-                "num_requests": self._request_log.num_requests,
-                "max_requests": service.config.ingress.max_ongoing_requests,
+                "num_requests": self._ongoing.num_requests,
+                "max_requests": self._ongoing.max_requests,
             },
             "pipelines": self._pipelines,
             "problems": self._problems,

@@ -45,9 +45,9 @@ class PipelineStatus(TypedDict):
 
 
 class IngressStatus(TypedDict):
-    """The ingress process that answered."""
+    """The ingress process that answered. Calls through the Ray handle don't pass its door: they count in neither."""
 
-    num_requests: int  # being answered now
+    num_requests: int  # task requests over HTTP that are being answered now
     max_requests: int
 
 

@@ -12,7 +12,7 @@ from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from gptj_serve.api.errors import INTERNAL_ERROR, ErrorBody
-from gptj_serve.api.request_record import current_record
+from gptj_serve.api.request_context import current_request
 from gptj_serve.errors import GPTJServeError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ async def event_stream(
             yield _encode(error_body(error))
             return
         except Exception as error:
-            record = current_record()
+            record = current_request().record
             record.fail(error)
             request_id = record.request_id
             logger.exception(

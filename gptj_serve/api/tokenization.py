@@ -1,38 +1,43 @@
 """Text to tokens and back for clients, in the shapes of Text Generation Inference and of vLLM."""
 
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
 from gptj_serve.api.chat import chat_prompt
 from gptj_serve.api.huggingface_responses import Detokenized, TextToken, Tokenized, TokenizerInfo
+from gptj_serve.api.json_answers import encode_answer
 from gptj_serve.api.service import Service, off_loop
 from gptj_serve.api.tokenization_schemas import DetokenizeRequest, TokenizeRequest
 from gptj_serve.errors import InvalidRequestError
+
+Answer = TypeVar("Answer")
 
 TOKENIZER_CLASS = "GPT2Tokenizer"  # transformers' for GPT-J
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> list[TextToken] | Tokenized:
     """Texts of any length are answered, up to the limit of a body."""
-    _check(service, body)
     if body.inputs is not None:
-        return await _text_tokens(service, body.inputs)
-    if body.messages is not None:
-        text = await chat_prompt(service, body.messages, body, is_truncated=True)
-    else:
-        assert body.prompt is not None
-        text = body.prompt
-    token_ids = await off_loop(len(text), service.tokenizer.encode, text)
-    answer: Tokenized = {"count": len(token_ids), "max_model_len": service.model.n_positions, "tokens": token_ids}
-    if body.return_token_strs:
-        answer["token_strs"] = [service.tokenizer.token_string(token_id) for token_id in token_ids]
-    else:
-        answer["token_strs"] = None
-    return answer
+        return await _with_text(service, body, lambda text: list(_text_tokens(service, text)))
+    return await _with_text(service, body, lambda text: _tokenized(service, text, body))
+
+
+async def tokenize_to_json(service: Service, body: TokenizeRequest) -> bytes:
+    """The same, without ever having the 50 times longer list of tokens in memory as objects."""
+    if body.inputs is not None:
+        return await _with_text(service, body, lambda text: encode_answer(_text_tokens(service, text)))
+    return await _with_text(service, body, lambda text: encode_answer(_tokenized(service, text, body)))
 
 
 async def detokenize(service: Service, body: DetokenizeRequest) -> Detokenized:
     """With special tokens. Ids without a token become nothing."""
     service.check_model(body.model)
-    token_ids = service.check_token_ids(body.tokens, "tokens")
-    return {"prompt": service.tokenizer.decode(token_ids, skip_special_tokens=False)}
+
+    def text() -> str:
+        token_ids = service.check_token_ids(body.tokens, "tokens")
+        return service.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    return {"prompt": await off_loop(len(body.tokens), text)}
 
 
 def tokenizer_info(service: Service) -> TokenizerInfo:
@@ -67,9 +72,24 @@ def _check(service: Service, body: TokenizeRequest) -> None:
         raise InvalidRequestError("return_token_strs", True, "goes with prompt or messages only")
 
 
-async def _text_tokens(service: Service, text: str) -> list[TextToken]:
-    encoding = await off_loop(len(text), service.tokenizer.encode_with_offsets, text)
-    return [
-        {"id": token_id, "text": text[start:stop], "start": start, "stop": stop}
-        for token_id, (start, stop) in zip(encoding.token_ids, encoding.offsets, strict=True)
-    ]
+async def _with_text(service: Service, body: TokenizeRequest, answer: Callable[[str], Answer]) -> Answer:
+    """What `answer` makes of the text that is meant."""
+    _check(service, body)
+    text = body.prompt if body.inputs is None else body.inputs
+    if body.messages is not None:
+        text = await chat_prompt(service, body.messages, body, is_truncated=True)
+    assert text is not None
+    return await off_loop(len(text), answer, text)
+
+
+def _text_tokens(service: Service, text: str) -> Iterator[TextToken]:
+    encoding = service.tokenizer.encode_with_offsets(text)
+    for token_id, (start, stop) in zip(encoding.token_ids, encoding.offsets, strict=True):
+        yield {"id": token_id, "text": text[start:stop], "start": start, "stop": stop}
+
+
+def _tokenized(service: Service, text: str, body: TokenizeRequest) -> Tokenized:
+    token_ids = service.tokenizer.encode(text)
+    strings = [service.tokenizer.token_string(token_id) for token_id in token_ids] if body.return_token_strs else None
+    max_model_len = service.model.n_positions
+    return {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids, "token_strs": strings}

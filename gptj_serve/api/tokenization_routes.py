@@ -24,7 +24,8 @@ async def tokenize(
     body: Annotated[TokenizeRequest, Body(openapi_examples=examples.TOKENIZE)], request: Request
 ) -> Response:
     """`prompt` or `messages` as vLLM's `/tokenize`; `inputs` as Text Generation Inference's."""
-    return JSONResponse(await tokenization.tokenize(request.app.state.service, body))
+    answer = await tokenization.tokenize_to_json(request.app.state.service, body)
+    return Response(answer, media_type="application/json")
 
 
 @router.post(

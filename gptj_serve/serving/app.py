@@ -71,14 +71,15 @@ def build(config: BuilderConfig) -> Application:
 def _check(config: ServiceConfig) -> None:
     checkpoint = Checkpoint.open(config.checkpoint_dir)
     model = checkpoint.config
-    num_token_ids = Tokenizer.from_directory(config.checkpoint_dir).num_token_ids
+    tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
+    num_token_ids = tokenizer.num_token_ids
     if num_token_ids > model.vocab_size:
         raise CheckpointError(
             f"{config.checkpoint_dir / 'tokenizer.json'}: has {num_token_ids} token ids, more than the "
             f"vocab_size={model.vocab_size} of config.json"
         )
     open_heads(config.head_dirs, checkpoint)
-    ChatTemplate.open(config, model)
+    ChatTemplate.open(config, model, tokenizer)
     KeyRing(config.ingress.api_keys_path)
     plan_service(config.pipeline, checkpoint)
     num_kv_tokens = config.pipeline.kv_cache.num_tokens

@@ -182,7 +182,6 @@ class ServeEngineClient:
 
     async def _attempt(self, request: EngineRequest, *, may_leave: bool) -> AsyncGenerator[Event]:
         """The request's events from one replica. Raises `_ReplicaLostError` if it doesn't stay."""
-        inbox = self._inboxes[request.request_id] = asyncio.Queue()
         # Calls made inside one HTTP request share its internal id, by which Serve's router tells waiting calls apart
         # (Ray 2.60): of several at once all but one would wait for ever. In a context of its own each has its own.
         context = contextvars.Context()
@@ -190,6 +189,7 @@ class ServeEngineClient:
             context = contextvars.copy_context()
             context.run(ray.serve.context._serve_request_context.set, None)
         call = context.run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request))
+        inbox = self._inboxes[request.request_id] = asyncio.Queue()  # from here on nothing is left behind
         watcher = asyncio.create_task(self._watch(call, request.request_id, inbox))
         try:
             while True:

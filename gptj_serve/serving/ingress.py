@@ -24,7 +24,7 @@ from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest,
 from gptj_serve.api.openai_responses import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 from gptj_serve.api.openai_schemas import CompletionRequest
 from gptj_serve.api.request_context import RequestContext, answering
-from gptj_serve.api.request_record import RequestLog
+from gptj_serve.api.request_log import RequestLog
 from gptj_serve.api.service import Service
 from gptj_serve.api.tokenization_schemas import DetokenizeRequest, TokenizeRequest
 from gptj_serve.config import ServiceConfig
@@ -58,7 +58,7 @@ class Ingress:
         self._request_log = RequestLog(metrics)
         engine = ServeEngineClient(pipelines, metrics.replayed)
         named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
-        chat_template = ChatTemplate.open(config, checkpoint.config)
+        chat_template = ChatTemplate.open(config, checkpoint.config, tokenizer)
         self._service = Service(
             config, checkpoint.config, checkpoint.heads, tokenizer, engine, named_heads, chat_template
         )

@@ -7,17 +7,22 @@ from typing import Any
 import httpx
 import pytest
 from fakes import FakeEngine, small_model
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+from starlette._utils import get_route_path
 
 from gptj_serve.api.app import create_app
 from gptj_serve.api.errors import most_telling
 from gptj_serve.api.openai_schemas import CompletionRequest
+from gptj_serve.api.route_path import route_path
+from gptj_serve.api.schema_types import Body
 from gptj_serve.api.service import Service
 
 LONG = "The quick brown fox. " * 20
 JSON = {"content-type": "application/json"}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
 
 
 def _generate(**parameters: Any) -> dict[str, Any]:
@@ -41,6 +46,46 @@ HUGGING_FACE: list[tuple[str, Any, str, Any]] = [  # path, body, field, value
     ("/generate", {"inputs": 5}, "inputs", 5),
     ("/generate", {"inputs": ["a"]}, "inputs", ["a"]),
     ("/generate", {"inputs": "\ud800"}, "inputs", "\ud800"),
+    ("/generate", _generate(grammar={"type": "regex", "value": "\ud800"}), "parameters.grammar.value", "\ud800"),
+    ("/generate", _generate(grammar={"type": "lark", "value": "\ud800"}), "parameters.grammar.value", "\ud800"),
+    (
+        "/generate",
+        _generate(grammar={"type": "choice", "value": ["a", "\udfff"]}),
+        "parameters.grammar.value.1",
+        "\udfff",
+    ),
+    (
+        "/generate",
+        _generate(grammar={"type": "json", "value": {"properties": {"\ud800": {}}}}),
+        "parameters.grammar.value.properties",
+        "\ud800",
+    ),
+    (
+        "/generate",
+        _generate(grammar={"type": "json", "value": '{"const": "\\ud800"}'}),
+        "parameters.grammar.value",
+        '{"const": "\\ud800"}',
+    ),
+    ("/generate", _generate(cache_salt="\ud800"), "parameters.cache_salt", "\ud800"),
+    ("/tokenize", {"inputs": "\ud800"}, "inputs", "\ud800"),
+    ("/tokenize", {"prompt": "\ud800"}, "prompt", "\ud800"),
+    ("/tokenize", {"prompt": "a", "model": "\ud800"}, "model", "\ud800"),
+    ("/tokenize", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "\ud800"),
+    (
+        "/tokenize",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+        "messages.0.content.0.text",
+        "\ud800",
+    ),
+    (
+        "/tokenize",
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"a": {"b": ["\ud800"]}}},
+        "chat_template_kwargs.a.b.0",
+        "\ud800",
+    ),
+    ("/classify", {"inputs": ["\ud800"]}, "inputs.0", "\ud800"),
+    ("/qa", {"inputs": {"question": "\ud800", "context": "a"}}, "inputs.question", "\ud800"),
+    ("/embed", {"inputs": ["a", "\ud800"]}, "inputs.1", "\ud800"),
     ("/generate", {}, "inputs", None),
     ("/generate", [1], "body", [1]),
     ("/generate", "text", "body", "text"),
@@ -154,6 +199,12 @@ HUGGING_FACE: list[tuple[str, Any, str, Any]] = [  # path, body, field, value
 OPENAI: list[tuple[Any, str, Any]] = [  # body, field, value
     (_complete(prompt=""), "prompt", ""),
     (_complete(prompt=[]), "prompt", []),
+    (_complete(prompt="\ud800"), "prompt", "\ud800"),
+    (_complete(user="\ud800"), "user", "\ud800"),
+    (_complete(guided_regex="\ud800"), "guided_regex", "\ud800"),
+    (_complete(guided_choice=["\ud800"]), "guided_choice.0", "\ud800"),
+    (_complete(guided_json={"enum": ["\ud800"]}), "guided_json.enum.0", "\ud800"),
+    (_complete(structured_outputs={"json": {"\ud800": 1}}), "structured_outputs.json", "\ud800"),
     (_complete(prompt=["a", ""]), "prompt.1", ""),
     (_complete(prompt=[[]]), "prompt.0", []),
     (_complete(prompt=[[1], []]), "prompt.1", []),
@@ -222,6 +273,34 @@ async def test_hugging_face_routes_name_the_field_and_value(
     assert engine.requests == []
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/generate", {"inputs": "a", "\ud800": 1}, "'\\ud800': Input should be a valid string"),
+        ("/v1/completions", _complete(**{"\ud800": 1}), "'\\ud800': Input should be a valid string"),
+        ("/v1/completions", _complete(logit_bias={"\ud800": 1}), "logit_bias='\\ud800': "),
+        ("/v1/chat/completions", CHAT | {"metadata": {"\ud800": "a"}}, "metadata='\\ud800': "),
+        ("/v1/chat/completions", CHAT | {"tools": [{"\ud800": "a"}]}, "tools.0='\\ud800': "),
+    ],
+)
+async def test_a_key_that_is_no_unicode_is_refused(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any], message: str
+) -> None:
+    response = await client.post(path, **_encoded(body))
+    assert response.status_code == (400 if path.startswith("/v1/") else 422)
+    assert message in _message(path, response)
+
+
+def test_no_body_has_a_field_that_takes_unchecked_values() -> None:
+    """Pydantic looks into all types but `Any`."""
+    bodies = [Body]
+    for body in bodies:
+        bodies += body.__subclasses__()
+        for name, field in body.model_fields.items():
+            assert "Any" not in str(field.annotation), f"{body.__name__}.{name}"
+    assert len(bodies) > 15
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("case", OPENAI, ids=_case)
 async def test_openai_routes_name_the_field_and_value(
@@ -281,6 +360,29 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient, method: str,
     else:
         assert response.json() == {"error": message, "error_type": "validation"}
     assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("prefix", ["", "/gptj", "/v1"])
+async def test_errors_below_a_prefix(app: FastAPI, prefix: str) -> None:
+    """Ray Serve sets `root_path` and leaves its prefix in the path."""
+    transport = httpx.ASGITransport(app, root_path=prefix)
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{prefix}") as client:
+        for body in (_complete(temperature=-1), _complete(model="other"), {}):
+            response = await client.post("/v1/completions", json=body)
+            assert response.status_code == (404 if body.get("model") == "other" else 400)
+            assert response.json()["error"]["type"] == "invalid_request_error"
+        assert (await client.get("/v1/nowhere")).json()["error"]["type"] == "invalid_request_error"
+        assert (await client.get("/nowhere")).json()["error_type"] == "validation"
+        assert (await client.post("/generate", json={})).json()["error_type"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "below"),
+    [("/a/b", "", "/a/b"), ("/a/b", "/a", "/b"), ("/ab", "/a", "/ab"), ("/a", "/a", ""), ("/b", "/a", "/b")],
+)
+def test_the_path_as_routes_know_it(path: str, root: str, below: str) -> None:
+    scope = {"path": path, "root_path": root}
+    assert route_path(scope) == get_route_path(scope) == below
 
 
 ROUTES = [

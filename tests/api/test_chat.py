@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from gptj_serve.api.app import create_app
 from gptj_serve.api.chat_schemas import ChatCompletionRequest
+from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.service import Service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.types import SamplingParams, Warpers
@@ -279,6 +280,16 @@ async def test_what_the_template_refuses(client: httpx.AsyncClient) -> None:
     messages = [MESSAGE | {"role": "developer"}]
     error = (await client.post("/v1/chat/completions", json=_body(messages=messages))).json()["error"]
     assert error["message"].endswith("the chat template refuses: only system, user, assistant")
+
+
+async def test_a_templates_refusal_can_be_sent_whatever_it_says(engine: FakeEngine) -> None:
+    template = ChatTemplate('{{ raise_exception("not " ~ "%c" % n) }}', {})
+    config = ServiceConfig(model_name="tiny")
+    service = Service(config, small_model(), ["lm_head"], small_tokenizer(), engine, chat_template=template)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://test") as client:
+        response = await client.post("/v1/chat/completions", json=_body(chat_template_kwargs={"n": 0xD800}))
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].endswith("the chat template refuses: not \\ud800")
 
 
 async def test_an_unknown_model_is_not_found(client: httpx.AsyncClient) -> None:

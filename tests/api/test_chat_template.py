@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import SPECIAL_TOKEN, small_backend_json, small_model
+from fakes import SPECIAL_TOKEN, small_backend_json, small_model, small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from gptj_serve.api.chat_template import ChatTemplate
@@ -138,7 +138,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def _open(checkpoint: Path, **config: Any) -> ChatTemplate | None:
-    return ChatTemplate.open(ServiceConfig(checkpoint=str(checkpoint), **config), small_model())
+    return ChatTemplate.open(ServiceConfig(checkpoint=str(checkpoint), **config), small_model(), small_tokenizer())
 
 
 def _write_config(checkpoint: Path, **values: Any) -> None:
@@ -149,7 +149,7 @@ def test_a_checkpoint_without_a_template_has_none(checkpoint: Path) -> None:
     assert _open(checkpoint) is None
     _write_config(checkpoint, bos_token="<s>")
     assert _open(checkpoint) is None
-    assert ChatTemplate.open(ServiceConfig(), small_model()) is None, "nor has the demo"
+    assert ChatTemplate.open(ServiceConfig(), small_model(), small_tokenizer()) is None, "nor has the demo"
 
 
 def test_the_configured_file_comes_before_the_checkpoints_own(checkpoint: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ BAD_COMPLETE: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
     ({"response_format": _named("{}")}, "response_format.json_schema.schema"),
-    ({"response_format": _named({"minimum": float("nan")})}, "response_format.json_schema.schema"),
+    ({"response_format": _named({"minimum": float("nan")})}, "response_format.json_schema.schema.minimum"),
 ]
 BAD_GENERATE: list[tuple[Any, str]] = [
     ({"type": "yaml", "value": "a"}, "parameters.grammar.type"),

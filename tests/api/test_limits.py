@@ -14,7 +14,8 @@ from fastapi import FastAPI
 
 from gptj_serve.api.door.accounts import Accounts, KeyAccount
 from gptj_serve.api.door.api_keys import ApiKey
-from gptj_serve.errors import RateLimitedError
+from gptj_serve.errors import OverloadedError, RateLimitedError
+from gptj_serve.types import FailureEvent
 
 KEY, OTHER = {"X-API-Key": "limited-0001"}, {"X-API-Key": "limited-0002"}
 GENERATE = {"inputs": "The fox", "parameters": {"max_new_tokens": 10}}
@@ -66,7 +67,7 @@ async def test_a_key_has_so_many_requests_at_a_time(
     await _until(lambda: engine.num_running == 2 * num_sequences)
     refused = await client.post(path, json=body, headers=KEY)
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-    assert refused.json() == _rate_limited(path, "this API key may have 2 requests at a time")
+    assert refused.json() == _rate_limited(path, "this API key may have 2 requests at a time at this ingress")
     assert refused.headers["x-ratelimit-limit-requests"] == "2"
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert (await client.get("/v1/models", headers=KEY)).status_code == 200
@@ -183,7 +184,7 @@ async def test_tokens_that_were_read_and_generated_are_charged(
     num_generated = 0 if path == "/classify" else 10 * len(engine.requests)
     refused = await client.post(path, json=body, headers=KEY)
     assert refused.status_code == 429
-    assert refused.json() == _rate_limited(path, "this API key has used its 1 tokens per minute")
+    assert refused.json() == _rate_limited(path, "this API key has used its 1 tokens per minute at this ingress")
     expected_s = (num_read + num_generated - 1) * 60
     assert int(refused.headers["retry-after"]) == pytest.approx(expected_s, abs=2)
     assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
@@ -232,6 +233,30 @@ def test_the_bucket_refills_and_holds_one_minute() -> None:
     assert account.headers()["x-ratelimit-reset-tokens"] == "59.000s"
     clock.now_s += 3600
     assert account.num_tokens_left == 60
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "is_charged"),
+    [
+        (OverloadedError("full", 1.0), 503, False),
+        ("a stage was lost", 500, False),
+        (FailureEvent("r", "no token is left", is_request_at_fault=True), 422, True),
+    ],
+)
+async def test_what_was_not_taken_on_costs_nothing(
+    limited: Callable[..., FastAPI],
+    client_of: Callable[[FastAPI], httpx.AsyncClient],
+    engine: FakeEngine,
+    failure: Any,
+    status: int,
+    is_charged: bool,
+) -> None:
+    client = client_of(limited(max_tokens_per_minute=10))
+    engine.fail_at = lambda request, index: failure
+    response = await client.post("/generate", json=GENERATE, headers=KEY)
+    assert response.status_code == status
+    num_charged = len(engine.requests[0].prompt_token_ids) if is_charged else 0
+    assert response.headers["x-ratelimit-remaining-tokens"] == str(10 - num_charged)
 
 
 @pytest.mark.parametrize(("num_tokens", "limit"), [(1, 7), (10, 7), (1000, 3), (12345, 999)])

@@ -1,7 +1,8 @@
-"""Long texts are tokenized in a thread, so that nobody else's tokens wait for them."""
+"""Long texts are tokenized, and long answers made, in a thread, so that nobody else's tokens wait for them."""
 
+import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import httpx
@@ -10,6 +11,8 @@ import tokenizers
 from fakes import FakeEngine, small_backend_json, small_model
 
 from gptj_serve.api.app import create_app
+from gptj_serve.api.chat_template import ChatTemplate
+from gptj_serve.api.json_answers import encode_answer
 from gptj_serve.api.service import MAX_CHARACTERS_ON_LOOP, Service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.tokenizer import Encoding, Tokenizer
@@ -28,6 +31,14 @@ class WatchedTokenizer(Tokenizer):
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         self.on_loop.append(threading.current_thread() is threading.main_thread())
         return super().encode_all(texts)
+
+    def token_string(self, token_id: int) -> str:
+        self.on_loop.append(threading.current_thread() is threading.main_thread())
+        return super().token_string(token_id)
+
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        self.on_loop.append(threading.current_thread() is threading.main_thread())
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def encode_with_offsets(self, text: str) -> Encoding:
         self.on_loop.append(threading.current_thread() is threading.main_thread())
@@ -54,6 +65,9 @@ BODIES = {
     ),
     "zero-shot": lambda text: ("/classify", {"inputs": text, "parameters": {"candidate_labels": ["a"]}}),
     "context": lambda text: ("/qa", {"inputs": {"question": "Where?", "context": text}}),
+    "tokens": lambda text: ("/tokenize", {"inputs": text}),
+    "token_strs": lambda text: ("/tokenize", {"prompt": text, "return_token_strs": True}),
+    "detokenize": lambda text: ("/detokenize", {"tokens": [17] * len(text)}),
     "question": lambda text: ("/qa", {"inputs": {"question": text, "context": "The fox."}}),
 }
 
@@ -71,3 +85,61 @@ async def test_long_texts_are_tokenized_off_the_loop(name: str) -> None:
             response = await client.post(path, json=body)
             assert response.status_code == 200, response.text
             assert (False in tokenizer.on_loop) is is_long
+
+
+class WatchedTemplate(ChatTemplate):
+    def __init__(self) -> None:
+        super().__init__("{{ messages[0].content }}", {})
+        self.on_loop: list[bool] = []
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        self.on_loop.append(threading.current_thread() is threading.main_thread())
+        return super().render(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes", "is_long"),
+    [
+        ({"content": SENTENCE}, {}, False),
+        ({"content": LONG}, {}, True),
+        ({"content": SENTENCE, "name": LONG}, {}, True),
+        ({"content": SENTENCE}, {"chat_template_kwargs": {"n": 10**9}}, True),
+    ],
+)
+async def test_templates_with_much_to_do_are_rendered_off_the_loop(
+    engine: FakeEngine, message: dict[str, Any], changes: dict[str, Any], is_long: bool
+) -> None:
+    template = WatchedTemplate()
+    service = Service(ServiceConfig(), engine.model, ["lm_head"], engine.tokenizer, engine, chat_template=template)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://test") as client:
+        body = {"messages": [{"role": "user"} | message], **changes}
+        assert (await client.post("/tokenize", json=body)).status_code == 200
+    assert template.on_loop == [not is_long]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        {},
+        [{"text": "né", "start": n} for n in range(100)],
+        [[0.1, 1e-30, -5.0]] * 33,
+        {"count": 70, "tokens": list(range(70)), "token_strs": None, "data": []},
+    ],
+)
+def test_an_answer_in_pieces_is_the_answer(answer: Any) -> None:
+    assert json.loads(encode_answer(answer)) == answer
+    if isinstance(answer, list):
+        assert encode_answer(iter(answer)) == encode_answer(answer)
+
+
+@pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])
+async def test_vectors_that_are_not_finite_are_no_answer(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
+    """JSON has no word for them."""
+    engine.head_logits = lambda request: [[float("nan"), 1.0]]
+    body = {"model": "tiny", "input": "a"} if path.startswith("/v1/") else {"inputs": "a"}
+    response = await client.post(path, json=body)
+    assert response.status_code == 500
+    assert "the model's hidden states are not finite" in response.text

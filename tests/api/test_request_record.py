@@ -2,19 +2,23 @@
 
 import asyncio
 import logging
+import re
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 import httpx
 import pytest
 from fakes import FakeEngine
+from fastapi import FastAPI
 
 from gptj_serve.api.app import create_app
 from gptj_serve.api.generation import GenerationParams, generate
-from gptj_serve.api.request_context import RequestContext, answering
-from gptj_serve.api.request_record import RequestLog, RequestRecord
+from gptj_serve.api.request_context import RequestContext, answering, current_request
+from gptj_serve.api.request_log import RequestLog
+from gptj_serve.api.request_record import RequestRecord
 from gptj_serve.api.service import Service
-from gptj_serve.errors import OverloadedError
+from gptj_serve.errors import OverloadedError, UnsatisfiableError
 from gptj_serve.types import SamplingParams
 
 
@@ -73,6 +77,49 @@ async def test_one_line_per_request(
     assert f"POST /generate: length; {num_prompt_tokens} prompt tokens, 5 generated, the first" in (line.getMessage())
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [5]}),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 0, "echo": True}),
+    ],
+)
+async def test_what_the_engine_had_nothing_to_do_with_has_its_line_too(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture, path: str, body: Any
+) -> None:
+    caplog.set_level(logging.INFO, "gptj_serve")
+    response = await client.post(path, json=body, headers={"X-Request-ID": "mine"})
+    assert (response.status_code, engine.requests) == (200, [])
+    (line,) = caplog.records
+    assert re.fullmatch(rf"POST {path}: answered; done after \d\.\d{{3}} s", line.getMessage())
+    assert (vars(line)["request_id"], vars(line)["outcome"]) == ("mine", "answered")
+
+
+async def test_what_was_refused_at_the_door_has_no_line(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gptj_serve")
+    await client.post("/tokenize", json={})
+    assert caplog.records == []
+
+
+async def test_the_line_names_the_api_key(
+    app_with: Callable[..., FastAPI],
+    client_of: Callable[[FastAPI], httpx.AsyncClient],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO, "gptj_serve")
+    monkeypatch.setenv("GPTJ_SERVE_API_KEYS", "web=secret-0001")
+    headers = {"X-API-Key": "secret-0001"}
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/classify", {"inputs": "a"})):
+        assert (await client_of(app_with()).post(path, json=body, headers=headers)).status_code == 200
+    assert [vars(line)["api_key"] for line in caplog.records] == ["web", "web"]
+    assert all("; API key web; done after" in line.getMessage() for line in caplog.records)
+    assert "secret" not in caplog.text
+
+
 async def test_tokens_are_told_as_they_come(client: httpx.AsyncClient, notebook: Notebook) -> None:
     await client.post("/generate", json=generation(do_sample=True, num_return_sequences=3, ignore_eos=True))
     assert len(notebook.first_tokens) == 1  # of the request
@@ -94,6 +141,8 @@ async def test_tokens_are_told_as_they_come(client: httpx.AsyncClient, notebook:
         ("/generate", generation(temperature=-1), None, "refused", 0),
         ("/v1/completions", {"model": "other", "prompt": "a"}, None, "refused", 0),
         ("/nowhere", {}, None, "refused", 0),
+        ("/tokenize", {"prompt": "a"}, None, "answered", 0),
+        ("/tokenize", {}, None, "refused", 0),
     ],
 )
 async def test_outcomes(
@@ -154,6 +203,43 @@ async def test_a_request_out_of_time_has_failed(service: Service, notebook: Note
     assert (notebook.only.request_id, notebook.only.outcome) == ("r", "failed")
 
 
+async def test_a_request_out_of_time_before_the_engine_has_failed(
+    client: httpx.AsyncClient, service: Service, notebook: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*_: Any, **__: Any) -> list[int]:
+        await asyncio.sleep(5)
+        return [1]
+
+    monkeypatch.setattr(service, "encode_prompt", slow)
+    response = await client.post("/generate", json=generation(), headers={"X-Request-Timeout": "0.05"})
+    assert (response.status_code, notebook.only.task, notebook.only.outcome) == (504, None, "failed")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+async def test_constraints_that_leave_nothing_are_a_refusal(
+    client: httpx.AsyncClient, notebook: Notebook, engine: FakeEngine, path: str
+) -> None:
+    engine.fail_at = lambda request, at: UnsatisfiableError("no token is left") if at == 1 else None
+    await client.post(path, json=generation())
+    assert (notebook.only.outcome, notebook.only.num_generated_tokens) == ("refused", 1)
+
+
+async def test_a_stream_that_is_closed_from_elsewhere(service: Service, notebook: Notebook) -> None:
+    """Its context is not the one that it began in."""
+    log = RequestLog(notebook)
+
+    async def stream() -> AsyncGenerator[int]:
+        with answering(RequestContext("r")), log.recording("CALL generate_stream"):
+            yield 1
+            yield 2
+
+    items = stream()
+    assert await asyncio.create_task(anext(items)) == 1
+    await asyncio.create_task(items.aclose())
+    assert (notebook.only.request_id, notebook.only.outcome) == ("r", "aborted")
+    assert current_request().request_id != "r"
+
+
 async def test_a_client_that_leaves(service: Service, notebook: Notebook, engine: FakeEngine) -> None:
     engine.pause_at = 2
     log = RequestLog(notebook)
@@ -170,4 +256,3 @@ async def test_a_client_that_leaves(service: Service, notebook: Notebook, engine
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert notebook.only.outcome == "aborted"
-    assert log.num_requests == 0

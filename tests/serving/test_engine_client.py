@@ -17,6 +17,8 @@ from gptj_serve.types import (
     EngineRequest,
     FailureEvent,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Matrix,
     PromptEvent,
     ReadinessEvent,
@@ -126,6 +128,16 @@ async def test_lost_replicas_are_only_pauses() -> None:
     assert [(event.index, event.token_id) for event in events] == [(i, 100 + i) for i in range(NUM_TOKENS)]
     assert [len(attempt.output_token_ids) for attempt in pipelines.attempts] == [0, 2, 2, 5]
     assert len({attempt.request_id for attempt in pipelines.attempts}) == 4
+
+
+async def test_a_request_that_can_not_be_sent_leaves_nothing_behind() -> None:
+    grammar = Grammar(GrammarKind.REGEX, "\ud800")
+    sampling = SamplingParams(max_new_tokens=NUM_TOKENS, grammar=grammar)
+    pipelines = FakePipelines()
+    client = ServeEngineClient(pipelines, replicas=Replicas())  # type: ignore[arg-type]
+    with pytest.raises(UnicodeEncodeError):
+        await anext(client.submit(msgspec.structs.replace(REQUEST, sampling=sampling)))
+    assert (client._inboxes, pipelines.attempts) == ({}, [])
 
 
 async def test_another_attempt_owes_only_the_rest() -> None:

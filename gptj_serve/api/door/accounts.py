@@ -49,12 +49,14 @@ class KeyAccount:
         """One request, as long as it takes. Raises `RateLimitedError` if there may be none now."""
         if self.max_requests is not None and self.num_requests >= self.max_requests:
             raise RateLimitedError(
-                f"this API key may have {self.max_requests} requests at a time", CONCURRENCY_RETRY_AFTER_S
+                f"this API key may have {self.max_requests} requests at a time at this ingress",
+                CONCURRENCY_RETRY_AFTER_S,
             )
         if self.max_tokens_per_minute is not None and (left := self.num_tokens_left) <= 0:
             empty_s = -left / self.max_tokens_per_minute * 60
             raise RateLimitedError(
-                f"this API key has used its {self.max_tokens_per_minute} tokens per minute", int(empty_s) + 1
+                f"this API key has used its {self.max_tokens_per_minute} tokens per minute at this ingress",
+                int(empty_s) + 1,
             )
         self.num_requests += 1
         try:

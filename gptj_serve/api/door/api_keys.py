@@ -37,7 +37,7 @@ class KeyEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
     name: Annotated[str, StringConstraints(pattern=f"^{_NAME_PATTERN}$")] = Field(
-        description="In logs and metrics, in the key's place."
+        description="In logs, in the key's place."
     )
     key: SecretStr | None = Field(None, description="The key itself.")
     sha256: Annotated[str, StringConstraints(pattern="^[0-9a-fA-F]{64}$")] | None = Field(

@@ -15,6 +15,7 @@ from gptj_serve.api.door.key_ring import KeyRing, matching
 from gptj_serve.api.door.ongoing import OngoingRequests
 from gptj_serve.api.errors import error_response, http_error_response
 from gptj_serve.api.request_context import answering, current_request
+from gptj_serve.api.route_path import route_path
 from gptj_serve.config import IngressConfig
 from gptj_serve.errors import GPTJServeError, UnauthorizedError
 
@@ -43,10 +44,12 @@ class Door:
             await self._app(scope, receive, send)
             return
         refusal: Response
+        context = current_request()
         account: KeyAccount | None = None
         with ExitStack() as held:
             try:
                 account = self._account(scope)
+                context.record.api_key = None if account is None else account.name
                 if scope["method"] not in LOOKING_METHODS:
                     if account is not None:
                         held.enter_context(account.request())
@@ -61,7 +64,7 @@ class Door:
             except HTTPException as error:
                 refusal = http_error_response(Request(scope), error)
             else:
-                with answering(replace(current_request(), account=account)):
+                with answering(replace(context, account=account)):
                     await self._app(scope, receive, send)
                 return
         await refusal(scope, receive, send if account is None else _with_limits(send, account))
@@ -69,7 +72,7 @@ class Door:
     def _account(self, scope: Scope) -> KeyAccount | None:
         """Of the key that the request came with; None where none is needed. Raises `UnauthorizedError`."""
         keys = self._keys.current()
-        if not keys or scope["method"] == "OPTIONS" or _route_path(scope) in OPEN_PATHS:
+        if not keys or scope["method"] == "OPTIONS" or route_path(scope) in OPEN_PATHS:
             return None
         presented = _presented_key(Headers(scope=scope))
         if presented is None:
@@ -97,10 +100,3 @@ def _with_limits(send: Send, account: KeyAccount) -> Send:
         await send(message)
 
     return send_with_limits
-
-
-def _route_path(scope: Scope) -> str:
-    """The path as routes know it, below the prefix that the application is mounted at."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if path.startswith(f"{root}/") else path
