@@ -1,11 +1,12 @@
 """The HTTP application: routes over a `Service`, known by nothing but that, behind a door."""
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from gptj_serve import __version__
 from gptj_serve.api import health, huggingface, openai, page, tokenization_routes
-from gptj_serve.api.door.door import Door
+from gptj_serve.api.door.door import DOCS_ASSETS, Door
 from gptj_serve.api.door.key_ring import KeyRing
 from gptj_serve.api.door.ongoing import OngoingRequests
 from gptj_serve.api.door.request_headers import REQUEST_ID, RequestHeaders
@@ -23,7 +24,9 @@ def create_app(service: Service, request_log: RequestLog | None = None, *, echoe
     `ConfigError` if the API keys can't be used.
     """
     request_log = request_log or RequestLog()
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs asks nobody else for its scripts
+        redoc_url=None,
+        static_url=DOCS_ASSETS,
         title="gptj_serve",
         version=__version__,
         summary=f"{service.config.served_name}: text generation, classification and extractive question answering",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -121,6 +122,15 @@ def http_error_response(request: Request, error: HTTPException) -> JSONResponse:
 def _text(message: str) -> str:
     """As it can be sent: what the client wrote, a field's name say, may have half a surrogate pair."""
     return message.encode("utf-8", "backslashreplace").decode()
+
+
+def error_message(body: bytes) -> str | None:
+    """What an error's body, in either shape, tells the client."""
+    try:
+        error = msgspec.json.decode(body)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return None
 
 
 def _lookup(error: Exception) -> tuple[int, str]:

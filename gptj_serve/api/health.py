@@ -25,12 +25,14 @@ class Readiness(TypedDict):
     pipelines: list[PipelineReadiness]  # that answered; /status, which may need a key, tells of the others
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Is the service live?")
 async def health() -> dict[str, str]:
     """200 as long as the process answers."""
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Is there a pipeline to work?", responses={503: {"model": Readiness}})
 async def ready(request: Request) -> Any:
     """200 if at least one pipeline is ready, else 503 with Retry-After."""
@@ -45,6 +47,7 @@ async def ready(request: Request) -> Any:
     return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version", summary="Which version is this?")
 async def version() -> dict[str, str]:
     """That of `gptj_serve`."""

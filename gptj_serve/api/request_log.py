@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptj_serve.api.errors import error_message
 from gptj_serve.api.request_context import answering, current_request
-from gptj_serve.api.request_record import NoObserver, Observer, Outcome, RequestRecord, outcome_of
+from gptj_serve.api.request_record import MAX_ERROR_CHARACTERS, NoObserver, Observer, Outcome, RequestRecord, outcome_of
 from gptj_serve.api.route_path import route_path
 
 
@@ -57,6 +58,9 @@ class RecordRequests:
                 status = message["status"]
             elif message["type"] == "http.response.body":
                 is_complete = not message.get("more_body", False)
+                if status >= 400:
+                    told = error_message(message.get("body", b""))
+                    record.error = record.error or (told and told[:MAX_ERROR_CHARACTERS])
 
         with self._log.recording(f"POST {route_path(scope)}") as record:
             await self._app(scope, receive, watch)

@@ -15,6 +15,8 @@ from gptj_serve.types import BeamEvent, EngineRequest, Event, FinishReason, Task
 
 logger = logging.getLogger(__name__)
 
+MAX_ERROR_CHARACTERS = 300
+
 
 class Outcome(StrEnum):
     """How a request ended: its finish reason, or one of these."""
@@ -22,11 +24,14 @@ class Outcome(StrEnum):
     ANSWERED = "answered"  # it generated nothing
     REFUSED = "refused"
     ABORTED = "aborted"  # the client left
+    TIMED_OUT = "timeout"  # the request's own time was over
     FAILED = "failed"
 
 
 def outcome_of(status: int) -> Outcome:
     """Of an error with this HTTP status: what the client, or a lack of room, is the cause of was refused."""
+    if status == 504:
+        return Outcome.TIMED_OUT
     return Outcome.REFUSED if status < 500 or status == 503 else Outcome.FAILED
 
 
@@ -68,6 +73,7 @@ class RequestRecord:
     e2e_s: float = 0.0
     finish_reason: FinishReason | None = None  # of the sequence that ended last
     outcome: str = ""
+    error: str | None = None  # what the client was told
 
     def add_sequence(self, request: EngineRequest) -> None:
         self.task = self.task or request.task
@@ -94,15 +100,16 @@ class RequestRecord:
     def fail(self, error: Exception) -> None:
         """Take note of what ends the request; what came first is the cause."""
         self.outcome = self.outcome or outcome_of(http_status(error))
+        self.error = self.error or str(error)[:MAX_ERROR_CHARACTERS]
 
     def end(self) -> None:
-        """Log the request, if it was answered or the engine had to do with it; of all others the access log tells."""
+        """Log the request."""
         self.outcome = self.outcome or self._outcome_in_full
         self.e2e_s = time.monotonic() - self.arrived_at
         self.observer.ended(self)
-        if not self.num_sequences and self.outcome != Outcome.ANSWERED:
-            return
         parts = [f"{self.route}: {self.outcome}"]
+        if self.error is not None:
+            parts.append(self.error)
         if self.num_sequences:
             first = "" if self.ttft_s is None else f", the first after {self.ttft_s:.3f} s"
             parts.append(f"{self.num_prompt_tokens} prompt tokens, {self.num_generated_tokens} generated{first}")
@@ -118,6 +125,7 @@ class RequestRecord:
                 "path": self.route,
                 "task": self.task,
                 "outcome": self.outcome,
+                "error": self.error,
                 "num_sequences": self.num_sequences,
                 "num_prompt_tokens": self.num_prompt_tokens,
                 "num_generated_tokens": self.num_generated_tokens,

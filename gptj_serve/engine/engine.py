@@ -202,7 +202,9 @@ class Engine:
             self._num_idle_losses = self._num_idle_losses + 1 if follows_soon else 0
             delay_s = _delay_s(self._num_idle_losses)
         await asyncio.sleep(delay_s)
+        lost_at = time.monotonic()
         await self._bring_back()
+        logger.info("the pipeline is back after %.1f s", time.monotonic() - lost_at)
         self._recovered_at = time.monotonic()
         self._watch = asyncio.create_task(self._pipeline.watch())
         self._set_recovering(False)

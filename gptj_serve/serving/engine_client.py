@@ -113,6 +113,7 @@ class ServeEngineClient:
         self._inboxes: dict[str, asyncio.Queue[Event | Exception | _Leaves]] = {}  # by request id
         self._requests_at: defaultdict[str, set[str]] = defaultdict(set)  # request ids by replica id
         self._event_streams: dict[str, asyncio.Task[None]] = {}  # by replica id
+        self._watchers: set[asyncio.Task[None]] = set()  # so that none is collected before its end
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
         self._loop = asyncio.get_running_loop()
@@ -190,9 +191,12 @@ class ServeEngineClient:
             context.run(ray.serve.context._serve_request_context.set, None)
         call = context.run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request))
         inbox = self._inboxes[request.request_id] = asyncio.Queue()  # from here on nothing is left behind
-        watcher = asyncio.create_task(self._watch(call, request.request_id, inbox))
+        has_ended = asyncio.Event()
+        watcher = asyncio.create_task(self._watch(call, request.request_id, inbox, has_ended))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
         try:
-            while True:
+            while not has_ended.is_set():
                 item = await inbox.get()
                 if isinstance(item, Exception):
                     raise item
@@ -200,9 +204,9 @@ class ServeEngineClient:
                     if may_leave:
                         raise _ReplicaLeftError("its pipeline has lost a stage")
                     continue
-                yield item
                 if is_terminal(item):
-                    return
+                    has_ended.set()
+                yield item
         finally:
             del self._inboxes[request.request_id]
             for replica_id, requests in self._requests_at.items():
@@ -210,14 +214,16 @@ class ServeEngineClient:
                     requests.discard(request.request_id)
                     if not requests and replica_id not in self._replicas.running:
                         self._close_event_stream(replica_id)
-            watcher.cancel()
-            call.cancel()
+            if not has_ended.is_set():  # else it ends by itself; Serve logs a line for each call that is cancelled
+                watcher.cancel()
+                call.cancel()
 
     async def _watch(
         self,
         call: DeploymentResponseGenerator[str | bytes],
         request_id: str,
         inbox: asyncio.Queue[Event | Exception | _Leaves],
+        has_ended: asyncio.Event,
     ) -> None:
         """Follow the call of one request to its end, and report an end that is not the request's own."""
         replica_id = None
@@ -230,7 +236,8 @@ class ServeEngineClient:
                 replica_id = item
                 self._requests_at[replica_id].add(request_id)
                 self._ensure_event_stream(replica_id)
-            await asyncio.sleep(EVENTS_TIMEOUT_S)  # its last event ends this task
+            await asyncio.wait_for(has_ended.wait(), EVENTS_TIMEOUT_S)
+        except TimeoutError:
             inbox.put_nowait(_ReplicaLostError("the request ended there, but its events did not come"))
         except BackPressureError:
             message = "every pipeline has as many requests waiting as it accepts"

@@ -9,7 +9,7 @@ from gptj_serve.errors import GPTJServeError, InvalidRequestError
 OURS = "gptj_serve"
 SERVE = "ray.serve"
 
-QUIET_ROUTES = ("/health", "/status")
+QUIET_ROUTES = ("/health", "/ready", "/status")
 """Asked all the time; that they were answered is no news."""
 
 _STANDARD_FIELDS = {*logging.makeLogRecord({}).__dict__, "message", "asctime"}
@@ -94,4 +94,4 @@ def _is_told_elsewhere(access_line: str) -> bool:
     if len(words) < 4:
         return False
     method, route, status = words[-4:-1]
-    return status in ("200", "OK") and (method in ("POST", "CALL") or route in QUIET_ROUTES)
+    return method in ("POST", "CALL") or (status == "200" and route in QUIET_ROUTES)

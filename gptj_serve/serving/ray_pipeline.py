@@ -126,7 +126,7 @@ class RayPipeline:
         stopped = await asyncio.gather(*[self._has_stopped(stage, timeout_s) for stage in self._stages])
         for index, (stage, alive) in enumerate(zip(self._stages, stopped, strict=True)):
             if not alive:
-                logger.warning("replacing stage %d (layers %s)", index, stage.settings.layers)
+                logger.warning("replacing stage %d (%s)", index, _layers(stage.settings))
                 ray.kill(stage.actor)
                 stage.actor = self._create_actor(index, stage.settings)
                 stage.num_restarts += 1
@@ -195,7 +195,7 @@ class RayPipeline:
             await stage.actor.watch.remote()
         except RayError as error:
             reason = str(error).strip().splitlines()[0]
-            links.fail(PipelineError(f"stage {index} (layers {stage.settings.layers}) was lost: {reason}"))
+            links.fail(PipelineError(f"stage {index} ({_layers(stage.settings)}) was lost: {reason}"))
 
     def _close_links(self) -> None:
         for watcher in self._watchers:
@@ -251,3 +251,8 @@ def _remove_abandoned_directories() -> None:
 def _own_node_id() -> str:
     node_id: str = ray.get_runtime_context().get_node_id()
     return node_id
+
+
+def _layers(settings: StageSettings) -> str:
+    first, end = settings.layers
+    return f"layers {first} to {end - 1}"

@@ -1,6 +1,7 @@
 """Routes for probes."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -108,3 +109,20 @@ async def test_pages_of_set_origins_may(
         assert response.headers["access-control-expose-headers"] == "X-Request-ID, Retry-After"
     stranger = await client.get("/status", headers={"Origin": "https://evil.example"} | key)
     assert stranger.headers.get("access-control-allow-origin") == ("*" if origins == ["*"] else None)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version"])
+async def test_probes_may_ask_for_the_head_only(client: httpx.AsyncClient, engine: _Pipelines, path: str) -> None:
+    engine.pipelines = ({"replica_id": "p", "is_ready": True, "stages": []},)
+    response = await client.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+async def test_the_api_page_asks_nobody_else(client: httpx.AsyncClient) -> None:
+    """Its scripts too are to be had without a key, and from here."""
+    page = (await client.get("/docs")).text
+    assert "https://" not in page
+    links = re.findall(r'(?:src|href)="(/[^"]+)"', page)
+    assert len(links) == 3
+    for link in links:
+        assert (await client.get(link)).status_code == 200

@@ -1,6 +1,7 @@
 """The line that is logged for each request, and what an observer of requests is told."""
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Callable
@@ -96,12 +97,26 @@ async def test_what_the_engine_had_nothing_to_do_with_has_its_line_too(
     assert (vars(line)["request_id"], vars(line)["outcome"]) == ("mine", "answered")
 
 
-async def test_what_was_refused_at_the_door_has_no_line(
-    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("/generate", {"inputs": "x", "parameters": {"temperature": -1}}, "parameters.temperature=-1: "),
+        ("/v1/completions", {"model": "other", "prompt": "x"}, "model='other': this service has 'tiny' only"),
+        ("/classify", b"{", "not valid JSON"),
+        ("/v1/nowhere", {}, "POST /v1/nowhere: Not Found"),
+        ("/generate", b" " * 5000, "over the limit of 4096 bytes"),
+    ],
+)
+async def test_the_line_of_a_refusal_says_what_the_client_was_told(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, path: str, body: Any, told: str
 ) -> None:
     caplog.set_level(logging.INFO, "gptj_serve")
-    await client.post("/tokenize", json={})
-    assert caplog.records == []
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    await client.post(path, content=content, headers={"Content-Type": "application/json"})
+    (line,) = [record for record in caplog.records if record.name.startswith("gptj_serve")]
+    assert line.getMessage().startswith(f"POST {path}: refused; ")
+    assert told in line.getMessage()
+    assert told in line.error
 
 
 async def test_the_line_names_the_api_key(
@@ -194,16 +209,16 @@ async def test_an_overloaded_engine_refuses(client: httpx.AsyncClient, notebook:
     assert notebook.only.outcome == "refused"
 
 
-async def test_a_request_out_of_time_has_failed(service: Service, notebook: Notebook, engine: FakeEngine) -> None:
+async def test_a_request_out_of_time(service: Service, notebook: Notebook, engine: FakeEngine) -> None:
     engine.pause_at = 1
     context = RequestContext("r", deadline=0.0)
     params = GenerationParams(SamplingParams(max_new_tokens=3))
     with pytest.raises(Exception, match="was not finished"), answering(context), RequestLog(notebook).recording("CALL"):
         [chunk async for chunk in generate(service, [1], params)]
-    assert (notebook.only.request_id, notebook.only.outcome) == ("r", "failed")
+    assert (notebook.only.request_id, notebook.only.outcome) == ("r", "timeout")
 
 
-async def test_a_request_out_of_time_before_the_engine_has_failed(
+async def test_a_request_out_of_time_before_the_engine(
     client: httpx.AsyncClient, service: Service, notebook: Notebook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def slow(*_: Any, **__: Any) -> list[int]:
@@ -212,7 +227,7 @@ async def test_a_request_out_of_time_before_the_engine_has_failed(
 
     monkeypatch.setattr(service, "encode_prompt", slow)
     response = await client.post("/generate", json=generation(), headers={"X-Request-Timeout": "0.05"})
-    assert (response.status_code, notebook.only.task, notebook.only.outcome) == (504, None, "failed")
+    assert (response.status_code, notebook.only.task, notebook.only.outcome) == (504, None, "timeout")
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])

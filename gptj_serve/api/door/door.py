@@ -19,6 +19,7 @@ from gptj_serve.api.route_path import route_path
 from gptj_serve.config import IngressConfig
 from gptj_serve.errors import GPTJServeError, UnauthorizedError
 
+DOCS_ASSETS = "/docs-assets"
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/openapi.json"})
 """Need no key: they say nothing of anybody's requests."""
 
@@ -72,7 +73,7 @@ class Door:
     def _account(self, scope: Scope) -> KeyAccount | None:
         """Of the key that the request came with; None where none is needed. Raises `UnauthorizedError`."""
         keys = self._keys.current()
-        if not keys or scope["method"] == "OPTIONS" or route_path(scope) in OPEN_PATHS:
+        if not keys or scope["method"] == "OPTIONS" or _is_open(route_path(scope)):
             return None
         presented = _presented_key(Headers(scope=scope))
         if presented is None:
@@ -81,6 +82,10 @@ class Door:
         if key is None:
             raise UnauthorizedError("the API key is not valid")
         return self._accounts.of(key)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{DOCS_ASSETS}/")
 
 
 def _presented_key(headers: Headers) -> bytes | None:
