@@ -6,6 +6,8 @@ Serve passes a typed argument only if the annotation is a real class at run time
 
 from typing import Any, Self
 
+import ray
+import ray.serve.context
 from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
 from ray.serve import Application
@@ -21,7 +23,7 @@ from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
-from gptj_serve.serving.serve_run import end_serve_run
+from gptj_serve.serving.serve_run import end_serve_run, foreign_listener
 from gptj_serve.tokenizer import Tokenizer
 
 MAX_CONSTRUCTOR_TRIES = 3
@@ -54,6 +56,7 @@ def build(config: BuilderConfig) -> Application:
     """
     try:
         _check(config)
+        _check_port()
     except GPTJServeError as error:
         end_serve_run(f"{config.served_name} can't be served: {error}")
         raise
@@ -86,6 +89,19 @@ def _check(config: ServiceConfig) -> None:
     if num_kv_tokens is not None and num_kv_tokens < model.n_positions:
         raise ConfigError(
             f"pipeline.kv_cache.num_tokens={num_kv_tokens}: must hold one sequence of n_positions={model.n_positions}"
+        )
+
+
+def _check_port() -> None:
+    """Where Serve runs: an application may be built anywhere."""
+    if not ray.is_initialized():
+        return
+    port: int = ray.serve.context._get_global_client().http_config.port
+    other = foreign_listener(port)
+    if other is not None:
+        raise ConfigError(
+            f"http_options.port={port}: process {other.pid} ({other.name()}) of another cluster listens there; "
+            "choose another port"
         )
 
 

@@ -19,15 +19,41 @@ LOG_FORWARDING_S = 1.5
 """Ray forwards a worker's output to the terminal with a delay."""
 
 
+RAY_AGENTS = ("ray::DashboardA", "ray::RuntimeEn")
+"""Beginnings of process names, which the kernel cuts."""
+
+
 def end_serve_run(message: str) -> None:
-    """Print `message`; if a `serve run` waits for nothing but this, interrupt it as Ctrl-C would."""
+    """Print `message`; if a `serve run` waits for nothing but this, end it, with an exit status that is not 0."""
     command = next((process for process in psutil.Process().parents() if _is_serve_run(process)), None)
     if command is None or _anything_is_served():
         return
     sys.stderr.write(f"ERROR: {message}\n")
     sys.stderr.flush()
     time.sleep(LOG_FORWARDING_S)
-    os.kill(command.pid, signal.SIGINT)
+    # Of an interrupt it would exit with 0, of SIGTERM print a stack trace. Its cluster dies with it, but not the agents.
+    for process in psutil.Process().parent().children():  # the raylet's
+        if process.name().startswith(RAY_AGENTS):
+            process.kill()
+    command.send_signal(signal.SIGHUP)
+
+
+def foreign_listener(port: int) -> psutil.Process | None:
+    """A process of this machine that listens on the port and is none of this cluster's.
+
+    Serve's proxies share their port with whoever else is willing to (SO_REUSEPORT): another service there would not
+    be noticed, and get a part of the requests.
+    """
+    raylet = psutil.Process().parent()
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid is not None:
+            try:
+                process = psutil.Process(connection.pid)
+                if raylet not in [process, *process.parents()]:
+                    return process
+            except psutil.NoSuchProcess:
+                continue
+    return None
 
 
 def _is_serve_run(process: psutil.Process) -> bool:

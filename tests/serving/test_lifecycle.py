@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -159,7 +160,7 @@ async def test_killed_pipeline_replica_is_only_a_pause(http: httpx.AsyncClient, 
 
 
 @pytest.mark.timeout(120)
-def test_broken_checkpoint_ends_serve_run(tmp_path: Path, demo: Path) -> None:
+async def test_broken_checkpoint_ends_serve_run(tmp_path: Path, demo: Path) -> None:
     """Its own cluster beside the service's; the message names file and tensor, and the command ends."""
     broken = tmp_path / "broken"
     shutil.copytree(demo, broken)
@@ -170,8 +171,14 @@ def test_broken_checkpoint_ends_serve_run(tmp_path: Path, demo: Path) -> None:
         config.replace("checkpoint: demo", f"checkpoint: {broken}").replace("port: 8000", "port: 8011")
     )
     run = ServeRun(tmp_path / "broken.yaml", tmp_path / "output.log", port=8011)
+    processes: list[psutil.Process] = []
     try:
-        run.process.wait(90)
+        while run.process.poll() is None:
+            processes = run.descendants() or processes
+            await asyncio.sleep(0.1)
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert alive == []
     finally:
         run.process.kill()
+    assert run.process.returncode != 0
     assert f"{broken}: tensor 'h.3.mlp.fc_in.bias' is missing" in run.output
