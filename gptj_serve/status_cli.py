@@ -22,6 +22,9 @@ from gptj_serve.errors import GPTJServeError
 TIMEOUT_S = 10.0
 PERIOD_S = 1.0
 BAR_WIDTH = 20
+NARROW_BAR_WIDTH = 6
+MIN_WIDE_WIDTH = 110
+"""A narrower terminal gets shorter bars, and no column with the processes."""
 
 _STATUS = TypeAdapter(Status)
 
@@ -53,13 +56,15 @@ def status(
     if as_json:
         return typer.echo(json.dumps(first, indent=2))
     console = Console()
-    if once or not console.is_terminal:
-        return console.print(render(first))
-    with Live(render(first), console=console, auto_refresh=False) as live:
+    if not console.is_terminal:
+        return Console(width=MIN_WIDE_WIDTH, soft_wrap=True).print(render(first))
+    if once:
+        return console.print(render(first, console.width))
+    with Live(render(first, console.width), console=console, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(PERIOD_S)
-                live.update(render(fetch_status(url, api_key)), refresh=True)
+                live.update(render(fetch_status(url, api_key), console.width), refresh=True)
         except KeyboardInterrupt:
             return None
 
@@ -92,10 +97,11 @@ def _hint(error: urllib.error.HTTPError) -> str:
     return ""
 
 
-def render(status: Status) -> RenderableType:
+def render(status: Status, width: int = MIN_WIDE_WIDTH) -> RenderableType:
+    """For a terminal of so many columns."""
     lines: list[RenderableType] = [_service_line(status)]
     for pipeline in status["pipelines"]:
-        lines += ["", _pipeline_line(pipeline), _stage_table(pipeline["stages"])]
+        lines += ["", _pipeline_line(pipeline), _stage_table(pipeline["stages"], is_narrow=width < MIN_WIDE_WIDTH)]
     lines += [Text(problem, style="red") for problem in status["problems"]]
     return Group(*lines)
 
@@ -129,23 +135,25 @@ def _pipeline_line(pipeline: PipelineStatus) -> Text:
     )
 
 
-def _stage_table(stages: Iterable[StageStatus]) -> Table:
+def _stage_table(stages: Iterable[StageStatus], *, is_narrow: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("stage", "layers", "device", "memory", "busy", "handoff", "restarts", "process"):
-        table.add_column(column, no_wrap=True)
+        if not (is_narrow and column == "process"):
+            table.add_column(column, no_wrap=True)
     for stage in stages:
         first, end = stage["layers"]
         handoff_s = stage["handoff_s"]
-        table.add_row(
+        cells = [
             str(stage["stage_index"]),
             f"{first}-{end - 1}",
             f"{stage['device']} {stage['dtype']}",
             f"{stage['memory_bytes'] / 1e9:.2f} GB",
-            f"{_bar(stage['busy_ratio'])} {stage['busy_ratio']:4.0%}",
+            f"{_bar(stage['busy_ratio'], NARROW_BAR_WIDTH if is_narrow else BAR_WIDTH)} {stage['busy_ratio']:4.0%}",
             "" if handoff_s is None else f"{handoff_s * 1e3:.2f} ms",
             str(stage["num_restarts"]),
             f"{stage['pid']} on {stage['node_ip']}",
-        )
+        ]
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 
@@ -153,9 +161,9 @@ def _line(parts: list[tuple[str, str]]) -> Text:
     return Text("  ").join(Text(text, style=style) for text, style in parts)
 
 
-def _bar(share: float) -> str:
-    filled = round(min(1.0, max(0.0, share)) * BAR_WIDTH)
-    return "█" * filled + "░" * (BAR_WIDTH - filled)
+def _bar(share: float, width: int = BAR_WIDTH) -> str:
+    filled = round(min(1.0, max(0.0, share)) * width)
+    return "█" * filled + "░" * (width - filled)
 
 
 def _duration(seconds: float) -> str:

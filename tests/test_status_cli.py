@@ -1,5 +1,6 @@
 """`gptj-serve status` against a server of canned answers."""
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -8,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from gptj_serve.api.status import PipelineStatus, StageStatus, Status
 from gptj_serve.cli import main
+from gptj_serve.status_cli import MIN_WIDE_WIDTH, render
 
 
 @dataclass
@@ -170,3 +173,14 @@ def test_an_answer_that_is_something_else(run: Any, service: Service, body: byte
 )
 def test_no_service_there(run: Any, url: str, message: str) -> None:
     assert run("--once", url=url) == (1, "", f"gptj-serve: {message}\n")
+
+
+@pytest.mark.parametrize(("width", "has_processes"), [(80, False), (MIN_WIDE_WIDTH, True)])
+def test_every_figure_can_be_read_in_any_terminal(width: int, has_processes: bool) -> None:
+    console = Console(width=width, file=io.StringIO())
+    console.print(render(make_status(), width))
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    for figure in ("0-3", "cpu float32", "0.40 GB", "50%", "1.23 ms"):
+        assert figure in shown
+    assert ("process" in shown) == has_processes

@@ -90,7 +90,9 @@ async def classify_texts_with_head(head: str, body: HeadClassifyBody, request: R
 
 @router.post("/qa", summary="Answer questions from their contexts", responses=_QA_ANSWERS)
 async def answer_questions(body: QABody, request: Request) -> Response:
-    """`{"answer", "score", "start", "end"}`; a list of them if `top_k` is over 1, and a list per question for lists."""
+    """`{"answer", "score", "start", "end"}` for a question, and a list of them if `top_k` is over 1; for a list of
+    questions, a list with what each of them would get.
+    """
     return JSONResponse(await answer_whole(request.app.state.service, body))
 
 

@@ -31,7 +31,7 @@ def end_serve_run(message: str) -> None:
     sys.stderr.write(f"ERROR: {message}\n")
     sys.stderr.flush()
     time.sleep(LOG_FORWARDING_S)
-    # Of an interrupt it would exit with 0, of SIGTERM print a stack trace. Its cluster dies with it, but not the agents.
+    # Of an interrupt it would exit with 0, of SIGTERM print a stack trace. Its cluster dies with it, Ray's agents not.
     for process in psutil.Process().parent().children():  # the raylet's
         if process.name().startswith(RAY_AGENTS):
             process.kill()
