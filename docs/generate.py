@@ -145,7 +145,7 @@ def http_reference(schema: Mapping[str, Any]) -> str:
                     tag = operation["tags"][0]
                     lines += ["", f"## {tag}"]
                 lines += _operation(schema, method, path, operation)
-    lines += ["", "## Objects"]
+    lines += [*_errors(schema), "", "## Objects"]
     for name, component in sorted(schema["components"]["schemas"].items()):
         lines += _object(schema, name, component)
     return "\n".join(lines) + "\n"
@@ -166,11 +166,39 @@ def _operation(schema: Mapping[str, Any], method: str, path: str, operation: Map
             yield from ("", f"Body: {_schema_text(body['schema'])}")
     yield from ("", "| status | body | |", "|---|---|---|")
     for status, response in operation["responses"].items():
-        kinds = [
-            f"{_schema_text(content['schema'])} as `{media_type}`" if content.get("schema") else f"`{media_type}`"
-            for media_type, content in response.get("content", {}).items()
-        ]
-        yield _row([status, "; ".join(kinds), response.get("description", "")])
+        if not _is_error(status):
+            yield _response_row(status, response)
+    errors = [f"[{status}](#errors)" for status in operation["responses"] if _is_error(status)]
+    if errors:
+        yield from ("", f"Errors: {', '.join(errors)}.")
+
+
+def _is_error(status: str) -> bool:
+    return status >= "400"
+
+
+def _errors(schema: Mapping[str, Any]) -> Iterator[str]:
+    """Each status once, with all that a body of it may be: it means the same on every route."""
+    kinds: dict[str, tuple[list[str], str]] = {}
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            for status, response in filter(lambda item: _is_error(item[0]), operation["responses"].items()):
+                bodies, description = kinds.setdefault(status, ([], response.get("description", "")))
+                bodies += [kind for kind in _body_kinds(response) if kind not in bodies]
+    yield from ("", "## Errors", "", "| status | body | |", "|---|---|---|")
+    for status, (bodies, description) in sorted(kinds.items()):
+        yield _row([status, " or ".join(bodies), description])
+
+
+def _response_row(status: str, response: Mapping[str, Any]) -> str:
+    return _row([status, "; ".join(_body_kinds(response)), response.get("description", "")])
+
+
+def _body_kinds(response: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{_schema_text(content['schema'])} as `{media_type}`" if content.get("schema") else f"`{media_type}`"
+        for media_type, content in response.get("content", {}).items()
+    ]
 
 
 def _object(schema: Mapping[str, Any], name: str, component: Mapping[str, Any]) -> Iterator[str]:

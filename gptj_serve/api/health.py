@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from gptj_serve import __version__
+from gptj_serve.api.huggingface_responses import HuggingFaceError
 from gptj_serve.api.service_status import ServiceStatus
 from gptj_serve.api.status import Status
 
@@ -54,7 +55,11 @@ async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
-@router.get("/status", summary="What each pipeline and its stages are doing")
+@router.get(
+    "/status",
+    summary="What each pipeline and its stages are doing",
+    responses={401: {"model": HuggingFaceError, "description": "The API key is missing or not known."}},
+)
 async def status(request: Request) -> Status:
     """What is served; per pipeline its stages, their steps, KV blocks in use, sequences and counters."""
     return await _status(request)
