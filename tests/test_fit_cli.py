@@ -102,7 +102,7 @@ async def test_the_service_answers_as_was_reported(checkpoint_dir: Path, texts: 
         request = ClassifyRequest(inputs=[example.text for example in examples], model="kingdom")
         answers = await classify(service, request)
     pipeline.close()
-    right = [answer[0].label == example.labels[0] for answer, example in zip(answers, examples, strict=True)]
+    right = [answer[0]["label"] == example.labels[0] for answer, example in zip(answers, examples, strict=True)]
     assert sum(right) / len(right) > 0.95
 
 

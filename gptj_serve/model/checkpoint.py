@@ -65,7 +65,7 @@ class Checkpoint:
         if not files:
             raise CheckpointError(_no_weights(directory))
         found = [info for file in files for info in _read_header(file)]
-        return cls.checked(directory, config, _with_checksums(directory, found))
+        return cls.checked(directory, config, found)._with_checksums({info.stored_name for info in found})
 
     @classmethod
     def checked(cls, directory: Path, config: GPTJConfig, found: Iterable[TensorInfo]) -> Self:
@@ -89,6 +89,17 @@ class Checkpoint:
     @property
     def stored_dtype(self) -> str:
         return self.tensors["wte.weight"].dtype
+
+    def _with_checksums(self, names: set[str]) -> Self:
+        """With those of the directory's manifest, if it has one, for all tensors found under these names."""
+        checksums = read_checksums(self.directory)
+        if checksums is None:
+            return self
+        for name in sorted(names ^ checksums.keys()):
+            what = "has no checksum of" if name in names else "is about other weights: it has"
+            raise CheckpointError(f"{self.directory / MANIFEST_FILE}: {what} tensor {name!r}")
+        tensors = {name: replace(info, sha256=checksums[info.stored_name]) for name, info in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     def _check_tensors(self) -> None:
         expected = backbone_shapes(self.config)
@@ -171,17 +182,6 @@ def _no_weights(directory: Path) -> str:
             f"can't: gptj-serve convert {directory} NEW_DIRECTORY"
         )
     return f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}"
-
-
-def _with_checksums(directory: Path, found: list[TensorInfo]) -> list[TensorInfo]:
-    checksums = read_checksums(directory)
-    if checksums is None:
-        return found
-    file, names = directory / MANIFEST_FILE, {info.stored_name for info in found}
-    for name in sorted(names ^ checksums.keys()):
-        what = "has no checksum of" if name in names else "is about other weights: it has"
-        raise CheckpointError(f"{file}: {what} tensor {name!r}")
-    return [replace(info, sha256=checksums[info.stored_name]) for info in found]
 
 
 def _read_header(file: Path) -> list[TensorInfo]:

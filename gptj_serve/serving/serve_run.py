@@ -8,7 +8,6 @@ version, and a cluster started in any other way is left alone.
 
 import itertools
 import os
-import signal
 import sys
 import time
 
@@ -31,11 +30,12 @@ def end_serve_run(message: str) -> None:
     sys.stderr.write(f"ERROR: {message}\n")
     sys.stderr.flush()
     time.sleep(LOG_FORWARDING_S)
-    # Of an interrupt it would exit with 0, of SIGTERM print a stack trace. Its cluster dies with it, Ray's agents not.
+    # Of an interrupt it would exit with 0, of SIGTERM print a stack trace, and a hangup may be ignored (nohup).
+    # Its cluster dies with it, but for Ray's agents.
     for process in psutil.Process().parent().children():  # the raylet's
         if process.name().startswith(RAY_AGENTS):
             process.kill()
-    command.send_signal(signal.SIGHUP)
+    command.kill()
 
 
 def foreign_listener(port: int) -> psutil.Process | None:
