@@ -21,6 +21,7 @@ ELSEWHERE = {
     "gptj-serve fit classifier sms_spam.tsv": "takes minutes on the real data; the first block has the same commands",
     "lm_eval ": "needs a data set from the network; tests/serving/clients does the same with files at hand",
     "guidellm ": "tests/serving/clients does it",
+    "python -m benchmarks.": "takes minutes; its figures are in the document",
     "python benchmarks/": "takes minutes; its figures are in the document",
 }
 """By the beginning of a block: why it is not run here."""
