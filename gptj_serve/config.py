@@ -64,6 +64,11 @@ class SchedulerConfig(_Part):
     max_microbatch_tokens: PositiveInt = Field(
         512, description="Tokens of one microbatch. Bounds how long a long prompt can delay the tokens of others."
     )
+    max_queue_wait_s: PositiveFloat | None = Field(
+        60.0,
+        description="A request that would wait longer than this for its turn gets 503 at once, with Retry-After: "
+        "estimated from the tokens that wait before it and how fast the pipeline gets through them. null: no limit.",
+    )
 
 
 class PipelineConfig(_Part):

@@ -163,6 +163,9 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     `continuation_token_ids` exactly when it is SCORE. `head` matters to CLASSIFY and QA, `pooling` to CLASSIFY
     (where ALL is not allowed) and EMBED, `num_top_logprobs` to SCORE.
 
+    `is_resumed` says that a pipeline took it before, so that it is not refused for want of room. It is not begun later
+    than `time_left_s` after its arrival.
+
     A smaller `priority` is served sooner: one step of it counts as much as arriving `PRIORITY_STEP` requests earlier,
     so nothing waits for ever. Requests share computed blocks of a common prefix exactly if their `cache_salt` is equal.
     """
@@ -177,6 +180,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     continuation_token_ids: list[TokenId] = []  # follow the prompt; each one's log-probability is the answer
     num_top_logprobs: Annotated[int, Meta(ge=0)] = 0
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    is_resumed: bool = False
+    time_left_s: float | None = None
     cache_salt: str = ""
     traceparent: str = ""  # of the span that the request belongs to (W3C Trace Context); empty: it is not traced
 
@@ -186,12 +191,19 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
         return len(self.prompt_token_ids) + len(self.continuation_token_ids)
 
 
-class Refusal(Struct, frozen=True):
+class Refusal(Struct, frozen=True, tag="refusal"):
     """`InvalidRequestError` on its way back: a pipeline can't take the request."""
 
     field: str
     value: Any
     reason: str
+
+
+class Overload(Struct, frozen=True, tag="overload"):
+    """`OverloadedError` on its way back: the pipeline has no room for the request now."""
+
+    message: str
+    retry_after_s: float
 
 
 class FinishReason(StrEnum):
@@ -260,15 +272,18 @@ class FailureEvent(Struct, frozen=True, array_like=True, tag="failure"):
     message: str
     is_request_at_fault: bool = False  # its own constraints left nothing to go on with
     is_pipeline_at_fault: bool = False  # it may be; another pipeline would show
+    retry_after_s: float | None = None  # if the service was too full to begin it
 
 
 Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent
 
 
-class ReadinessEvent(Struct, frozen=True, array_like=True, tag="readiness"):
-    """Of no request: the pipeline is ready, or it has lost a stage and is bringing it back."""
+class LoadEvent(Struct, frozen=True, array_like=True, tag="load"):
+    """Of no request. The pipeline is ready, or it has lost a stage and is bringing it back; and how long a request of
+    priority 0 that came now would wait."""
 
     is_ready: bool
+    queue_wait_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
 def is_terminal(event: Event) -> bool:
@@ -297,6 +312,7 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     num_kv_blocks: int
     num_kv_blocks_used: int
     num_tokens_waiting: int
+    queue_wait_s: float  # expected, for a request of priority 0 that came now
     num_preemptions: int
     num_prefix_tokens: int  # of admitted sequences, those that another's blocks might have held
     num_prefix_tokens_reused: int  # of these, those that did

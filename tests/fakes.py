@@ -99,6 +99,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.num_running = 0
         self.num_status_calls = 0
+        self.wait_s = 0.0
         self.refusal: Callable[[EngineRequest], Exception | None] = lambda request: None
         self.fail_at: Callable[[EngineRequest, int], str | Exception | FailureEvent | None] = lambda request, index: (
             None
@@ -125,6 +126,9 @@ class FakeEngine:
             self.num_running -= 1
             if not is_finished:
                 self.aborted.append(request.request_id)
+
+    def queue_wait_s(self) -> float:
+        return self.wait_s
 
     async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
         self.num_status_calls += 1

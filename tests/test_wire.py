@@ -22,7 +22,9 @@ from gptj_serve.types import (
     Grammar,
     GrammarKind,
     HeadEvent,
+    LoadEvent,
     Matrix,
+    Overload,
     PromptEvent,
     Refusal,
     SamplingParams,
@@ -74,7 +76,8 @@ EXAMPLES: dict[Any, Any] = {
         BeamEvent("c", [Beam([1, 2], -0.3, FinishReason.LENGTH)]),
         FailureEvent("d", "broken", True),
     ],
-    Refusal: Refusal("max_tokens", [1, {"a": None}], "too many"),
+    Refusal | Overload: Refusal("max_tokens", [1, {"a": None}], "too many"),
+    list[LoadEvent]: [LoadEvent(True, 2.5)],
     HiddenHeader: HiddenHeader(3, "float32", [2, 64], 0.5),
 }
 

@@ -34,7 +34,9 @@ def create_app(service: Service, request_log: RequestLog | None = None, *, echoe
     )
     describe(app)
     app.state.service = service
-    app.state.ongoing = OngoingRequests(service.config.ingress.max_ongoing_requests)
+    app.state.ongoing = OngoingRequests(
+        service.config.ingress.max_ongoing_requests, lambda: service.engine.queue_wait_s()
+    )
     app.state.status = ServiceStatus(service, app.state.ongoing)
     _install_door(app, service, request_log, echoes_request_id)
     install_error_handlers(app)

@@ -93,7 +93,9 @@ class SamplingExtras(Body):
     stop_token_ids: StopTokenIds | None = Field(None, description="Ids of tokens that end the text.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's end token.")
     max_time: PositiveFloat | None = Field(
-        None, description="Seconds from the arrival at the engine; the first token after them is the last."
+        None,
+        description="Seconds from the arrival at the engine; the first token after them is the last. 503 if they are "
+        "over before the request's turn.",
     )
 
     # beam search

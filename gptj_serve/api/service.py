@@ -14,7 +14,13 @@ from typing import Any, Protocol, TypeVar
 from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.request_context import RequestContext, current_request
 from gptj_serve.config import ServiceConfig
-from gptj_serve.errors import GPTJServeError, InvalidRequestError, RequestFailedError, UnsatisfiableError
+from gptj_serve.errors import (
+    GPTJServeError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+    UnsatisfiableError,
+)
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.model.heads import HeadInfo, HeadKind
 from gptj_serve.tokenizer import Tokenizer
@@ -25,6 +31,7 @@ from gptj_serve.types import (
     FailureEvent,
     HeadEvent,
     Matrix,
+    SamplingParams,
     Task,
     num_generated,
 )
@@ -44,6 +51,9 @@ class EngineClient(Protocol):
 
         Raises `InvalidRequestError`, `OverloadedError` or `RequestFailedError`.
         """
+
+    def queue_wait_s(self) -> float:
+        """How long a request that came now would wait for its turn, as far as that is known."""
 
     async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
         """What each pipeline is doing, as `api.status.PipelineStatus`, and a line for each that did not answer."""
@@ -188,6 +198,7 @@ class Service:
             task=task,
             prompt_token_ids=token_ids,
             priority=context.priority if priority is None else priority,
+            time_left_s=_time_left_s(context, options.get("sampling")),
             **options,
         )
         record = context.record
@@ -197,6 +208,8 @@ class Service:
         try:
             async with aclosing(self.engine.submit(request)) as events:
                 while (event := await _before_deadline(anext(events, None), context)) is not None:
+                    if isinstance(event, FailureEvent) and event.retry_after_s is not None:
+                        raise OverloadedError(event.message, event.retry_after_s)
                     if isinstance(event, FailureEvent) and not event.is_request_at_fault:
                         raise RequestFailedError(event.message)
                     if context.account is not None:
@@ -217,6 +230,14 @@ class Service:
                 assert isinstance(event, HeadEvent)
                 return event.values
         raise AssertionError("a stream of events ends with a terminal one")
+
+
+def _time_left_s(request: RequestContext, sampling: SamplingParams | None) -> float | None:
+    """In which it must begin: what is left of the request's own time, or of what its tokens may take."""
+    limits = [] if sampling is None or sampling.max_time_s is None else [sampling.max_time_s]
+    if request.deadline is not None:
+        limits.append(max(0.0, request.deadline - time.monotonic()))
+    return min(limits, default=None)
 
 
 async def _before_deadline(step: Coroutine[Any, Any, Result], request: RequestContext) -> Result:

@@ -46,6 +46,11 @@ class BeamGeneration:
     def is_decoding(self) -> bool:
         return self._num_steps > 0 and all(sequence.num_uncomputed <= 1 for sequence in self.sequences)
 
+    @property
+    def num_tokens_left(self) -> int:
+        num_new = (self._params.max_new_tokens - self._num_steps) * self.width
+        return num_new + sum(sequence.num_uncomputed for sequence in self.sequences)
+
     def num_reusable(self, sequence: Sequence) -> int:
         return len(sequence.token_ids) - 1
 

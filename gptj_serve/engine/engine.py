@@ -90,7 +90,10 @@ class Engine:
         self._num_failed = 0
 
     def add(self, request: EngineRequest, matcher: TokenMatcher | None = None) -> None:
-        """Queue a request; `matcher` follows its grammar. Raises `InvalidRequestError` if it can't be finished here."""
+        """Queue a request; `matcher` follows its grammar.
+
+        Raises `InvalidRequestError` if it can't be finished here, `OverloadedError` if it would wait for too long.
+        """
         self._scheduler.add(request, matcher)
         self._work_arrived.set()
 
@@ -112,6 +115,10 @@ class Engine:
             "engine": self.stats().as_dict(),
         }
 
+    def queue_wait_s(self) -> float:
+        """How long a request of priority 0 that came now would wait for its turn."""
+        return self._scheduler.queue_wait_s()
+
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         return EngineStats(
@@ -121,6 +128,7 @@ class Engine:
             num_kv_blocks=scheduler.blocks.num_blocks,
             num_kv_blocks_used=scheduler.blocks.num_used,
             num_tokens_waiting=scheduler.num_tokens_waiting,
+            queue_wait_s=scheduler.queue_wait_s(),
             num_preemptions=scheduler.num_preemptions,
             num_prefix_tokens=scheduler.num_prefix_tokens,
             num_prefix_tokens_reused=scheduler.num_prefix_tokens_reused,

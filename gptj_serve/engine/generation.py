@@ -73,6 +73,13 @@ class Generation:
             return all(sequence.num_uncomputed <= 1 for sequence in self.sequences)
         return self._num_output > 0 and self.sequences[0].num_uncomputed <= 1
 
+    @property
+    def num_tokens_left(self) -> int:
+        num_new = self._params.max_new_tokens - self._num_output
+        if len(self.sequences) > 1:
+            return sum(sequence.num_uncomputed + num_new for sequence in self.sequences)
+        return self.sequences[0].num_uncomputed + num_new
+
     def num_reusable(self, sequence: Sequence) -> int:
         is_scored = self._prompt_scores is not None and sequence is self.sequences[0]
         return 0 if is_scored else len(sequence.token_ids) - 1

@@ -39,6 +39,10 @@ class Job(Protocol):
     def is_decoding(self) -> bool:
         """All but the last token of each sequence is handed to the stages, and what comes next is one more token."""
 
+    @property
+    def num_tokens_left(self) -> int:
+        """That are still to be computed or may still be generated, over all sequences."""
+
     def num_reusable(self, sequence: Sequence) -> int:
         """Of so many first tokens of the sequence nothing but the KV is wanted."""
 

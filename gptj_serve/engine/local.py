@@ -37,7 +37,7 @@ class LocalEngine:
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
         """The request's events; closing the stream early aborts it.
 
-        Raises `InvalidRequestError`, or `PipelineError` once the engine has stopped.
+        Raises `InvalidRequestError` or `OverloadedError`, or `PipelineError` once the engine has stopped.
         """
         matcher = await self._matcher(request)
         if self._loop_task is None or self._loop_task.done():
@@ -53,6 +53,9 @@ class LocalEngine:
         finally:
             del self._streams[request.request_id]
             self._engine.abort(request.request_id)
+
+    def queue_wait_s(self) -> float:
+        return self._engine.queue_wait_s()
 
     async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
         """As of a service with one pipeline, and no problem to tell of."""

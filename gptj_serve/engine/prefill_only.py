@@ -36,6 +36,10 @@ class PrefillOnly:
         self._by_position = ValuesByPosition(len(token_ids) - self._first)
         self._sum = SumOverPositions(len(token_ids))
 
+    @property
+    def num_tokens_left(self) -> int:
+        return self.sequences[0].num_uncomputed
+
     def num_reusable(self, sequence: Sequence) -> int:
         return len(sequence.token_ids) - 1 if self._output in _OF_LAST_TOKEN else self._first
 

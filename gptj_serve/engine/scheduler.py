@@ -13,11 +13,15 @@ When blocks run out, the last in rank is preempted: its blocks are released at o
 its tokens are computed again later. That is safe even while a step of it is in flight: stages run microbatches in
 order, so nothing still to be written can land in a block after its next owner's.
 
+A request that would wait for longer than it may is refused when it comes, and one whose time is over before its turn
+is not begun: what is computed for a client that has given up is lost for all others.
+
 What was in flight when a stage was lost may be the cause. Who is under suspicion more than once, without a token in
 between, is computed alone from then on, until it gets further: so the innocent are soon told from the guilty.
 """
 
 import logging
+import math
 import time
 from bisect import insort
 from collections.abc import Callable
@@ -25,12 +29,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from gptj_serve.engine.admission import check_fits, make_job, max_blocks
+from gptj_serve.engine.backlog import WorkRate
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.milestones import Milestone, OnMilestone, ignore
 from gptj_serve.engine.sequence import Sequence
-from gptj_serve.errors import InvalidRequestError
+from gptj_serve.errors import InvalidRequestError, OverloadedError
 from gptj_serve.steps import MicroBatch, Row, RowResult, StepOutput
 from gptj_serve.types import PRIORITY_STEP, EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
 
@@ -41,6 +46,7 @@ class SchedulerLimits:
     max_num_sequences: int
     max_microbatch_tokens: int
     max_sequence_tokens: int  # n_positions
+    max_queue_wait_s: float = math.inf
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +65,8 @@ class _Entry:
     job: Job
     rank: tuple[int, int]
     waits_since: float
+    num_tokens_left: int  # as last counted
+    deadline: float  # it is not begun after that
     is_running: bool = False
     was_preempted: bool = False
     num_losses: int = 0  # of the pipeline, since it last got further
@@ -115,6 +123,8 @@ class Scheduler:
         self._running: list[_Entry] = []  # by rank
         self._suspects: list[_Entry] = []
         self._in_flight: dict[int, _Step] = {}  # by microbatch id
+        self._work_rate = WorkRate()
+        self._next_deadline = math.inf  # the first of those that wait, or earlier
         self._num_arrivals = 0
         self._next_microbatch_id = 0
         self._failures: list[Event] = []
@@ -142,21 +152,32 @@ class Scheduler:
     def num_tokens_waiting(self) -> int:
         return sum(s.num_uncomputed for entry in self._entries.values() for s in entry.job.sequences)
 
+    def queue_wait_s(self, priority: int = 0) -> float:
+        """How long a request that came now would wait for its turn, judged by what waits before it."""
+        return self._wait_s(self._rank_of_next(priority))
+
     @property
     def has_work(self) -> bool:
         return bool(self._entries)
 
     def add(self, request: EngineRequest, matcher: TokenMatcher | None = None) -> None:
-        """Queue a request; `matcher` follows its grammar. Raises `InvalidRequestError` if it can't be finished here."""
+        """Queue a request; `matcher` follows its grammar.
+
+        Raises `InvalidRequestError` if it can't be finished here, `OverloadedError` if it would wait for too long.
+        """
         if request.request_id in self._entries:
             raise InvalidRequestError("request_id", request.request_id, "is already being served")
         max_sequences = min(self.limits.max_num_sequences, self.limits.max_microbatch_tokens)
         check_fits(request, self.limits.max_sequence_tokens, max_sequences, self.blocks)
         now = self._clock()
+        rank = self._rank_of_next(request.priority)
+        self._check_wait(request, rank)
         job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
-        rank = (self._num_arrivals + request.priority * PRIORITY_STEP, self._num_arrivals)
+        deadline = math.inf if request.is_resumed else now + _time_left_s(request)
+        self._next_deadline = min(self._next_deadline, deadline)
         self._num_arrivals += 1
-        entry = self._entries[request.request_id] = _Entry(job, rank, now)
+        entry = _Entry(job, rank, now, job.num_tokens_left, deadline)
+        self._entries[request.request_id] = entry
         insort(self._waiting, entry, key=_rank)
         self.num_prompt_tokens += request.num_prompt_tokens
         self._num_traced += bool(request.traceparent)
@@ -177,6 +198,7 @@ class Scheduler:
             self._fill_with_suspect(step)
         else:
             self._fill(step)
+        self._work_rate.mark(self._clock(), is_saturated=bool(self._waiting))
         if not step.rows:
             return None
         microbatch = MicroBatch(self._next_microbatch_id, step.rows, step.copies, self._traceparents(step))
@@ -194,6 +216,8 @@ class Scheduler:
             for entry in self._running:
                 if not entry.job.is_decoding:
                     self._schedule_prompt(entry, step)
+        if self._clock() >= self._next_deadline:
+            self._give_up_the_late()
         while step.budget > 0 and (admitted := self._admit_next()) is not None:
             self._schedule_prompt(admitted, step)
 
@@ -229,7 +253,10 @@ class Scheduler:
             events += taken
             if taken:
                 self._acquit(entry)
-            if taken and is_terminal(taken[-1]):
+            has_ended = bool(taken) and is_terminal(taken[-1])
+            before, entry.num_tokens_left = entry.num_tokens_left, 0 if has_ended else entry.job.num_tokens_left
+            self._work_rate.add(before - entry.num_tokens_left)
+            if has_ended:
                 self._drop(entry)
         return events
 
@@ -388,6 +415,34 @@ class Scheduler:
         self._start(entry)
         return entry
 
+    def _rank_of_next(self, priority: int) -> tuple[int, int]:
+        return (self._num_arrivals + priority * PRIORITY_STEP, self._num_arrivals)
+
+    def _wait_s(self, rank: tuple[int, int]) -> float:
+        return self._work_rate.seconds_for(sum(e.num_tokens_left for e in self._waiting if e.rank < rank))
+
+    def _check_wait(self, request: EngineRequest, rank: tuple[int, int]) -> None:
+        if request.is_resumed:
+            return
+        wait_s = self._wait_s(rank)
+        for limit_s, whose in ((self.limits.max_queue_wait_s, "the service's"), (_time_left_s(request), "its own")):
+            if wait_s > limit_s:
+                message = f"the request would wait for about {wait_s:.0f} s, longer than {whose} limit of {limit_s:g} s"
+                raise OverloadedError(message, wait_s - limit_s)
+
+    def _give_up_the_late(self) -> None:
+        """Those that wait for their first turn, and have no time left for it."""
+        now = self._clock()
+        self._next_deadline = math.inf
+        for entry in self._waiting.copy():
+            if entry.was_preempted or entry.deadline > now:
+                self._next_deadline = min(self._next_deadline, math.inf if entry.was_preempted else entry.deadline)
+                continue
+            self._drop(entry)
+            request_id, waited_s = entry.job.request.request_id, now - entry.waits_since
+            message = f"it was not the request's turn yet when its time was over, after {waited_s:.1f} s"
+            self._failures.append(FailureEvent(request_id, message, retry_after_s=self.queue_wait_s()))
+
     def _start(self, entry: _Entry) -> None:
         entry.is_running = True
         insort(self._running, entry, key=_rank)
@@ -437,6 +492,7 @@ class Scheduler:
         entry.is_running = False
         for sequence in entry.job.sequences:
             sequence.evict(self.blocks)
+        entry.num_tokens_left = entry.job.num_tokens_left
         entry.waits_since = self._clock()
         entry.was_preempted = True
         insort(self._waiting, entry, key=_rank)
@@ -473,6 +529,10 @@ INTERNAL_ERROR = "an internal error; the service's log has more"
 
 def _rank(entry: _Entry) -> tuple[int, int]:
     return entry.rank
+
+
+def _time_left_s(request: EngineRequest) -> float:
+    return math.inf if request.time_left_s is None else request.time_left_s
 
 
 def _of(request: EngineRequest) -> dict[str, str]:

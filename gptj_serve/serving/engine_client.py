@@ -36,8 +36,9 @@ from gptj_serve.types import (
     EngineRequest,
     Event,
     FailureEvent,
+    LoadEvent,
+    Overload,
     PromptEvent,
-    ReadinessEvent,
     Refusal,
     SamplingParams,
     TokenEvent,
@@ -72,7 +73,7 @@ BACKPRESSURE_RETRY_AFTER_S = 1.0
 STATUS_TIMEOUT_S = 2.0
 
 
-_REFUSALS = WireDecoder[Refusal](Refusal)
+_REFUSALS = WireDecoder[Refusal | Overload](Refusal | Overload)
 
 
 class _ReplicaLostError(Exception):
@@ -100,8 +101,10 @@ class ServeEngineClient:
         pipelines: DeploymentHandle,
         on_replay: Callable[[], None] = lambda: None,
         replicas: Replicas = REPLICAS,
+        max_queue_wait_s: float | None = None,
     ) -> None:
-        """`on_replay` is called when a request is sent again."""
+        """`on_replay` is called when a request is sent again; `max_queue_wait_s` is the pipelines' own limit."""
+        self._max_queue_wait_s = max_queue_wait_s
         self._on_replay = on_replay
         self._replicas = replicas
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -116,6 +119,7 @@ class ServeEngineClient:
         self._watchers: set[asyncio.Task[None]] = set()  # so that none is collected before its end
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
+        self._refuse_if_full(request)
         self._loop = asyncio.get_running_loop()
         tokens = list(request.output_token_ids)
         has_prompt_scores = False
@@ -129,6 +133,7 @@ class ServeEngineClient:
                 request,
                 request_id=f"{request.request_id}-{attempt}",
                 output_token_ids=tokens.copy(),
+                is_resumed=request.is_resumed or attempt > 0,
                 sampling=_rest_of(request.sampling, clock() - began_at, has_prompt_scores),
             )
             try:
@@ -166,6 +171,9 @@ class ServeEngineClient:
                 await asyncio.sleep(delay_s)
                 delay_s = min(max(2 * delay_s, REPLAY_DELAY_S), MAX_REPLAY_DELAY_S)
         yield FailureEvent(request.request_id, f"no pipeline took the request further for {REPLAY_TIMEOUT_S:.0f} s")
+
+    def queue_wait_s(self) -> float:
+        return self._replicas.shortest_wait_s()
 
     async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
         try:
@@ -230,8 +238,7 @@ class ServeEngineClient:
         try:
             async for item in call:
                 if isinstance(item, bytes):
-                    refusal = _REFUSALS.decode(item)
-                    inbox.put_nowait(InvalidRequestError(refusal.field, refusal.value, refusal.reason))
+                    inbox.put_nowait(_error_of(_REFUSALS.decode(item)))
                     return
                 replica_id = item
                 self._requests_at[replica_id].add(request_id)
@@ -241,7 +248,7 @@ class ServeEngineClient:
             inbox.put_nowait(_ReplicaLostError("the request ended there, but its events did not come"))
         except BackPressureError:
             message = "every pipeline has as many requests waiting as it accepts"
-            inbox.put_nowait(OverloadedError(message, BACKPRESSURE_RETRY_AFTER_S))
+            inbox.put_nowait(OverloadedError(message, max(BACKPRESSURE_RETRY_AFTER_S, self.queue_wait_s())))
         except RayTaskError as error:
             inbox.put_nowait(_what_went_wrong(error.cause))
         except (RayError, RayServeException) as error:
@@ -251,6 +258,17 @@ class ServeEngineClient:
         except Exception as error:
             logger.exception("request %s: its call failed", request_id, extra={"request_id": request_id})
             inbox.put_nowait(RequestFailedError(f"the call to the pipeline failed: {error!r}"))
+
+    def _refuse_if_full(self, request: EngineRequest) -> None:
+        """As a pipeline would, without asking one, if all have told that their queues are too long.
+
+        Those that go before others are asked about all the same: for them only a pipeline knows.
+        """
+        wait_s = self._replicas.shortest_wait_s()
+        limits_s = [limit_s for limit_s in (self._max_queue_wait_s, request.time_left_s) if limit_s is not None]
+        if request.priority >= 0 and not request.is_resumed and limits_s and wait_s > min(limits_s):
+            message = f"the request would wait for about {wait_s:.0f} s, longer than its limit of {min(limits_s):g} s"
+            raise OverloadedError(message, wait_s - min(limits_s))
 
     def _ensure_event_stream(self, replica_id: str) -> None:
         if replica_id not in self._event_streams:
@@ -282,24 +300,24 @@ class ServeEngineClient:
                     inbox.put_nowait(_ReplicaLeftError("its pipeline is being stopped", is_suspicious=False))
             self._close_event_stream(replica_id)
 
-    def _on_readiness(self, replica_id: str, is_ready: bool) -> None:
-        self._replicas.set_ready(replica_id, is_ready)
-        if not is_ready and self._replicas.others(replica_id):
+    def _on_load(self, replica_id: str, load: LoadEvent) -> None:
+        self._replicas.set_load(replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s)
+        if not load.is_ready and self._replicas.others(replica_id):
             for request_id in self._requests_at.get(replica_id, ()):
                 if (inbox := self._inboxes.get(request_id)) is not None:
                     inbox.put_nowait(_Leaves())
 
     async def _read_events(self, replica_id: str) -> None:
         """Deliver a replica's events until its stream ends; it ends by itself when no request is left there."""
-        decoder = WireDecoder[list[Event | ReadinessEvent]](list[Event | ReadinessEvent])
+        decoder = WireDecoder[list[Event | LoadEvent]](list[Event | LoadEvent])
         stream = self._pipelines.events.remote(self._ingress_id, replica_id=replica_id)
         try:
             # A call that names a replica which is gone would wait in the router for ever, and block it for others.
             batch = await asyncio.wait_for(anext(stream), EVENTS_TIMEOUT_S)
             while batch is not None:
                 for event in decoder.decode(batch):
-                    if isinstance(event, ReadinessEvent):
-                        self._on_readiness(replica_id, event.is_ready)
+                    if isinstance(event, LoadEvent):
+                        self._on_load(replica_id, event)
                     elif (inbox := self._inboxes.get(event.request_id)) is not None:
                         inbox.put_nowait(event)
                 batch = await anext(stream, None)
@@ -311,7 +329,7 @@ class ServeEngineClient:
                     inbox.put_nowait(_ReplicaLostError(_first_line(error)))
         finally:
             stream.cancel()
-            self._replicas.set_ready(replica_id, True)  # what is not known is not held against it
+            self._replicas.forget_load(replica_id)
             del self._event_streams[replica_id]
         if self._requests_at.get(replica_id):
             self._ensure_event_stream(replica_id)  # a request came while the stream was ending
@@ -327,6 +345,12 @@ async def _all_answers(call: DeploymentBroadcastResponse, timeout_s: float) -> l
     replicas = await asyncio.wait_for(call._fetch_replica_results_async(), timeout_s)
     waits = [asyncio.wait_for(replica.get_async(), timeout_s) for replica in replicas]
     return await asyncio.gather(*waits, return_exceptions=True)
+
+
+def _error_of(refusal: Refusal | Overload) -> GPTJServeError:
+    if isinstance(refusal, Overload):
+        return OverloadedError(refusal.message, refusal.retry_after_s)
+    return InvalidRequestError(refusal.field, refusal.value, refusal.reason)
 
 
 def _what_went_wrong(cause: BaseException) -> Exception:

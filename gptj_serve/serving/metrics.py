@@ -21,6 +21,7 @@ _GAUGES = {
     "num_running": "Sequences that hold KV blocks",
     "num_waiting": "Requests that wait for KV blocks",
     "num_tokens_waiting": "Tokens that are not computed yet, of running and waiting requests",
+    "queue_wait_s": "Seconds that a request of priority 0 would wait for its turn, as estimated",
     "num_microbatches_in_flight": "Microbatches on their way through the stages",
     "num_kv_blocks": "Size of the KV pool",
     "num_kv_blocks_used": "KV blocks in use",

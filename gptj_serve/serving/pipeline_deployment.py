@@ -3,7 +3,9 @@
 import asyncio
 import contextvars
 import logging
+import math
 import os
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from gptj_serve.engine.engine import Engine
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.milestones import Milestone
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
-from gptj_serve.errors import InvalidRequestError
+from gptj_serve.errors import InvalidRequestError, OverloadedError
 from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
@@ -31,13 +33,16 @@ from gptj_serve.serving.stage_actor import StageSettings
 from gptj_serve.serving.startup import startup_lines
 from gptj_serve.serving.tracing import EngineTracing, tracer
 from gptj_serve.tokenizer import Tokenizer
-from gptj_serve.types import EngineRequest, Event, ReadinessEvent, Refusal, is_terminal
+from gptj_serve.types import EngineRequest, Event, LoadEvent, Overload, Refusal, is_terminal
 from gptj_serve.wire import WireDecoder
 
 logger = logging.getLogger(__name__)
 
 OBSERVATION_PERIOD_S = 1.0
 """How often the stages are asked what they do, and metrics and traces taken over from them."""
+
+LOAD_PERIOD_S = 0.25
+"""How often an ingress hears with its events how long the queue is."""
 
 IDLE_STREAM_S = 1.0
 """An event stream without requests ends after this time, so that it never delays a replica's shutdown: its ingress may
@@ -51,22 +56,22 @@ _REQUESTS = WireDecoder[EngineRequest](EngineRequest)
 class _Outbox:
     """Events on their way to one ingress: whatever has gathered by the time it is read travels as one item."""
 
-    events: list[Event | ReadinessEvent] = field(default_factory=list)
+    events: list[Event | LoadEvent] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     num_requests: int = 0
     num_streams: int = 0  # that read it; more than one only while an ingress opens its next
 
-    def put(self, event: Event | ReadinessEvent) -> None:
-        """Of readiness only the newest counts."""
-        if isinstance(event, ReadinessEvent):
-            self.events = [other for other in self.events if not isinstance(other, ReadinessEvent)]
+    def put(self, event: Event | LoadEvent) -> None:
+        """Of the load only the newest counts."""
+        if isinstance(event, LoadEvent):
+            self.events = [other for other in self.events if not isinstance(other, LoadEvent)]
         self.events.append(event)
         self.arrived.set()
 
     @property
     def is_needed(self) -> bool:
         """Events of a request that is over may still wait: it can end before its ingress has opened a stream."""
-        has_events = any(not isinstance(event, ReadinessEvent) for event in self.events)
+        has_events = any(not isinstance(event, LoadEvent) for event in self.events)
         return self.num_requests > 0 or self.num_streams > 0 or has_events
 
 
@@ -97,11 +102,13 @@ class Pipeline:
             reuse_prefixes=config.pipeline.kv_cache.reuse_prefixes,
         )
         self._grammars = GrammarCompiler(tokenizer, checkpoint.config.eos_token_ids)
+        max_queue_wait_s = config.pipeline.scheduler.max_queue_wait_s
         limits = SchedulerLimits(
             num_stages=config.pipeline.num_stages,
             max_num_sequences=config.pipeline.scheduler.max_num_sequences,
             max_microbatch_tokens=config.pipeline.scheduler.max_microbatch_tokens,
             max_sequence_tokens=checkpoint.config.n_positions,
+            max_queue_wait_s=math.inf if max_queue_wait_s is None else max_queue_wait_s,
         )
         self._metrics = PipelineMetrics(config.served_name)
         own_tracer = tracer()
@@ -121,7 +128,8 @@ class Pipeline:
     async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str | bytes]:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
 
-        A request that can't be taken gets a `Refusal` instead: of what is raised here, Serve logs the traceback.
+        A request that can't be taken gets a `Refusal` or an `Overload` instead: of what is raised here, Serve logs the
+        traceback.
         When the engine stops, so does this process. Raises `WireError` for what is no request: an ingress of another
         version.
         """
@@ -132,10 +140,13 @@ class Pipeline:
             if self._tracing is not None:
                 request = self._tracing.begin(request)
             self._engine.add(request, matcher)
-        except InvalidRequestError as error:
+        except (InvalidRequestError, OverloadedError) as error:
             if self._tracing is not None:
                 self._tracing.end(request.request_id)
-            yield msgspec.msgpack.encode(Refusal(error.field, error.value, error.reason), enc_hook=repr)
+            if isinstance(error, OverloadedError):
+                yield msgspec.msgpack.encode(Overload(str(error), error.retry_after_s))
+            else:
+                yield msgspec.msgpack.encode(Refusal(error.field, error.value, error.reason), enc_hook=repr)
             return
         # No await since it was added, so no event was lost, and none until the outbox counts it: else that is dropped.
         outbox = self._outbox_of[request.request_id] = self._outboxes.setdefault(ingress_id, _Outbox())
@@ -159,16 +170,19 @@ class Pipeline:
         outbox.num_streams += 1
         try:
             # First of all "here": the ingress waits for it for a limited time.
-            yield msgspec.msgpack.encode([ReadinessEvent(self._engine.is_ready)])
+            load_told_at = time.monotonic()
+            yield msgspec.msgpack.encode([self._load()])
             while True:
                 try:
                     await asyncio.wait_for(outbox.arrived.wait(), IDLE_STREAM_S)
                 except TimeoutError:
                     if outbox.num_requests == 0:
                         return
-                    continue
                 outbox.arrived.clear()
                 events, outbox.events = outbox.events, []
+                if time.monotonic() - load_told_at > LOAD_PERIOD_S:
+                    events.append(self._load())
+                    load_told_at = time.monotonic()
                 if events:
                     yield msgspec.msgpack.encode(events)
         finally:
@@ -215,9 +229,12 @@ class Pipeline:
             logging.shutdown()
             os._exit(1)
 
-    def _tell_readiness(self, is_ready: bool) -> None:
+    def _load(self) -> LoadEvent:
+        return LoadEvent(self._engine.is_ready, self._engine.queue_wait_s())
+
+    def _tell_readiness(self, _: bool) -> None:
         for outbox in self._outboxes.values():
-            outbox.put(ReadinessEvent(is_ready))
+            outbox.put(self._load())
 
     def _distribute(self, events: list[Event]) -> None:
         if self._tracing is not None:

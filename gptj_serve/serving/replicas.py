@@ -1,12 +1,15 @@
 """What an ingress process knows of its pipelines' replicas.
 
 Serve makes the router itself, so router and engine client meet in one object here: the router is told by Serve who
-runs, the engine client by each pipeline whether it is ready; the router prefers those that are, and the client takes
-its requests away from those that leave or are not.
+runs, the engine client by each pipeline whether it is ready and how long its queue is; the router prefers those that
+are ready and have the shortest, and the client takes its requests away from those that leave or are not ready.
 """
 
 import threading
 from collections.abc import Callable, Iterable
+
+SAME_WAIT_S = 1.0
+"""Queues that differ by less than that count as equally long: what is known of them is some moments old."""
 
 
 class Replicas:
@@ -16,6 +19,7 @@ class Replicas:
         self._lock = threading.Lock()
         self._running: frozenset[str] = frozenset()
         self._recovering: frozenset[str] = frozenset()
+        self._queue_waits_s: dict[str, float] = {}  # of those where a request would wait
         self._listeners: list[Callable[[frozenset[str]], None]] = []
 
     @property
@@ -27,6 +31,21 @@ class Replicas:
     def recovering(self) -> frozenset[str]:
         """Ids of those that have lost a stage, and are not ready yet."""
         return self._recovering
+
+    def shortest_wait_s(self) -> float:
+        """How long a request would wait at least; 0 where that is not known."""
+        with self._lock:
+            ids = self._running - self._recovering or self._running
+            return min((self._queue_waits_s.get(replica_id, 0.0) for replica_id in ids), default=0.0)
+
+    def best(self, replica_ids: Iterable[str]) -> frozenset[str]:
+        """Of these, those that are ready and have the shortest queues; all of them if none is ready."""
+        with self._lock:
+            ids = frozenset(replica_ids)
+            ids = ids - self._recovering or ids
+            waits_s = {replica_id: self._queue_waits_s.get(replica_id, 0.0) for replica_id in ids}
+        shortest_s = min(waits_s.values(), default=0.0)
+        return frozenset(replica_id for replica_id, wait_s in waits_s.items() if wait_s <= shortest_s + SAME_WAIT_S)
 
     def others(self, replica_id: str) -> frozenset[str]:
         """Who could take over from this one at once."""
@@ -42,14 +61,22 @@ class Replicas:
             before, self._running = self._running, frozenset(replica_ids)
             left = before - self._running
             self._recovering &= self._running
+            self._queue_waits_s = {id_: wait for id_, wait in self._queue_waits_s.items() if id_ in self._running}
             listeners = list(self._listeners)
         if left:
             for on_left in listeners:
                 on_left(left)
 
-    def set_ready(self, replica_id: str, is_ready: bool) -> None:
+    def set_load(self, replica_id: str, *, is_ready: bool, queue_wait_s: float) -> None:
         with self._lock:
             self._recovering = self._recovering - {replica_id} if is_ready else self._recovering | {replica_id}
+            self._queue_waits_s[replica_id] = queue_wait_s
+
+    def forget_load(self, replica_id: str) -> None:
+        """Nobody tells it any more. What is not known is not held against a replica."""
+        with self._lock:
+            self._recovering -= {replica_id}
+            self._queue_waits_s.pop(replica_id, None)
 
 
 REPLICAS = Replicas()

@@ -1,4 +1,4 @@
-"""`PipelineRouter`: the less loaded of two random replicas that are ready, except where a call names its replica."""
+"""`PipelineRouter`: the less loaded of two random replicas of the best, except where a call names its replica."""
 
 import random
 
@@ -10,7 +10,8 @@ from gptj_serve.serving import replicas  # the module: Serve pickles this class,
 class PipelineRouter(RequestRouter):  # type: ignore[misc]  # ray is untyped
     """A call with the keyword `replica_id` goes to that replica, and waits for as long as it is not there.
 
-    Others go to a replica that is bringing a lost stage back only if there is no other.
+    Others go to a replica that is bringing a lost stage back only if there is no other, and to one where they would
+    wait only if they would elsewhere too.
     """
 
     async def choose_replicas(
@@ -21,9 +22,8 @@ class PipelineRouter(RequestRouter):  # type: ignore[misc]  # ray is untyped
             replica_id = pending_request.kwargs.get("replica_id")
             if replica_id is not None:
                 return [[replica for replica in candidate_replicas if replica.replica_id.unique_id == replica_id]]
-        recovering = replicas.REPLICAS.recovering
-        ready = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in recovering]
-        choices = ready or candidate_replicas
+        best = replicas.REPLICAS.best(replica.replica_id.unique_id for replica in candidate_replicas)
+        choices = [replica for replica in candidate_replicas if replica.replica_id.unique_id in best]
         return [random.sample(choices, min(2, len(choices)))]
 
     def update_replicas(self, running_replicas: list[RunningReplica]) -> None:

@@ -19,6 +19,9 @@ class _Pipelines(FakeEngine):
     pipelines: tuple[dict[str, Any], ...] = ()
     problems: tuple[str, ...] = ()
 
+    def queue_wait_s(self) -> float:
+        return 0.0
+
     async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
         await super().status()
         return list(self.pipelines), list(self.problems)

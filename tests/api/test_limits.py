@@ -165,6 +165,32 @@ async def test_a_cancelled_request_gives_its_place_back(limited: Callable[..., F
         assert engine.num_running == app.state.ongoing.num_requests == 0
 
 
+async def test_a_full_ingress_says_how_long_the_queue_is(
+    app_with: Callable[..., FastAPI], client_of: Callable[[FastAPI], httpx.AsyncClient], engine: FakeEngine
+) -> None:
+    app = app_with(max_ongoing_requests=1)
+    engine.pause_at = 0
+    async with Call(app, "/generate", GENERATE):
+        await _until(lambda: engine.num_running == 1)
+        for engine.wait_s, retry_after in ((0.0, "1"), (12.4, "12")):
+            response = await client_of(app).post("/generate", json=GENERATE)
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == retry_after
+            assert "1 requests are being answered" in response.text
+
+
+@pytest.mark.parametrize(
+    ("max_time", "header", "expected"), [(None, None, None), (5, None, 5), (5, "2", 2), (1, "2", 1), (None, "2", 2)]
+)
+async def test_a_request_must_begin_before_its_time_is_over(
+    client: httpx.AsyncClient, engine: FakeEngine, max_time: float | None, header: str | None, expected: float | None
+) -> None:
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 1} | ({"max_time": max_time} if max_time else {})}
+    await client.post("/generate", json=body, headers={"X-Request-Timeout": header} if header else {})
+    (request,) = engine.requests
+    assert request.time_left_s == (None if expected is None else pytest.approx(expected, abs=0.5))
+
+
 # ── tokens per minute, of a key ──────────────────────────────────────────────────────────────────────────
 
 
@@ -239,6 +265,7 @@ def test_the_bucket_refills_and_holds_one_minute() -> None:
     ("failure", "status", "is_charged"),
     [
         (OverloadedError("full", 1.0), 503, False),
+        (FailureEvent("r", "its time was over", retry_after_s=7.0), 503, False),
         ("a stage was lost", 500, False),
         (FailureEvent("r", "no token is left", is_request_at_fault=True), 422, True),
     ],

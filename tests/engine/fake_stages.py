@@ -6,6 +6,7 @@ table, a block with another owner's or an older content, or a write out of order
 with `expected_events`, which knows neither blocks nor batches, fails.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -55,9 +56,12 @@ def make_scheduler(
     max_microbatch_tokens: int = 64,
     max_sequence_tokens: int = 64,
     reuse_prefixes: bool = True,
+    max_queue_wait_s: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
-    limits = SchedulerLimits(num_stages, max_num_sequences, max_microbatch_tokens, max_sequence_tokens)
+    limits = SchedulerLimits(
+        num_stages, max_num_sequences, max_microbatch_tokens, max_sequence_tokens, max_queue_wait_s
+    )
     blocks = KVBlocks(num_blocks, block_size, reuse_prefixes=reuse_prefixes)
     return Scheduler(limits, blocks, frozenset({EOS}), clock)
 

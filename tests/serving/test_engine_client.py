@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from gptj_serve.errors import InvalidRequestError, RequestFailedError, WireError
+from gptj_serve.errors import InvalidRequestError, OverloadedError, RequestFailedError, WireError
 from gptj_serve.serving import engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import Replicas
@@ -19,9 +19,10 @@ from gptj_serve.types import (
     FinishReason,
     Grammar,
     GrammarKind,
+    LoadEvent,
     Matrix,
+    Overload,
     PromptEvent,
-    ReadinessEvent,
     Refusal,
     SamplingParams,
     Task,
@@ -205,7 +206,7 @@ async def leaving(event: str, *, others: bool) -> FakePipelines:
     if event == "stops":
         replicas.set_running(replicas.running - {"0"})
     else:
-        pipelines.outboxes["0"].put_nowait(msgspec.msgpack.encode([ReadinessEvent(False)]))
+        pipelines.outboxes["0"].put_nowait(msgspec.msgpack.encode([LoadEvent(False)]))
     await asyncio.sleep(0.05)
     assert replicas.recovering == ({"0"} if event == "loses a stage" else set())
     pipelines.goes_on.set()
@@ -239,7 +240,7 @@ async def test_what_may_have_cost_a_stage_does_not_go_on_to_the_next() -> None:
     first = asyncio.create_task(anext(stream))
     while len(pipelines.attempts) < 2:
         await asyncio.sleep(0.001)
-    pipelines.outboxes["1"].put_nowait(msgspec.msgpack.encode([ReadinessEvent(False)]))
+    pipelines.outboxes["1"].put_nowait(msgspec.msgpack.encode([LoadEvent(False)]))
     assert (await asyncio.wait_for(first, 5)).index == 0
     assert len([event async for event in stream]) == NUM_TOKENS - 1
     assert len(pipelines.attempts) == 2
@@ -347,3 +348,50 @@ async def test_a_refusal_comes_back_as_it_was_raised() -> None:
 
     with pytest.raises(InvalidRequestError, match=r"grammar='a\(': does not end"):
         await asyncio.wait_for(collect(Refusing()), 10)
+
+
+async def test_a_full_pipeline_is_not_asked_twice() -> None:
+    """Its refusal is the request's end; it is not sent again."""
+
+    class Full(FakePipelines):
+        async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[bytes]:
+            self.attempts.append(msgspec.msgpack.decode(encoded, type=EngineRequest))
+            yield msgspec.msgpack.encode(Overload("would wait for about 90 s", 30.0))
+
+    with pytest.raises(OverloadedError, match="would wait for about 90 s") as refusal:
+        await asyncio.wait_for(collect(pipelines := Full()), 10)
+    assert refusal.value.retry_after_s == 30
+    assert len(pipelines.attempts) == 1
+
+
+async def test_where_all_queues_are_too_long_no_pipeline_is_asked() -> None:
+    replicas = Replicas()
+    replicas.set_running("ab")
+    replicas.set_load("a", is_ready=True, queue_wait_s=90.0)
+
+    async def attempt(**changes: Any) -> FakePipelines:
+        pipelines = FakePipelines()
+        client = ServeEngineClient(pipelines, replicas=replicas, max_queue_wait_s=60.0)  # type: ignore[arg-type]
+        request = msgspec.structs.replace(REQUEST, **changes)
+        assert len([event async for event in client.submit(request)]) == NUM_TOKENS
+        return pipelines
+
+    assert len((await attempt()).attempts) == 1  # of "b" nothing is known
+    replicas.set_load("b", is_ready=True, queue_wait_s=70.0)
+    with pytest.raises(OverloadedError, match="about 70 s, longer than its limit of 60 s") as refusal:
+        await attempt()
+    assert refusal.value.retry_after_s == 10
+    await attempt(priority=-1)
+    await attempt(is_resumed=True)
+    replicas.set_load("b", is_ready=True, queue_wait_s=50.0)
+    await attempt()
+    with pytest.raises(OverloadedError, match="about 50 s, longer than its limit of 2 s"):
+        await attempt(time_left_s=2.0)
+    replicas.forget_load("a")
+    await attempt(time_left_s=2.0)
+
+
+async def test_what_is_sent_again_is_not_refused_for_want_of_room() -> None:
+    pipelines = FakePipelines(2, 0)
+    await asyncio.wait_for(collect(pipelines), 10)
+    assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, True, True]

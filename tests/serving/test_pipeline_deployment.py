@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 import msgspec
 import pytest
 
-from gptj_serve.errors import WireError
+from gptj_serve.errors import OverloadedError, WireError
 from gptj_serve.serving import pipeline_deployment
 from gptj_serve.serving.pipeline_deployment import Pipeline
 from gptj_serve.serving.ray_pipeline import HUNG_STOP_TIMEOUT_S, hung_stop_timeout_s
@@ -16,9 +16,12 @@ from gptj_serve.types import (
     FailureEvent,
     Grammar,
     GrammarKind,
-    ReadinessEvent,
+    LoadEvent,
+    Overload,
+    Refusal,
     SamplingParams,
     Task,
+    TokenEvent,
 )
 
 REQUEST = EngineRequest(
@@ -30,9 +33,15 @@ class FakeEngine:
     def __init__(self) -> None:
         self.aborted: list[str] = []
         self.is_ready = True
+        self.wait_s = 0.0
+        self.refusal: Exception | None = None
 
     def add(self, request: EngineRequest, matcher: object = None) -> None:
-        pass
+        if self.refusal is not None:
+            raise self.refusal
+
+    def queue_wait_s(self) -> float:
+        return self.wait_s
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -43,6 +52,12 @@ def make_pipeline(engine: FakeEngine) -> Pipeline:
     pipeline._engine, pipeline._replica_id, pipeline._tracing = engine, "replica", None  # type: ignore[assignment]
     pipeline._outboxes, pipeline._outbox_of, pipeline._finished = {}, {}, {}
     return pipeline
+
+
+def decode(batch: bytes) -> list[Event]:
+    """Without what is told of the load from time to time."""
+    items = msgspec.msgpack.decode(batch, type=list[Event | LoadEvent])
+    return [item for item in items if not isinstance(item, LoadEvent)]
 
 
 async def test_events_of_a_request_whose_grammar_took_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,14 +90,46 @@ async def test_ingresses_are_told_when_a_stage_is_lost_and_back() -> None:
 
     async def told() -> list[object]:
         batches = [await asyncio.wait_for(anext(stream), 5) for stream in streams]
-        return [msgspec.msgpack.decode(batch, type=list[ReadinessEvent]) for batch in batches]
+        return [msgspec.msgpack.decode(batch, type=list[LoadEvent]) for batch in batches]
 
-    assert await told() == [[ReadinessEvent(False)]] * 2
+    assert await told() == [[LoadEvent(False)]] * 2
     pipeline._tell_readiness(True)
     pipeline._tell_readiness(False)
-    assert await told() == [[ReadinessEvent(False)]] * 2  # as it is now
+    assert await told() == [[LoadEvent(False)]] * 2  # as it is now
     for stream in streams:
         await stream.aclose()
+
+
+async def test_ingresses_are_told_how_long_the_queue_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first events, then with others from time to time, and while there are none."""
+    monkeypatch.setattr(pipeline_deployment, "LOAD_PERIOD_S", 0.05)
+    monkeypatch.setattr(pipeline_deployment, "IDLE_STREAM_S", 0.2)
+    pipeline = make_pipeline(engine := FakeEngine())
+    engine.wait_s = 1.5
+    call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
+    await anext(call)
+    stream = pipeline.events("ingress", replica_id="replica")
+
+    async def told() -> list[object]:
+        return msgspec.msgpack.decode(await asyncio.wait_for(anext(stream), 5), type=list[Event | LoadEvent])
+
+    assert await told() == [LoadEvent(True, 1.5)]
+    engine.wait_s = 2.5
+    await asyncio.sleep(0.1)
+    pipeline._distribute([token := TokenEvent("r", 0, 1, -1.0)])
+    assert await told() == [token, LoadEvent(True, 2.5)]
+    engine.wait_s = 3.5
+    assert await told() == [LoadEvent(True, 3.5)]
+    await stream.aclose()
+    await call.aclose()
+
+
+async def test_a_pipeline_that_is_full_says_so() -> None:
+    pipeline = make_pipeline(engine := FakeEngine())
+    engine.refusal = OverloadedError("too full", 2.5)
+    items = [item async for item in pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))]
+    assert [msgspec.msgpack.decode(item, type=Refusal | Overload) for item in items] == [Overload("too full", 2.5)]
+    assert not pipeline._outboxes
 
 
 async def test_events_of_an_ingress_that_left_are_not_kept() -> None:
@@ -95,13 +142,13 @@ async def test_events_of_an_ingress_that_left_are_not_kept() -> None:
     call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
     await anext(call)
     stream = pipeline.events("ingress", replica_id="replica")
-    assert msgspec.msgpack.decode(await anext(stream), type=list[ReadinessEvent]) == [ReadinessEvent(True)]
+    assert msgspec.msgpack.decode(await anext(stream), type=list[LoadEvent]) == [LoadEvent(True)]
     await stream.aclose()
     for _ in range(5):
         pipeline._tell_readiness(False)
         pipeline._tell_readiness(True)
     (outbox,) = pipeline._outboxes.values()  # of a request that has no stream now
-    assert outbox.events == [ReadinessEvent(True)]
+    assert outbox.events == [LoadEvent(True)]
     await call.aclose()
     assert not pipeline._outboxes
 
@@ -119,7 +166,7 @@ async def test_last_events_wait_for_the_stream_that_is_still_to_come() -> None:
     stream = pipeline.events("ingress", replica_id="replica")
     await anext(stream)
     batch = await asyncio.wait_for(anext(stream), 5)
-    assert msgspec.msgpack.decode(batch, type=list[Event]) == [FailureEvent("r", "the end")]
+    assert decode(batch) == [FailureEvent("r", "the end")]
     await stream.aclose()
     assert not pipeline._outboxes
 
@@ -134,7 +181,7 @@ async def test_a_stream_that_ends_leaves_the_outbox_to_the_next_one() -> None:
     await anext(call)
     pipeline._distribute([FailureEvent("r", "the end")])
     batch = await asyncio.wait_for(anext(later), 5)
-    assert msgspec.msgpack.decode(batch, type=list[Event]) == [FailureEvent("r", "the end")]
+    assert decode(batch) == [FailureEvent("r", "the end")]
     await call.aclose()
     await later.aclose()
 

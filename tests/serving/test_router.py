@@ -43,12 +43,29 @@ async def test_a_replica_that_brings_a_stage_back_is_chosen_only_if_there_is_no_
     replicas.set_running("abc")
     for recovering, wanted in (("a", {"b", "c"}), ("ab", {"c"})):
         for replica_id in recovering:
-            replicas.set_ready(replica_id, False)
+            replicas.set_load(replica_id, is_ready=False, queue_wait_s=0.0)
         for _ in range(20):
             assert set((await choose())[0]) == wanted
-    replicas.set_ready("c", False)
+    replicas.set_load("c", is_ready=False, queue_wait_s=0.0)
     assert len((await choose())[0]) == 2
     assert (await choose(replica_id="a"))[0] == ["a"]
+
+
+async def test_where_the_queues_are_longer_only_if_they_are_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas_module, "REPLICAS", replicas := Replicas())
+    replicas.set_running("abc")
+    assert replicas.shortest_wait_s() == 0
+    for waits_s, wanted in (({"a": 20.0}, {"b", "c"}), ({"b": 10.0, "c": 9.5}, {"b", "c"}), ({"b": 12.0}, {"c"})):
+        for replica_id, wait_s in waits_s.items():
+            replicas.set_load(replica_id, is_ready=True, queue_wait_s=wait_s)
+        for _ in range(20):
+            assert set((await choose())[0]) == wanted
+    assert replicas.shortest_wait_s() == 9.5
+    replicas.set_load("c", is_ready=False, queue_wait_s=0.0)
+    assert replicas.shortest_wait_s() == 12
+    replicas.set_running("ab")
+    replicas.set_running("abc")
+    assert replicas.shortest_wait_s() == 0  # the new one is not the former
 
 
 def test_who_left_is_told() -> None:
@@ -58,7 +75,7 @@ def test_who_left_is_told() -> None:
         replicas.set_running(running)
     assert told == [{"a"}, {"b"}]
     replicas.set_running("cd")
-    replicas.set_ready("c", False)
+    replicas.set_load("c", is_ready=False, queue_wait_s=0.0)
     assert (replicas.others("d"), replicas.others("c")) == (set(), {"d"})
     replicas.set_running("d")
     assert replicas.recovering == set()

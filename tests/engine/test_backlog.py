@@ -1,0 +1,192 @@
+"""Under overload: how long a request would wait is known, who would wait too long is refused, who is late not begun."""
+
+import msgspec
+import pytest
+from fake_stages import FakeStages, generate_request, head_request, make_scheduler
+
+from gptj_serve.engine.backlog import HALF_LIFE_S, MIN_OBSERVED_S, WorkRate
+from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.errors import OverloadedError
+from gptj_serve.types import PRIORITY_STEP, EngineRequest, Event, FailureEvent, Task, TokenEvent
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rate_after(*steps: tuple[float, int, bool]) -> WorkRate:
+    """Of (seconds since the last mark, tokens done in them, saturated from here on)."""
+    rate, now = WorkRate(), 0.0
+    rate.mark(now, is_saturated=True)
+    for elapsed_s, num_tokens, is_saturated in steps:
+        rate.add(num_tokens)
+        now += elapsed_s
+        rate.mark(now, is_saturated=is_saturated)
+    return rate
+
+
+def test_a_rate_is_known_after_some_time_under_load():
+    assert rate_after((MIN_OBSERVED_S / 2, 100, True)).seconds_for(1000) == 0
+    assert rate_after((2.0, 100, True), (2.0, 300, True)).seconds_for(1000) == pytest.approx(10, rel=0.1)
+    assert rate_after((2.0, 100, True)).seconds_for(0) == 0
+
+
+def test_only_time_under_load_counts():
+    rate = rate_after((2.0, 200, True), (0.0, 0, False), (50.0, 1, False), (50.0, 1, True), (2.0, 200, True))
+    assert rate.seconds_for(1000) == pytest.approx(10)
+
+
+def test_a_rate_follows_what_the_engine_does_now():
+    steps = [(1.0, 1000, True)] * 100 + [(1.0, 10, True)] * int(4 * HALF_LIFE_S)
+    assert 1000 / rate_after(*steps).seconds_for(1000) == pytest.approx(10 + 990 / 16, rel=0.01)
+
+
+def test_an_engine_that_does_nothing_has_an_endless_queue():
+    assert rate_after((60.0, 0, True)).seconds_for(10) > 500
+
+
+# ------------------------------------------------------------------------------------------------ in the scheduler
+
+STEP_S = 0.1
+
+
+def busy_scheduler(clock: Clock, num_requests: int = 40, **limits: float) -> tuple[Scheduler, FakeStages]:
+    """Has run for some seconds, two sequences at a time, with others waiting."""
+    scheduler = make_scheduler(num_blocks=8, max_num_sequences=2, clock=clock, **limits)
+    stages = FakeStages(4)
+    for index in range(num_requests):
+        scheduler.add(generate_request(f"first-{index}", [1, 2], max_new_tokens=4, ignore_eos=True))
+    run(scheduler, stages, clock, 20)
+    return scheduler, stages
+
+
+def run(scheduler: Scheduler, stages: FakeStages, clock: Clock, num_steps: int) -> list[Event]:
+    events = []
+    for _ in range(num_steps):
+        microbatch = scheduler.schedule()
+        events += scheduler.take_failures()
+        clock.now += STEP_S
+        if microbatch is not None:
+            events += scheduler.update(stages.run(microbatch))
+    scheduler.check_integrity()
+    return events
+
+
+def first_token_after(scheduler: Scheduler, stages: FakeStages, clock: Clock, request: EngineRequest) -> float:
+    scheduler.add(request)
+    added_at = clock.now
+    while not any(event.request_id == request.request_id for event in run(scheduler, stages, clock, 1)):
+        assert clock.now < added_at + 100
+    return clock.now - added_at
+
+
+def test_the_wait_is_foretold():
+    scheduler, stages = busy_scheduler(clock := Clock())
+    foretold_s = scheduler.queue_wait_s()
+    assert 4 < foretold_s < 10
+    waited_s = first_token_after(scheduler, stages, clock, generate_request("late", [5]))
+    assert waited_s == pytest.approx(foretold_s, rel=0.2)
+
+
+def test_the_wait_is_foretold_by_priority():
+    scheduler, stages = busy_scheduler(clock := Clock())
+    assert scheduler.queue_wait_s(priority=-1) == 0  # sooner than all that wait
+    assert scheduler.queue_wait_s(priority=1) == scheduler.queue_wait_s()
+    scheduler.add(generate_request("behind", [1], priority=PRIORITY_STEP))
+    assert scheduler.queue_wait_s(priority=PRIORITY_STEP) > scheduler.queue_wait_s()
+    assert first_token_after(scheduler, stages, clock, generate_request("sooner", [5], priority=-1)) < 1
+
+
+def test_answers_that_end_early_count_as_done():
+    """Of each answer a quarter is generated: without that the queue would seem four times as long as it is."""
+    scheduler = make_scheduler(num_blocks=8, max_num_sequences=2, clock=(clock := Clock()))
+    stages = FakeStages(4)
+
+    def request(name: str) -> EngineRequest:
+        return generate_request(name, [1, 2], max_new_tokens=16, stop_token_ids=list(range(11)))
+
+    for index in range(100):
+        scheduler.add(request(str(index)))
+    run(scheduler, stages, clock, 20)
+    foretold_s = scheduler.queue_wait_s()
+    assert first_token_after(scheduler, stages, clock, request("late")) == pytest.approx(foretold_s, rel=0.2)
+
+
+def test_work_without_generation_is_counted_too():
+    scheduler = make_scheduler(max_microbatch_tokens=8, clock=(clock := Clock()))
+    stages = FakeStages(4)
+    for index in range(100):
+        scheduler.add(head_request(str(index), Task.CLASSIFY, [index % 11, index // 11] * 4))
+    run(scheduler, stages, clock, 20)
+    foretold_s = scheduler.queue_wait_s()
+    assert 7 < foretold_s < 9
+    late = head_request("late", Task.CLASSIFY, [9])
+    assert first_token_after(scheduler, stages, clock, late) == pytest.approx(foretold_s, rel=0.1)
+
+
+def test_who_would_wait_too_long_is_refused():
+    scheduler, _ = busy_scheduler(Clock(), max_queue_wait_s=2.0)
+    wait_s = scheduler.queue_wait_s()
+    with pytest.raises(
+        OverloadedError, match=r"would wait for about \d s, longer than the service's limit of 2 s"
+    ) as e:
+        scheduler.add(generate_request("late", [1]))
+    assert e.value.retry_after_s == pytest.approx(wait_s - 2)
+    scheduler.check_integrity()
+    scheduler.add(generate_request("sooner", [1], priority=-1))  # does not wait for the others
+    scheduler.add(resumed := msgspec.structs.replace(generate_request("resumed", [1]), is_resumed=True))
+    assert resumed.is_resumed
+
+
+def test_who_has_no_time_to_wait_is_refused():
+    scheduler, _ = busy_scheduler(Clock())
+    late = generate_request("late", [1])
+    with pytest.raises(OverloadedError, match=r"longer than its own limit of 1\.5 s"):
+        scheduler.add(msgspec.structs.replace(late, time_left_s=1.5))
+    scheduler.add(msgspec.structs.replace(late, time_left_s=60.0))
+
+
+def test_an_empty_queue_refuses_nobody():
+    scheduler, stages = busy_scheduler(clock := Clock(), max_queue_wait_s=0.001)
+    run(scheduler, stages, clock, 1000)
+    assert not scheduler.has_work
+    scheduler.add(msgspec.structs.replace(generate_request("a", [1]), time_left_s=0.01))
+    assert scheduler.num_waiting == 1
+
+
+def test_who_is_late_is_not_begun():
+    """The rate was not known when they came, so they were let in."""
+    scheduler = make_scheduler(num_blocks=8, max_num_sequences=1, clock=(clock := Clock()))
+    stages = FakeStages(4)
+    for name, time_left_s in (("begun", 1.0), ("late", 1.0), ("patient", None), ("in time", 30.0)):
+        request = generate_request(name, [1, 2], max_new_tokens=20, ignore_eos=True)
+        scheduler.add(msgspec.structs.replace(request, time_left_s=time_left_s))
+    events = run(scheduler, stages, clock, 100)
+    (failure,) = [event for event in events if isinstance(event, FailureEvent)]
+    assert failure.request_id == "late"
+    assert failure.message == "it was not the request's turn yet when its time was over, after 1.1 s"
+    assert failure.retry_after_s is not None
+    num_tokens = [sum(isinstance(e, TokenEvent) and e.request_id == name for e in events) for name in ("begun", "late")]
+    assert num_tokens == [20, 0]
+    assert {event.request_id for event in events} == {"begun", "late", "patient", "in time"}
+    assert not scheduler.has_work
+
+
+def test_who_was_begun_is_not_given_up_for_being_late():
+    """Preempted, or taken over from another pipeline."""
+    scheduler = make_scheduler(num_blocks=8, max_num_sequences=1, clock=(clock := Clock()))
+    stages = FakeStages(4)
+    first = generate_request("first", [1], max_new_tokens=8, ignore_eos=True)
+    scheduler.add(msgspec.structs.replace(first, time_left_s=0.5))
+    run(scheduler, stages, clock, 2)
+    resumed = generate_request("resumed", [1], max_new_tokens=8, ignore_eos=True)
+    scheduler.add(msgspec.structs.replace(resumed, time_left_s=0.1, is_resumed=True))
+    scheduler.reset()
+    clock.now += 60
+    events = run(scheduler, stages, clock, 30)
+    assert not any(isinstance(event, FailureEvent) for event in events)
+    assert not scheduler.has_work
