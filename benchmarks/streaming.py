@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import torch
@@ -177,11 +177,11 @@ async def http_stream(seed: int, num_tokens: int) -> AsyncGenerator[bytes]:
 
 
 @contextlib.contextmanager
-def running_service(directory: Path, num_stages: int, work: Path) -> Iterator[None]:
+def running_service(directory: Path, num_stages: int, work: Path, **pipeline: Any) -> Iterator[subprocess.Popen[bytes]]:
     args = {
         "checkpoint": str(directory),
         "model_name": MODEL_NAME,
-        "pipeline": {"num_stages": num_stages, "stage": {"num_cpus": 0.4}},
+        "pipeline": {"num_stages": num_stages, "stage": {"num_cpus": 0.4}} | pipeline,
     }
     application = {"name": "gptj", "route_prefix": "/", "import_path": "gptj_serve.serving.app:build", "args": args}
     config = {"http_options": {"host": HOST, "port": PORT}, "applications": [application]}
@@ -195,7 +195,7 @@ def running_service(directory: Path, num_stages: int, work: Path) -> Iterator[No
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit((work / "service.log").read_text())
             time.sleep(0.5)
-        yield
+        yield process
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)

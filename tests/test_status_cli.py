@@ -82,7 +82,7 @@ def make_stage(index: int, **changes: Any) -> StageStatus:
 def make_status(**changes: Any) -> Status:
     engine = {
         "num_running": 3, "num_waiting": 2, "num_kv_blocks": 512, "num_kv_blocks_used": 128, "num_preemptions": 1234,
-        "num_recoveries": 1,
+        "num_recoveries": 1, "queue_wait_s": 12.4,
     }  # fmt: skip
     pipeline = PipelineStatus(
         replica_id="abc", is_ready=True, now=5.0, tokens_per_s=1234.4, engine=engine,
@@ -104,9 +104,8 @@ def test_once_shows_service_pipelines_and_stages(run: Any, service: Service, mon
     service_line, _, pipeline_line, header, first, second, problem = out.splitlines()
     assert "my-gptj  gptj_serve 1.2.3, up 1 d 2 h  generate, classify, tone (classifier)" in service_line
     assert "5 of at most 1024 requests" in service_line
-    assert "pipeline abc  ready  1,234 tokens/s  3 running, 2 waiting  KV █████░░░░░░░░░░░░░░░ 128/512 blocks" in (
-        pipeline_line
-    )
+    queue = "3 running, 2 waiting for about 12 s"
+    assert f"pipeline abc  ready  1,234 tokens/s  {queue}  KV █████░░░░░░░░░░░░░░░ 128/512 blocks" in pipeline_line
     assert "1,234 preemptions, 1 recoveries" in pipeline_line
     assert header.split() == ["stage", "layers", "device", "memory", "busy", "handoff", "restarts", "process"]
     bar = "██████████░░░░░░░░░░"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 
+from gptj_serve.engine.backlog import Work
 from gptj_serve.engine.beam_search import BeamSearch
 from gptj_serve.engine.job import Ride
 from gptj_serve.engine.kv_blocks import BlockKeys, KVBlocks
@@ -47,9 +48,9 @@ class BeamGeneration:
         return self._num_steps > 0 and all(sequence.num_uncomputed <= 1 for sequence in self.sequences)
 
     @property
-    def num_tokens_left(self) -> int:
+    def work_left(self) -> Work:
         num_new = (self._params.max_new_tokens - self._num_steps) * self.width
-        return num_new + sum(sequence.num_uncomputed for sequence in self.sequences)
+        return Work(sum(sequence.num_uncomputed for sequence in self.sequences), num_new)
 
     def num_reusable(self, sequence: Sequence) -> int:
         return len(sequence.token_ids) - 1

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
+from gptj_serve.engine.backlog import Work
 from gptj_serve.engine.collecting import ValuesByPosition
 from gptj_serve.engine.drafting import Drafter
 from gptj_serve.engine.job import Ride
@@ -74,11 +75,11 @@ class Generation:
         return self._num_output > 0 and self.sequences[0].num_uncomputed <= 1
 
     @property
-    def num_tokens_left(self) -> int:
+    def work_left(self) -> Work:
         num_new = self._params.max_new_tokens - self._num_output
-        if len(self.sequences) > 1:
-            return sum(sequence.num_uncomputed + num_new for sequence in self.sequences)
-        return self.sequences[0].num_uncomputed + num_new
+        if len(self.sequences) == 1:
+            return Work(self.sequences[0].num_uncomputed, num_new)
+        return Work(sum(sequence.num_uncomputed for sequence in self.sequences), num_new * len(self.sequences))
 
     def num_reusable(self, sequence: Sequence) -> int:
         is_scored = self._prompt_scores is not None and sequence is self.sequences[0]

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from gptj_serve.engine.backlog import Work
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.sequence import Sequence
 from gptj_serve.steps import Row, RowResult
@@ -40,8 +41,8 @@ class Job(Protocol):
         """All but the last token of each sequence is handed to the stages, and what comes next is one more token."""
 
     @property
-    def num_tokens_left(self) -> int:
-        """That are still to be computed or may still be generated, over all sequences."""
+    def work_left(self) -> Work:
+        """Over all sequences, at most."""
 
     def num_reusable(self, sequence: Sequence) -> int:
         """Of so many first tokens of the sequence nothing but the KV is wanted."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 
+from gptj_serve.engine.backlog import Work
 from gptj_serve.engine.collecting import SumOverPositions, ValuesByPosition
 from gptj_serve.engine.job import Ride
 from gptj_serve.engine.kv_blocks import BlockKeys, KVBlocks
@@ -37,8 +38,8 @@ class PrefillOnly:
         self._sum = SumOverPositions(len(token_ids))
 
     @property
-    def num_tokens_left(self) -> int:
-        return self.sequences[0].num_uncomputed
+    def work_left(self) -> Work:
+        return Work(self.sequences[0].num_uncomputed)
 
     def num_reusable(self, sequence: Sequence) -> int:
         return len(sequence.token_ids) - 1 if self._output in _OF_LAST_TOKEN else self._first

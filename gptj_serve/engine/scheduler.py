@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from gptj_serve.engine.admission import check_fits, make_job, max_blocks
-from gptj_serve.engine.backlog import WorkRate
+from gptj_serve.engine.backlog import NO_WORK, StepCosts, Work, WorkRate
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.logit_editor import TokenMatcher
@@ -65,7 +65,7 @@ class _Entry:
     job: Job
     rank: tuple[int, int]
     waits_since: float
-    num_tokens_left: int  # as last counted
+    work_left: Work  # as last counted
     deadline: float  # it is not begun after that
     is_running: bool = False
     was_preempted: bool = False
@@ -85,6 +85,7 @@ class _Step:
     copies: list[tuple[int, int]] = field(default_factory=list)
     riders: list[tuple[_Entry, list[Ride]]] = field(default_factory=list)  # in the order of the rows
     booked: set[_Entry] = field(default_factory=set)  # those that have a row, or blocks for one
+    work: Work = NO_WORK  # its tokens; those of decode rows as new ones
 
     def carries(self, entry: _Entry) -> bool:
         return entry in self.booked
@@ -124,6 +125,8 @@ class Scheduler:
         self._suspects: list[_Entry] = []
         self._in_flight: dict[int, _Step] = {}  # by microbatch id
         self._work_rate = WorkRate()
+        self._step_costs = StepCosts()
+        self._step_began_at = 0.0  # that of the oldest step in flight
         self._next_deadline = math.inf  # the first of those that wait, or earlier
         self._num_arrivals = 0
         self._next_microbatch_id = 0
@@ -176,7 +179,7 @@ class Scheduler:
         deadline = math.inf if request.is_resumed else now + _time_left_s(request)
         self._next_deadline = min(self._next_deadline, deadline)
         self._num_arrivals += 1
-        entry = _Entry(job, rank, now, job.num_tokens_left, deadline)
+        entry = _Entry(job, rank, now, job.work_left, deadline)
         self._entries[request.request_id] = entry
         insort(self._waiting, entry, key=_rank)
         self.num_prompt_tokens += request.num_prompt_tokens
@@ -198,9 +201,12 @@ class Scheduler:
             self._fill_with_suspect(step)
         else:
             self._fill(step)
-        self._work_rate.mark(self._clock(), is_saturated=bool(self._waiting))
+        now = self._clock()
+        self._work_rate.mark(now, is_saturated=bool(self._waiting))
         if not step.rows:
             return None
+        if not self._in_flight:
+            self._step_began_at = now
         microbatch = MicroBatch(self._next_microbatch_id, step.rows, step.copies, self._traceparents(step))
         self._in_flight[microbatch.microbatch_id] = step
         self._next_microbatch_id += 1
@@ -245,6 +251,8 @@ class Scheduler:
         events: list[Event] = []
         results = (result or _NOTHING for result in output.rows)
         now = self._clock()
+        self._step_costs.observe(step.work, now - self._step_began_at)
+        self._step_began_at = now
         for entry, rides in step.riders:
             own = list(islice(results, len(rides)))
             if self._entries.get(entry.job.request.request_id) is not entry:
@@ -254,8 +262,8 @@ class Scheduler:
             if taken:
                 self._acquit(entry)
             has_ended = bool(taken) and is_terminal(taken[-1])
-            before, entry.num_tokens_left = entry.num_tokens_left, 0 if has_ended else entry.job.num_tokens_left
-            self._work_rate.add(before - entry.num_tokens_left)
+            before, entry.work_left = entry.work_left, NO_WORK if has_ended else entry.job.work_left
+            self._work_rate.add(before.minus(entry.work_left))
             if has_ended:
                 self._drop(entry)
         return events
@@ -400,6 +408,8 @@ class Scheduler:
         sequence.num_computed = end
         sequence.publish(self.blocks, end)
         step.add(entry, Ride(sequence, row, sequence.num_evictions))
+        is_decoding = num_tokens == 1 and bool(row.samples)
+        step.work = step.work.plus(Work(len(draft), 1) if is_decoding else Work(num_tokens))
         self.num_tokens_drafted += len(draft)
 
     def _admit_next(self) -> _Entry | None:
@@ -419,7 +429,12 @@ class Scheduler:
         return (self._num_arrivals + priority * PRIORITY_STEP, self._num_arrivals)
 
     def _wait_s(self, rank: tuple[int, int]) -> float:
-        return self._work_rate.seconds_for(sum(e.num_tokens_left for e in self._waiting if e.rank < rank))
+        work = NO_WORK
+        for entry in self._waiting:
+            if entry.rank > rank:
+                break
+            work = work.plus(entry.work_left)
+        return self._work_rate.seconds_for(work, self._step_costs.cost)
 
     def _check_wait(self, request: EngineRequest, rank: tuple[int, int]) -> None:
         if request.is_resumed:
@@ -492,7 +507,7 @@ class Scheduler:
         entry.is_running = False
         for sequence in entry.job.sequences:
             sequence.evict(self.blocks)
-        entry.num_tokens_left = entry.job.num_tokens_left
+        entry.work_left = entry.job.work_left
         entry.waits_since = self._clock()
         entry.was_preempted = True
         insort(self._waiting, entry, key=_rank)

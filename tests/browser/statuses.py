@@ -35,6 +35,7 @@ def pipeline(durations_s: list[float], replica_id: str = "x7k2p9qd", *, is_ready
         "engine": {
             "num_running": 14,
             "num_waiting": 0 if is_ready else 9,
+            "queue_wait_s": 0.0,
             "num_microbatches_in_flight": len(durations_s) if is_ready else 0,
             "num_kv_blocks": 1024,
             "num_kv_blocks_used": 381,

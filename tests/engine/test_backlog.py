@@ -1,10 +1,12 @@
 """Under overload: how long a request would wait is known, who would wait too long is refused, who is late not begun."""
 
+import random
+
 import msgspec
 import pytest
 from fake_stages import FakeStages, generate_request, head_request, make_scheduler
 
-from gptj_serve.engine.backlog import HALF_LIFE_S, MIN_OBSERVED_S, WorkRate
+from gptj_serve.engine.backlog import FIRST_COST, HALF_LIFE_S, MAX_COST, MIN_OBSERVED_S, StepCosts, Work, WorkRate
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.errors import OverloadedError
 from gptj_serve.types import PRIORITY_STEP, EngineRequest, Event, FailureEvent, Task, TokenEvent
@@ -23,30 +25,60 @@ def rate_after(*steps: tuple[float, int, bool]) -> WorkRate:
     rate, now = WorkRate(), 0.0
     rate.mark(now, is_saturated=True)
     for elapsed_s, num_tokens, is_saturated in steps:
-        rate.add(num_tokens)
+        rate.add(Work(num_tokens))
         now += elapsed_s
         rate.mark(now, is_saturated=is_saturated)
     return rate
 
 
 def test_a_rate_is_known_after_some_time_under_load():
-    assert rate_after((MIN_OBSERVED_S / 2, 100, True)).seconds_for(1000) == 0
-    assert rate_after((2.0, 100, True), (2.0, 300, True)).seconds_for(1000) == pytest.approx(10, rel=0.1)
-    assert rate_after((2.0, 100, True)).seconds_for(0) == 0
+    assert rate_after((MIN_OBSERVED_S / 2, 100, True)).seconds_for(Work(1000), FIRST_COST) == 0
+    rate = rate_after((2.0, 100, True), (2.0, 300, True))
+    assert rate.seconds_for(Work(1000), FIRST_COST) == pytest.approx(10, rel=0.1)
+    assert rate_after((2.0, 100, True)).seconds_for(Work(0), FIRST_COST) == 0
 
 
 def test_only_time_under_load_counts():
     rate = rate_after((2.0, 200, True), (0.0, 0, False), (50.0, 1, False), (50.0, 1, True), (2.0, 200, True))
-    assert rate.seconds_for(1000) == pytest.approx(10)
+    assert rate.seconds_for(Work(1000), FIRST_COST) == pytest.approx(10)
 
 
 def test_a_rate_follows_what_the_engine_does_now():
     steps = [(1.0, 1000, True)] * 100 + [(1.0, 10, True)] * int(4 * HALF_LIFE_S)
-    assert 1000 / rate_after(*steps).seconds_for(1000) == pytest.approx(10 + 990 / 16, rel=0.01)
+    assert 1000 / rate_after(*steps).seconds_for(Work(1000), FIRST_COST) == pytest.approx(10 + 990 / 16, rel=0.01)
 
 
 def test_an_engine_that_does_nothing_has_an_endless_queue():
-    assert rate_after((60.0, 0, True)).seconds_for(10) > 500
+    assert rate_after((60.0, 0, True)).seconds_for(Work(10), FIRST_COST) > 500
+
+
+def test_generated_tokens_count_by_what_they_cost():
+    rate = WorkRate()
+    rate.mark(0.0, is_saturated=True)
+    rate.add(Work(100, 30))
+    rate.mark(2.0, is_saturated=True)
+    assert rate.seconds_for(Work(100, 10), cost=10) == pytest.approx(1.0)
+    assert rate.seconds_for(Work(0, 40), cost=10) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("cost", [1.0, 6.5, 80.0])
+def test_the_cost_of_a_generated_token_is_learned_from_the_steps(cost: float):
+    costs, rng = StepCosts(), random.Random(1)
+    for work in [Work(0, 8), Work(8, 0)] * 3 + [Work(rng.randrange(500), rng.randrange(20)) for _ in range(50)]:
+        costs.observe(work, (work.prompt + cost * work.new) * 1e-4 * rng.uniform(0.9, 1.1))
+    assert costs.cost == pytest.approx(cost, rel=0.2)
+
+
+def test_from_steps_that_are_all_alike_no_cost_is_learned():
+    costs = StepCosts()
+    for _ in range(100):
+        costs.observe(Work(0, 8), 0.1)
+        costs.observe(Work(), 0.0)
+    assert costs.cost == FIRST_COST
+    for _ in range(1000):  # prompt tokens that cost nothing beside the rest
+        costs.observe(Work(500, 1), 0.1)
+        costs.observe(Work(0, 1), 0.1)
+    assert costs.cost == MAX_COST
 
 
 # ------------------------------------------------------------------------------------------------ in the scheduler
