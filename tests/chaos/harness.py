@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from tests.chaos.faults import CUTS_CONNECTIONS, FaultKind, Processes
-from tests.chaos.repair import observe_repair, settle
+from tests.chaos.repair import observe_repair, whole_again
 from tests.chaos.report import Report
 from tests.chaos.traffic import Call, Outcome, Record, is_same, perform
 
@@ -64,7 +64,7 @@ async def run(url: str, processes: Processes, wanted: Sequence[Call], expected: 
             if fault.kind in CUTS_CONNECTIONS:
                 tasks.create_task(observe_repair(url, processes, census, fault))
             if plan.is_one_at_a_time:
-                await settle(url, processes, census, is_idle=False)
+                await whole_again(url, processes, census, fault)
         await asyncio.sleep(plan.undisturbed_s)
         is_over.set()
     report.ended_at = time.monotonic()

@@ -7,9 +7,12 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.chaos.faults import ROLES, Fault, Processes
+from tests.chaos.faults import ROLES, Fault, FaultKind, Processes
 
 PROBE_INTERVAL_S = 0.2
+
+NOTICING_S = 0.5
+"""By then a pipeline knows that it was cut."""
 
 REPAIR_TIMEOUT_S = 60.0
 
@@ -28,6 +31,17 @@ async def observe_repair(url: str, processes: Processes, census: dict[str, int],
             return
         assert time.monotonic() < deadline, f"not repaired after {REPAIR_TIMEOUT_S} s: {fault}"
         await asyncio.sleep(PROBE_INTERVAL_S)
+
+
+async def whole_again(url: str, processes: Processes, census: dict[str, int], fault: Fault) -> None:
+    """Wait until the fault is noticed, its victim replaced (unless that lives on), and all pipelines are ready."""
+    await asyncio.sleep(NOTICING_S)
+    lives_on = fault.kind in (FaultKind.PAUSE_STAGE, FaultKind.CUT_LINK)
+    deadline = fault.at + REPAIR_TIMEOUT_S
+    while not lives_on and fault.pid in {process.pid for process in processes.of(ROLES[fault.kind])}:
+        assert time.monotonic() < deadline, f"the victim was not replaced after {REPAIR_TIMEOUT_S} s: {fault}"
+        await asyncio.sleep(PROBE_INTERVAL_S)
+    await settle(url, processes, census, is_idle=False)
 
 
 async def settle(
