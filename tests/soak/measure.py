@@ -88,7 +88,7 @@ class ClusterState:
 
     @classmethod
     def read(cls) -> "ClusterState":
-        """Of the only cluster on this host. What processes hand over for metrics may be ten seconds old."""
+        """Of the only cluster on this host. What processes hand over for metrics may be twenty seconds old."""
         ray.init(address="auto", namespace="serve", log_to_driver=False)
         try:
             return cls(
@@ -101,9 +101,12 @@ class ClusterState:
 
 
 def differences(before: dict[str, Resources], after: dict[str, Resources]) -> list[str]:
-    """In words, what processes hold at rest now that they did not hold at rest before."""
-    found = [f"{name} has ended" for name in before.keys() - after.keys()]
-    found += [f"{name} is new" for name in after.keys() - before.keys()]
+    """In words, what processes hold at rest now that they did not hold at rest before.
+
+    Ray's own may come and go, and its workers that wait for work.
+    """
+    found = [f"{name} has ended" for name in before.keys() - after.keys() if _is_of_the_service(name)]
+    found += [f"{name} is new" for name in after.keys() - before.keys() if _is_of_the_service(name)]
     for name in before.keys() & after.keys():
         then, now = before[name], after[name]
         for what, slack in (
@@ -127,6 +130,10 @@ def cluster_differences(before: ClusterState, after: ClusterState) -> list[str]:
     return found
 
 
+def _is_of_the_service(name: str) -> bool:
+    return name.split()[0] in Role.__members__
+
+
 def _title(process: psutil.Process) -> str:
     command = " ".join(process.cmdline())
     return next((role.name for role in Role if command.startswith(role)), process.name())
@@ -142,6 +149,6 @@ def _num_tasks(nodes: Sequence[dict[str, object]]) -> dict[str, int]:
             for sample in family.samples:
                 if sample.name == "ray_serve_event_loop_tasks":
                     labels = sample.labels
-                    role = labels.get("deployment", labels["component"])
+                    role = labels.get("deployment") or labels["component"]
                     found[f"{role} {labels['actor_id'][:8]} {labels['loop_type']}"] = int(sample.value)
     return dict(found)
