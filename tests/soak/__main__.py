@@ -39,7 +39,7 @@ MAX_PAUSE_S = 0.5
 
 def main(
     minutes: float = 60.0,
-    warm_up_minutes: Annotated[float, typer.Option(help="Traffic that comes first and is not looked at.")] = 3.0,
+    warm_up_minutes: Annotated[float, typer.Option(help="Traffic that comes first and is not looked at.")] = 10.0,
     concurrency: int = 8,
     num_calls: Annotated[int, typer.Option(help="Different requests; each is asked for many times.")] = 60,
     seed: int = 0,
@@ -107,7 +107,8 @@ async def _soak(
         "warm_up_s": warm_up_s,
         "concurrency": concurrency,
         "outcomes": outcomes,
-        "memory": {name: asdict(fit) for name, fit in fits.items()},
+        "memory_fits": {name: asdict(fit) for name, fit in fits.items()},
+        "memory_mib_by_minute": samples.memory_mib(every=round(60 / SAMPLE_INTERVAL_S)),
         "resources": {
             name: {"before": asdict(before[name]), "after": asdict(after[name])}
             for name in sorted(before.keys() & after.keys())

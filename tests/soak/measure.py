@@ -66,7 +66,15 @@ class Samples:
             self.memory_bytes.setdefault(name, []).append(resources.memory_bytes)
 
     def fits(self) -> dict[str, Fit]:
-        return {name: fit(self.times_s[name], self.memory_bytes[name]) for name in sorted(self.times_s)}
+        """Of the second half of each process's samples: what only fills its caches grows in the first one."""
+        return {
+            name: fit(times_s[len(times_s) // 2 :], self.memory_bytes[name][len(times_s) // 2 :])
+            for name, times_s in sorted(self.times_s.items())
+        }
+
+    def memory_mib(self, every: int) -> dict[str, list[int]]:
+        """One in so many samples."""
+        return {name: [value >> 20 for value in self.memory_bytes[name][::every]] for name in sorted(self.memory_bytes)}
 
 
 def by_process(processes: Processes) -> dict[str, Resources]:
