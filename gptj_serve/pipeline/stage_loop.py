@@ -1,8 +1,9 @@
 """`StageLoop`: the thread in which a stage takes microbatches, runs them and hands them on."""
 
+import contextlib
 import logging
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
 import msgspec
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gptj_serve.errors import WireError
 from gptj_serve.pipeline.handoff import Handoff, ZmqHandoff
+from gptj_serve.pipeline.link_watch import LinkWatch
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
 from gptj_serve.pipeline.stage_runner import StageRunner
 from gptj_serve.pipeline.step_meter import StepMeter
@@ -31,7 +33,8 @@ class StageLoop:
     """One stage's links and thread: `bind`, then `start` towards the next stage (or, from the last, the engine).
 
     It lives as long as its links; after a failure anywhere in the pipeline a new one is made around the same runner.
-    `failure` completes when the thread ends: with None when told to stop, else with what went wrong.
+    `failure` completes with what went wrong, or with None when told to stop. A link that is cut ends the thread, after
+    the step at hand: no later step could be complete.
     """
 
     def __init__(self, runner: StageRunner, keys: CurveKeys | None, meter: StepMeter | None = None) -> None:
@@ -43,12 +46,16 @@ class StageLoop:
         self._steps = self._context.socket(zmq.PULL)
         self._hidden = self._context.socket(zmq.PULL)
         self._next = self._context.socket(zmq.PUSH)
+        self._watch = LinkWatch(self._fail)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.failure: Future[None] = Future()
 
     def bind(self, address: str) -> StageAddresses:
         """Listen below `address`: `ipc://directory/name` or `tcp://host`."""
+        self._watch.add(self._steps, "steps from the engine")
+        if not self._runner.stage.is_first:
+            self._watch.add(self._hidden, "hidden states from the stage before")
         if address.startswith("tcp://"):
             return StageAddresses(
                 bind_receiver(self._steps, address, self._keys), bind_receiver(self._hidden, address, self._keys)
@@ -59,7 +66,10 @@ class StageLoop:
         )
 
     def start(self, next_address: str) -> None:
+        is_last = self._runner.stage.is_last
+        self._watch.add(self._next, "results to the engine" if is_last else "hidden states to the next stage")
         connect_sender(self._next, next_address, self._keys)
+        self._watch.start()
         self._runner.restart()
         self._thread = threading.Thread(target=self._run, name="stage-loop", daemon=True)
         self._thread.start()
@@ -69,8 +79,9 @@ class StageLoop:
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
+        self._watch.stop()
         self._context.destroy(linger=0)
-        if not self.failure.done():
+        with contextlib.suppress(InvalidStateError):
             self.failure.set_result(None)
 
     def _run(self) -> None:
@@ -79,7 +90,13 @@ class StageLoop:
         except Exception as error:
             span = self._runner.spec.span
             logger.exception("layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """In any thread."""
+        with contextlib.suppress(InvalidStateError):  # the first one counts
             self.failure.set_exception(error)
+        self._stopping.set()
 
     def _serve(self) -> None:
         stage = self._runner.stage

@@ -1,4 +1,7 @@
-"""`StepLinks`: the engine's side of the links: steps out to every stage at once, results back from the last."""
+"""`StepLinks`: the engine's side of the links: steps out to every stage at once, results back from the last.
+
+A link that is cut ends the steps in flight at once: what was on its way is lost.
+"""
 
 import asyncio
 import logging
@@ -9,6 +12,7 @@ import zmq
 import zmq.asyncio
 
 from gptj_serve.errors import PipelineError, WireError
+from gptj_serve.pipeline.link_watch import LinkWatch
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.wire import WireDecoder
@@ -29,20 +33,26 @@ class StepLinks:
         self._failure: PipelineError | None = None
         self._has_failed = asyncio.Event()
         self._receiver: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._watch = LinkWatch(self._on_cut)
         self._last_result_at = 0.0
         self.timed_out = False
         self._encoder = msgspec.msgpack.Encoder()
 
     def bind(self, address: str) -> str:
         """Listen for results at `ipc://directory/name` or `tcp://host`; returns the address for the last stage."""
+        self._watch.add(self._results, "results from the last stage")
         return bind_receiver(self._results, address, self._keys)
 
     def connect(self, step_addresses: Sequence[str]) -> None:
         """Connect to every stage, in order, and begin to receive results."""
-        for address in step_addresses:
+        self._loop = asyncio.get_running_loop()
+        for index, address in enumerate(step_addresses):
             socket = zmq.Context[zmq.Socket[bytes]](self._context).socket(zmq.PUSH)
+            self._watch.add(socket, f"steps to stage {index}")
             connect_sender(socket, address, self._keys)
             self._stages.append(socket)
+        self._watch.start()
         self._receiver = asyncio.create_task(self._receive_results())
 
     async def run(self, microbatch: MicroBatch) -> StepOutput:
@@ -79,21 +89,27 @@ class StepLinks:
         raise self._failure
 
     def fail(self, error: PipelineError) -> None:
-        """End every step in flight, and every later one, with `error`."""
-        self._failure = error
+        """End every step in flight, and every later one, with `error`, or with what these links failed with before."""
+        self._failure = self._failure or error
         self._has_failed.set()
         for future in self._pending.values():
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(self._failure)
                 future.exception()  # its step may have been given up already: then nobody else asks
 
     def close(self) -> None:
         if self._receiver is not None:
             self._receiver.cancel()
         self.fail(PipelineError("the links were closed"))
+        self._watch.stop()
         for socket in [*self._stages, self._results]:
             socket.close(linger=0)
         self._context.term()
+
+    def _on_cut(self, error: PipelineError) -> None:
+        """In the watch's thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.fail, error)
 
     async def _receive_results(self) -> None:
         decoder = WireDecoder[StepOutput](StepOutput)

@@ -191,11 +191,13 @@ class RayPipeline:
         ]
 
     async def _watch(self, index: int, stage: _Stage, links: StepLinks) -> None:
+        name = f"stage {index} ({_layers(stage.settings)})"
         try:
-            await stage.actor.watch.remote()
+            reason = await stage.actor.watch.remote()
+            if reason is not None:
+                links.fail(PipelineError(f"{name} stopped: {reason}"))
         except RayError as error:
-            reason = str(error).strip().splitlines()[0]
-            links.fail(PipelineError(f"stage {index} ({_layers(stage.settings)}) was lost: {reason}"))
+            links.fail(PipelineError(f"{name} was lost: {str(error).strip().splitlines()[0]}"))
 
     def _close_links(self) -> None:
         for watcher in self._watchers:

@@ -119,7 +119,8 @@ class GPTJStage:
         if self._loop is not None:
             self._loop.stop()
 
-    def watch(self) -> None:
-        """Return when the links are closed; raise what ended the stage's loop otherwise."""
+    def watch(self) -> str | None:
+        """What ended the stage's loop, as soon as it does; None when the links are closed."""
         assert self._loop is not None
-        self._loop.failure.result()
+        error = self._loop.failure.exception()
+        return None if error is None else f"{type(error).__name__}: {error}"

@@ -8,8 +8,10 @@ import yaml
 from tests.serving.service import ROOT
 
 
-def chaos_config(directory: Path, **changes: Any) -> Path:
+def chaos_config(directory: Path, port: int = 8000, **changes: Any) -> Path:
+    """Its Serve config file; `changes` are those of the application's arguments."""
     config = yaml.safe_load((ROOT / "deployments" / "gptj.yaml").read_text())
+    config["http_options"]["port"] = port
     pipeline = config["applications"][0]["args"]["pipeline"]
     pipeline |= {"step_timeout_s": 5.0, "kv_cache": {"num_tokens": 2048}, "engine_num_cpus": 0.05}
     pipeline["stage"]["num_cpus"] = 0.2

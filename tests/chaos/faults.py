@@ -2,14 +2,18 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 import psutil
+
+from tests.chaos import links
 
 
 class Role(StrEnum):
@@ -26,6 +30,7 @@ class FaultKind(StrEnum):
     KILL_STAGE = "kill stage"
     PAUSE_STAGE = "pause stage"  # shorter than the step timeout
     HANG_STAGE = "hang stage"  # for good
+    CUT_LINK = "cut link"  # between engine and stages, while both its ends live
     KILL_PIPELINE = "kill pipeline"
     KILL_INGRESS = "kill ingress"
     KILL_PROXY = "kill proxy"
@@ -36,6 +41,7 @@ ROLES = {
     FaultKind.KILL_STAGE: Role.STAGE,
     FaultKind.PAUSE_STAGE: Role.STAGE,
     FaultKind.HANG_STAGE: Role.STAGE,
+    FaultKind.CUT_LINK: Role.STAGE,
     FaultKind.KILL_PIPELINE: Role.PIPELINE,
     FaultKind.KILL_INGRESS: Role.INGRESS,
     FaultKind.KILL_PROXY: Role.PROXY,
@@ -48,11 +54,26 @@ CUTS_CONNECTIONS = {FaultKind.KILL_INGRESS, FaultKind.KILL_PROXY}
 PAUSE_S = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fault:
+    """Times are those of `time.monotonic()`."""
+
     kind: FaultKind
     pid: int
-    at: float  # time.monotonic()
+    at: float
+    detail: str = ""
+    repaired_at: float = math.inf  # of those that cut connections: when clients could connect and be answered again
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of all processes of one role."""
+
+    num_processes: int
+    num_files: int
+    num_sockets: int
+    num_threads: int
+    memory_bytes: int  # resident
 
 
 class Processes:
@@ -61,25 +82,24 @@ class Processes:
     def __init__(self, serve_run_pid: int) -> None:
         self._root = psutil.Process(serve_run_pid)
 
+    def all(self) -> list[psutil.Process]:
+        return list(self._root.children(recursive=True))
+
     def of(self, role: Role) -> list[psutil.Process]:
-        return [process for process in self._root.children(recursive=True) if _has_role(process, role)]
+        return [process for process in self.all() if _has_role(process, role)]
 
     def census(self) -> dict[str, int]:
         """How many of each role there are."""
         return {role.name: len(self.of(role)) for role in Role}
 
-    def resources(self) -> dict[str, tuple[int, int]]:
-        """Per role: open files and resident bytes of all its processes."""
-        return {
-            role.name: (
-                sum(process.num_fds() for process in self.of(role)),
-                sum(process.memory_info().rss for process in self.of(role)),
-            )
-            for role in Role
-        }
+    def resources(self) -> dict[str, Resources]:
+        """By the roles' names."""
+        return {role.name: _sum([resources_of(process) for process in self.of(role)]) for role in Role}
 
     async def commit(self, kind: FaultKind, rng: random.Random) -> Fault | None:
         """Do it to one process of the kind's role; None while there is none."""
+        if kind is FaultKind.CUT_LINK:
+            return self._cut_link(rng)
         candidates = self.of(ROLES[kind])
         if not candidates:
             return None
@@ -94,6 +114,32 @@ class Processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.resume()
         return fault
+
+    def _cut_link(self, rng: random.Random) -> Fault | None:
+        """Of any pipeline: the receiver is a stage or, of results, the engine."""
+        standing = links.links_of(process.pid for role in (Role.STAGE, Role.PIPELINE) for process in self.of(role))
+        if not standing:
+            return None
+        link = rng.choice(standing)
+        fault = Fault(FaultKind.CUT_LINK, link.pid, time.monotonic(), link.name)
+        return fault if links.cut(link) else None
+
+
+def resources_of(process: psutil.Process) -> Resources:
+    """Raises `psutil.Error` when it has ended."""
+    num_sockets = 0
+    try:
+        for number in os.listdir(f"/proc/{process.pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                num_sockets += os.readlink(f"/proc/{process.pid}/fd/{number}").startswith("socket:")
+    except OSError:
+        raise psutil.NoSuchProcess(process.pid) from None
+    with process.oneshot():
+        return Resources(1, process.num_fds(), num_sockets, process.num_threads(), process.memory_info().rss)
+
+
+def _sum(several: Sequence[Resources]) -> Resources:
+    return Resources(*(sum(getattr(one, field.name) for one in several) for field in fields(Resources)))
 
 
 def _has_role(process: psutil.Process, role: Role) -> bool:

@@ -45,7 +45,16 @@ class Record:
     outcome: Outcome = Outcome.HANGING
     ended_at: float = 0.0
     arrivals: list[float] = field(default_factory=list)  # of a stream's events
+    num_resumptions: int = 0  # how often the rest of a stream was asked for
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the rest of a stream that was cut is asked for, before it counts as broken."""
+
+    resuming_s: float = 60.0
+    retry_delay_s: float = 0.2
 
 
 def calls(rng: random.Random, count: int) -> list[Call]:
@@ -101,20 +110,20 @@ def _answer(rng: random.Random) -> Call:
 _MAKERS = [_generate, _generate, _generate, _complete, _beams, _classify, _zero_shot, _answer]
 
 
-async def perform(client: httpx.AsyncClient, call: Call, record: Record) -> Any:
-    """The answer in a form that can be compared, or None with the record's outcome set."""
+async def perform(client: httpx.AsyncClient, call: Call, record: Record, patience: Patience = Patience()) -> Any:
+    """The answer in a form that can be compared, or None with the record's outcome set.
+
+    A stream that was cut is taken up again, if its events bore ids.
+    """
     try:
-        if not call.is_streamed:
-            response = await client.post(call.path, json=call.body)
-            if response.status_code == 200:
-                return response.json()
-            return _refused(record, response.status_code, response.text)
-        async with client.stream("POST", call.path, json=call.body) as response:
-            if response.status_code != 200:
-                return _refused(record, response.status_code, (await response.aread()).decode())
-            return await _read_stream(response, call, record)
+        if call.is_streamed:
+            return await _perform_stream(client, call, record, patience)
+        response = await client.post(call.path, json=call.body)
+        if response.status_code == 200:
+            return response.json()
+        return _refused(record, response.status_code, response.text)
     except httpx.TimeoutException as error:
-        record.detail = repr(error)  # still HANGING
+        record.outcome, record.detail = Outcome.HANGING, repr(error)
     except httpx.TransportError as error:
         record.outcome, record.detail = Outcome.BROKEN, repr(error)
     finally:
@@ -122,28 +131,78 @@ async def perform(client: httpx.AsyncClient, call: Call, record: Record) -> Any:
     return None
 
 
-async def _read_stream(response: httpx.Response, call: Call, record: Record) -> Any:
-    """The events of a stream as the answer that it adds up to."""
-    events = []
-    is_complete = False
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
-            continue
-        record.arrivals.append(time.monotonic())
-        data = line.removeprefix("data:").strip()
+async def _perform_stream(client: httpx.AsyncClient, call: Call, record: Record, patience: Patience) -> Any:
+    stream = _Stream(call, record)
+    give_up_at = math.inf
+    while True:
+        headers = {"Last-Event-ID": stream.last_id} if stream.last_id is not None else {}
+        try:
+            async with client.stream("POST", call.path, json=call.body, headers=headers) as response:
+                if response.status_code == 200:
+                    give_up_at = math.inf
+                    await stream.read(response)
+                else:
+                    body = (await response.aread()).decode()
+                    _refused(record, response.status_code, body)
+                    if response.status_code < 500 and record.outcome is Outcome.REFUSED:
+                        return None
+        except httpx.TransportError as error:
+            if stream.last_id is None or isinstance(error, httpx.TimeoutException):
+                raise
+            record.outcome, record.detail = Outcome.BROKEN, repr(error)
+        if stream.is_complete:
+            return stream.answer()
+        if stream.is_refused or stream.last_id is None:
+            return None
+        give_up_at = min(give_up_at, time.monotonic() + patience.resuming_s)
+        if time.monotonic() > give_up_at:
+            return None
+        record.num_resumptions += 1
+        await asyncio.sleep(patience.retry_delay_s)
+
+
+class _Stream:
+    """The events of one streamed answer, over as many connections as it takes."""
+
+    def __init__(self, call: Call, record: Record) -> None:
+        self._call = call
+        self._record = record
+        self._events: list[dict[str, Any]] = []
+        self.last_id: str | None = None
+        self.is_complete = False
+        self.is_refused = False  # by an event with an error
+
+    async def read(self, response: httpx.Response) -> None:
+        """Sets the record's outcome where the answer does not end. An event counts when its empty line is there."""
+        self._record.outcome, self._record.detail = Outcome.BROKEN, f"ended after {len(self._events)} events"
+        data, event_id = "", None
+        async for line in response.aiter_lines():
+            if line.startswith("data:"):
+                data = line.removeprefix("data:").strip()
+            elif line.startswith("id:"):
+                event_id = line.removeprefix("id:").strip()
+            elif not line:
+                self.last_id = self.last_id if event_id is None else event_id
+                if data:
+                    self._take(data)
+                data, event_id = "", None
+
+    def _take(self, data: str) -> None:
+        self._record.arrivals.append(time.monotonic())
         if data == "[DONE]":
-            is_complete = True
-            continue
+            self.is_complete = True
+            return
         event = json.loads(data)
         if "error" in event:
-            record.outcome, record.detail = Outcome.REFUSED, data
-            return None
-        events.append(event)
-        is_complete |= event.get("generated_text") is not None
-    if not is_complete:
-        record.outcome, record.detail = Outcome.BROKEN, f"ended after {len(events)} events"
-        return None
-    return _generated(events) if call.path == "/generate" else _completed(events)
+            self._record.outcome, self._record.detail = Outcome.REFUSED, data
+            self.is_refused = True
+            return
+        self._events.append(event)
+        self.is_complete |= event.get("generated_text") is not None
+
+    def answer(self) -> dict[Any, Any]:
+        """What the events add up to."""
+        return _generated(self._events) if self._call.path == "/generate" else _completed(self._events)
 
 
 def _generated(events: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,8 +4,6 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -13,96 +11,15 @@ import pytest
 import torch
 import zmq
 
-from gptj_serve.engine.kv_blocks import KVBlocks
-from gptj_serve.engine.local import LocalEngine
-from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.errors import PipelineError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.handoff import HiddenHeader, ZmqHandoff
 from gptj_serve.pipeline.in_process import InProcessPipeline
-from gptj_serve.pipeline.partition import partition
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender
-from gptj_serve.pipeline.stage_loop import StageLoop
-from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
-from gptj_serve.pipeline.step_links import StepLinks
 from gptj_serve.steps import MicroBatch, Row, StepOutput
-from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
+from tests.pipeline.linked import NUM_BLOCKS, generate_all, make_runners, open_links
 
-NUM_BLOCKS, BLOCK_SIZE = 64, 4
 STEP = MicroBatch(0, [Row([1, 2, 3], 0, [0])])
-
-
-def make_runners(checkpoint: Checkpoint, num_stages: int) -> list[StageRunner]:
-    return [
-        StageRunner.load(
-            checkpoint, StageSpec(span, NUM_BLOCKS, BLOCK_SIZE, torch.float32, torch.device("cpu"), 97)
-        )
-        for span in partition(checkpoint.config.n_layer, num_stages, 1.0)
-    ]  # fmt: skip
-
-
-class LinkedPipeline:
-    """What `RayPipeline` does with actors, done with objects."""
-
-    def __init__(self, runners: list[StageRunner], where: Callable[[str], str], keys: CurveKeys | None) -> None:
-        self.links = StepLinks(keys, step_timeout_s=20)
-        self.loops = [StageLoop(runner, keys) for runner in runners]
-        self.addresses = [loop.bind(where(str(index))) for index, loop in enumerate(self.loops)]
-        nexts = [address.hidden for address in self.addresses[1:]] + [self.links.bind(where("results"))]
-        for loop, address in zip(self.loops, nexts, strict=True):
-            loop.start(address)
-
-    def connect(self) -> None:
-        self.links.connect([address.steps for address in self.addresses])
-
-    async def run(self, microbatch: MicroBatch) -> StepOutput:
-        return await self.links.run(microbatch)
-
-    async def watch(self) -> None:
-        await self.links.watch()
-
-    async def recover(self) -> None:
-        raise PipelineError("nobody recovers this")
-
-    def close(self) -> None:
-        self.links.close()
-        for loop in self.loops:
-            loop.stop()
-
-
-@pytest.fixture(params=["ipc", "tcp"])
-def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[list[StageRunner]], LinkedPipeline]:
-    """Makes pipelines over ipc sockets, or over TCP with keys."""
-
-    def make(runners: list[StageRunner]) -> LinkedPipeline:
-        if request.param == "ipc":
-            return LinkedPipeline(runners, lambda name: f"ipc://{tmp_path}/{name}", None)
-        return LinkedPipeline(runners, lambda _: "tcp://127.0.0.1", CurveKeys.generate())
-
-    return make
-
-
-@asynccontextmanager
-async def open_links(pipeline: LinkedPipeline) -> AsyncIterator[LinkedPipeline]:
-    pipeline.connect()
-    try:
-        yield pipeline
-    finally:
-        await asyncio.to_thread(pipeline.close)
-
-
-async def generate_all(checkpoint: Checkpoint, pipeline: LinkedPipeline | InProcessPipeline, num_stages: int):
-    limits = SchedulerLimits(num_stages, 16, 24, checkpoint.config.n_positions)
-    scheduler = Scheduler(limits, KVBlocks(NUM_BLOCKS, BLOCK_SIZE), frozenset())
-
-    async def generate(engine: LocalEngine, n: int) -> list[int]:
-        sampling = SamplingParams(max_new_tokens=12, warpers=Warpers(temperature=n % 2), seed=n)
-        prompt = [(5 * n + i) % 90 + 1 for i in range(3 * n + 1)]
-        request = EngineRequest(request_id=str(n), task=Task.GENERATE, prompt_token_ids=prompt, sampling=sampling)
-        return [event.token_id async for event in engine.submit(request) if isinstance(event, TokenEvent)]
-
-    async with LocalEngine(scheduler, pipeline) as engine:
-        return await asyncio.gather(*[generate(engine, n) for n in range(10)])
 
 
 @pytest.mark.parametrize("num_stages", [1, 3])
@@ -125,6 +42,8 @@ async def test_failing_stage_is_reported(tiny_gptj, linked) -> None:
             await pipeline.run(bad)
         with pytest.raises(IndexError):
             pipeline.loops[0].failure.result(timeout=10)
+        with pytest.raises(PipelineError, match="IndexError"):
+            await pipeline.watch()
 
 
 async def test_failed_links_fail_every_step(tiny_gptj, linked) -> None:
@@ -168,14 +87,12 @@ async def test_what_is_no_message_is_left_out(tiny_gptj, linked, caplog) -> None
     }  # fmt: skip
 
 
-def test_stopping_is_not_a_failure(tiny_gptj, linked) -> None:
-    async def start_and_stop() -> LinkedPipeline:
-        async with open_links(linked(make_runners(Checkpoint.open(tiny_gptj()), 2))) as pipeline:
-            return pipeline
-
-    pipeline = asyncio.run(start_and_stop())
-    assert [loop.failure.result(timeout=0) for loop in pipeline.loops] == [None, None]
-    assert not [thread for thread in threading.enumerate() if thread.name == "stage-loop"]
+async def test_stopping_is_not_a_failure(tiny_gptj, linked) -> None:
+    async with open_links(linked(make_runners(Checkpoint.open(tiny_gptj()), 1))) as pipeline:
+        assert await pipeline.run(STEP) == StepOutput(0, [None])
+        await asyncio.to_thread(pipeline.loops[0].stop)
+        assert pipeline.loops[0].failure.result(timeout=0) is None
+    assert not [thread for thread in threading.enumerate() if thread.name in ("stage-loop", "link-watch")]
 
 
 @pytest.mark.parametrize("stranger", [None, "other keys"])

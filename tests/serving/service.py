@@ -22,9 +22,10 @@ LOG_FORWARDING_S = 1.5  # Ray shows what its processes print with a delay
 
 
 class ServeRun:
-    """`serve run <config>`; `output` is what the terminal showed so far, without colours."""
+    """`serve run <config>`, with `environment` on top of this process's; `output` is what the terminal showed so far,
+    without colours."""
 
-    def __init__(self, config: Path, log_file: Path, port: int = 8000) -> None:
+    def __init__(self, config: Path, log_file: Path, port: int = 8000, **environment: str) -> None:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is taken by another service"
         self.startup_output = ""
@@ -40,7 +41,7 @@ class ServeRun:
                 start_new_session=True,
                 # A shell gives background jobs an ignored SIGINT; Ctrl-C in a terminal meets the default.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
             )
 
     @property

@@ -1,6 +1,7 @@
-"""`RayPipeline`: any number of stage actors gives the tokens of one."""
+"""`RayPipeline`: any number of stage actors gives the tokens of one, also when links between them are cut."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.serving.pipeline_deployment import stage_settings
 from gptj_serve.serving.ray_pipeline import RayPipeline
 from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
+from tests.chaos import links
 
 pytestmark = pytest.mark.serve
 
@@ -24,7 +26,7 @@ BLOCK_SIZE = 8
 
 
 @asynccontextmanager
-async def engine_over_actors(checkpoint: Checkpoint, num_stages: int) -> AsyncIterator[LocalEngine]:
+async def engine_over_actors(checkpoint: Checkpoint, num_stages: int) -> AsyncIterator[tuple[LocalEngine, RayPipeline]]:
     config = PipelineConfig(
         num_stages=num_stages,
         stage=StageConfig(num_cpus=0.01, num_threads=1),
@@ -39,7 +41,7 @@ async def engine_over_actors(checkpoint: Checkpoint, num_stages: int) -> AsyncIt
         blocks = KVBlocks(NUM_KV_BLOCKS, BLOCK_SIZE)
         scheduler = Scheduler(limits, blocks, checkpoint.config.eos_token_ids)
         async with LocalEngine(scheduler, pipeline) as engine:
-            yield engine
+            yield engine, pipeline
             scheduler.check_integrity()
             assert scheduler.num_preemptions > 0, "the pool was meant to be too small"
     finally:
@@ -61,7 +63,26 @@ async def test_stages_as_actors_give_identical_tokens(cluster: None, demo: Path)
     checkpoint = Checkpoint.open(demo)
     answers = {}
     for num_stages in (1, 2, 3, 6):
-        async with engine_over_actors(checkpoint, num_stages) as engine:
+        async with engine_over_actors(checkpoint, num_stages) as (engine, _):
             answers[num_stages] = await generate_all(engine, 16)
     assert all(len(tokens) > 0 for tokens in answers[1])
     assert answers[1] == answers[2] == answers[3] == answers[6]
+
+
+async def test_a_cut_link_is_made_anew_between_the_same_stages(cluster: None, demo: Path) -> None:
+    """Each kind of link, cut from outside; of hidden states' link only the stages can tell."""
+    checkpoint = Checkpoint.open(demo)
+    async with engine_over_actors(checkpoint, 2) as (engine, pipeline):
+        undisturbed = await generate_all(engine, 16)
+        pids = [status["pid"] for status in pipeline.stage_statuses()]
+        for number, name in enumerate(("0-steps", "1-steps", "1-hidden", "results"), start=1):
+            enough = engine.stats().num_tokens_generated + 50
+            answers = asyncio.create_task(generate_all(engine, 16))
+            while engine.stats().num_tokens_generated < enough:
+                await asyncio.sleep(0.01)
+            (link,) = [link for link in links.links_of([*pids, os.getpid()]) if link.name == name]
+            assert links.cut(link)
+            assert await answers == undisturbed
+            assert engine.stats().num_recoveries == number
+        assert [status["pid"] for status in pipeline.stage_statuses()] == pids
+        assert [status["num_restarts"] for status in pipeline.stage_statuses()] == [0, 0]

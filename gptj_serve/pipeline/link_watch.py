@@ -1,0 +1,102 @@
+"""`LinkWatch`: notices at once when a link is cut.
+
+ZeroMQ connects again by itself and tells nobody, but what was on its way is lost. So whoever holds an end of a link
+listens to the events of its socket.
+"""
+
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from gptj_serve.errors import PipelineError
+
+_EVENTS = (
+    zmq.Event.CONNECTED
+    | zmq.Event.CONNECT_RETRIED
+    | zmq.Event.ACCEPTED
+    | zmq.Event.HANDSHAKE_SUCCEEDED
+    | zmq.Event.DISCONNECTED
+    | zmq.Event.MONITOR_STOPPED
+)
+
+
+@dataclass(slots=True)
+class _End:
+    """This process's end of one link."""
+
+    socket: zmq.Socket[Any]
+    name: str
+    accepted: set[int] = field(default_factory=set)  # file descriptors
+    peers: set[int] = field(default_factory=set)  # of these, those that may be the link's other end
+
+    def is_cut_by(self, event: int, value: int) -> bool:
+        """A sender's link is cut when it ends or can't be made: its receiver was bound before.
+
+        At a receiver strangers may knock: whoever was connected when a handshake succeeded may be the peer, and the
+        link is cut when they all have left. ZeroMQ doesn't say whose handshake it was.
+        """
+        if event == zmq.Event.CONNECTED:
+            self.peers = {value}
+        elif event == zmq.Event.ACCEPTED:
+            self.accepted.add(value)
+        elif event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self.peers = self.peers or set(self.accepted)
+        elif event == zmq.Event.DISCONNECTED:
+            was_peer = value in self.peers
+            self.accepted.discard(value)
+            self.peers.discard(value)
+            return was_peer and not self.peers
+        return event == zmq.Event.CONNECT_RETRIED
+
+
+class LinkWatch:
+    """A thread that calls `on_cut`, at most once, with the error that names the first link that is cut.
+
+    Of one context there may be one watch.
+    """
+
+    def __init__(self, on_cut: Callable[[PipelineError], None]) -> None:
+        self._on_cut = on_cut
+        self._ends: dict[zmq.Socket[bytes], _End] = {}  # by the socket that brings its events
+        self._thread: threading.Thread | None = None
+
+    def add(self, socket: zmq.Socket[Any], name: str) -> None:
+        """Before it is bound or connected, and before `start`; `name` says what the link is for."""
+        address = f"inproc://link-watch-{len(self._ends)}"
+        socket.monitor(address, _EVENTS)
+        events = zmq.Context[zmq.Socket[bytes]](socket.context).socket(zmq.PAIR)
+        events.connect(address)
+        self._ends[events] = _End(socket, name)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="link-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, if it has not been ended. The sockets must still be open, and no other thread use them."""
+        for end in self._ends.values():
+            end.socket.disable_monitor()
+        if self._thread is not None:
+            self._thread.join()
+        for events in self._ends:
+            events.close(linger=0)
+        self._ends.clear()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        for events in self._ends:
+            poller.register(events, zmq.POLLIN)
+        is_told = False
+        while True:
+            for events, _ in poller.poll():
+                event, value = struct.unpack("=hi", events.recv_multipart()[0])
+                if event == zmq.Event.MONITOR_STOPPED:
+                    return
+                end = self._ends[events]
+                if end.is_cut_by(event, value) and not is_told:
+                    is_told = True
+                    self._on_cut(PipelineError(f"the link for {end.name} was cut"))

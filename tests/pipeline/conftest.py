@@ -1,0 +1,22 @@
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from gptj_serve.pipeline.sockets import CurveKeys
+from gptj_serve.pipeline.stage_runner import StageRunner
+from tests.pipeline.linked import LinkedPipeline
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Sequence[StageRunner]], LinkedPipeline]:
+    """Makes pipelines over ipc sockets, or over TCP with keys."""
+    numbers = itertools.count()
+
+    def make(runners: Sequence[StageRunner]) -> LinkedPipeline:
+        if request.param == "ipc":
+            return LinkedPipeline(runners, lambda name: f"ipc://{tmp_path}/{next(numbers)}-{name}", lambda: None)
+        return LinkedPipeline(runners, lambda _: "tcp://127.0.0.1", CurveKeys.generate)
+
+    return make

@@ -1,0 +1,190 @@
+"""A link that is cut while both its ends live is noticed at once, and costs nothing but time."""
+
+import asyncio
+import itertools
+import os
+import random
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from gptj_serve.errors import PipelineError
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.pipeline.in_process import InProcessPipeline
+from gptj_serve.pipeline.sockets import CurveKeys, connect_sender
+from gptj_serve.steps import MicroBatch, Row, StepOutput
+from tests.pipeline.linked import LinkedPipeline, generate_all, make_runners, open_links
+
+STEP = MicroBatch(0, [Row([1, 2, 3], 0, [0])])
+
+
+def address_of(pipeline: LinkedPipeline, link: str) -> str:
+    return {
+        "steps to stage 0": pipeline.addresses[0].steps,
+        "steps to stage 1": pipeline.addresses[1].steps,
+        "hidden": pipeline.addresses[1].hidden,
+        "results": pipeline.results_address,
+    }[link]
+
+
+def open_sockets() -> Iterator[socket.socket]:
+    """This process's, each as a duplicate."""
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            duplicate = os.dup(int(number))
+        except OSError:
+            continue
+        try:
+            yield socket.socket(fileno=duplicate)
+        except OSError:
+            os.close(duplicate)
+
+
+def cut(address: str) -> None:
+    """End the connections to a receiver's address, as a network may: whoever holds them is not asked."""
+    path = address.removeprefix("ipc://")
+    num_cut = 0
+    for one in open_sockets():
+        with one:
+            try:
+                name = one.getpeername()
+            except OSError:
+                continue
+            if name == path or (isinstance(name, tuple) and address == f"tcp://{name[0]}:{name[1]}"):
+                one.shutdown(socket.SHUT_RDWR)
+                num_cut += 1
+    assert num_cut == 1
+
+
+NAMED_BY = {
+    "steps to stage 0": {"engine": "steps to stage 0", 0: "steps from the engine"},
+    "steps to stage 1": {"engine": "steps to stage 1", 1: "steps from the engine"},
+    "hidden": {0: "hidden states to the next stage", 1: "hidden states from the stage before"},
+    "results": {"engine": "results from the last stage", 1: "results to the engine"},
+}
+"""Per link: what its ends, the engine or a stage's loop, call it."""
+
+
+@pytest.mark.parametrize("link", NAMED_BY)
+async def test_a_cut_is_told_by_both_ends(tiny_gptj, linked, link: str) -> None:
+    async with open_links(linked(make_runners(Checkpoint.open(tiny_gptj()), 2))) as pipeline:
+        assert await pipeline.run(STEP) == StepOutput(0, [None])
+        cut(address_of(pipeline, link))
+        for end, name in NAMED_BY[link].items():
+            told = pipeline.links.watch() if end == "engine" else asyncio.wrap_future(pipeline.loops[end].failure)
+            with pytest.raises(PipelineError, match=f"the link for {name} was cut"):
+                await asyncio.wait_for(told, timeout=5)
+        with pytest.raises(PipelineError, match="was cut"):
+            await pipeline.watch()
+        assert [loop.failure.done() for loop in pipeline.loops] == [index in NAMED_BY[link] for index in (0, 1)]
+
+
+async def test_a_cut_is_noticed_at_once(tiny_gptj, linked) -> None:
+    """Not after `step_timeout_s`, nor when the stage is done: this one is held up in the middle of its step."""
+    runners = make_runners(Checkpoint.open(tiny_gptj()), 2)
+    held_up = threading.Event()
+    runners[1].stage.register_forward_pre_hook(lambda *_: held_up.wait(10) and None)
+    noticed_after_s = []
+    for link in NAMED_BY:
+        held_up.clear()
+        async with open_links(linked(runners)) as pipeline:
+            step, watch = asyncio.create_task(pipeline.run(STEP)), asyncio.create_task(pipeline.watch())
+            await asyncio.sleep(0.1)
+            assert not step.done()
+            cut_at = time.monotonic()
+            cut(address_of(pipeline, link))
+            with pytest.raises(PipelineError, match="was cut"):
+                await watch
+            noticed_after_s.append(time.monotonic() - cut_at)
+            held_up.set()
+            step.cancel()
+    assert statistics.median(noticed_after_s) < 0.2
+    assert max(noticed_after_s) < 5
+
+
+async def test_answers_are_exact_however_often_links_are_cut(tiny_gptj, linked) -> None:
+    checkpoint = Checkpoint.open(tiny_gptj())
+    in_process = InProcessPipeline(make_runners(checkpoint, 2))
+    expected = await generate_all(checkpoint, in_process, 2, max_new_tokens=40)
+    in_process.close()
+    rng = random.Random(0)
+
+    async def cut_links(pipeline: LinkedPipeline) -> None:
+        for link in [*NAMED_BY, *NAMED_BY]:
+            num_recoveries, enough = pipeline.num_recoveries, pipeline.num_steps + rng.randrange(3, 12)
+            while pipeline.num_steps < enough:
+                await asyncio.sleep(0)
+            cut(address_of(pipeline, link))
+            while pipeline.num_recoveries == num_recoveries:
+                await asyncio.sleep(0.001)
+
+    async with open_links(linked(make_runners(checkpoint, 2))) as pipeline:
+        cutter = asyncio.create_task(cut_links(pipeline))
+        answers = await generate_all(checkpoint, pipeline, 2, max_new_tokens=40)
+        await cutter
+        assert answers == expected
+        assert pipeline.num_recoveries == 8
+
+
+async def test_an_unlinked_socket_file_disturbs_no_link(tiny_gptj, tmp_path: Path) -> None:
+    """A link that stands needs its file no longer, and a recovery makes new ones."""
+    numbers = itertools.count()
+    runners = make_runners(Checkpoint.open(tiny_gptj()), 2)
+    pipeline = LinkedPipeline(runners, lambda name: f"ipc://{tmp_path}/{next(numbers)}-{name}", lambda: None)
+    async with open_links(pipeline):
+        assert await pipeline.run(STEP) == StepOutput(0, [None])
+        for path in tmp_path.iterdir():
+            path.unlink()
+        assert await pipeline.run(MicroBatch(1, STEP.rows)) == StepOutput(1, [None])
+        cut(address_of(pipeline, "hidden"))
+        with pytest.raises(PipelineError, match="hidden states"):
+            await asyncio.wait_for(pipeline.watch(), timeout=5)
+        await pipeline.recover()
+        assert await pipeline.run(STEP) == StepOutput(0, [None])
+
+
+@pytest.mark.parametrize("link", NAMED_BY)
+async def test_a_link_that_can_not_be_made_is_told(tiny_gptj, tmp_path: Path, link: str) -> None:
+    """Its socket file is gone before the sender comes."""
+    pipeline = LinkedPipeline(
+        make_runners(Checkpoint.open(tiny_gptj()), 2), lambda name: f"ipc://{tmp_path}/{name}", lambda: None
+    )
+    Path(address_of(pipeline, link).removeprefix("ipc://")).unlink()
+    async with open_links(pipeline):
+        with pytest.raises(PipelineError, match="was cut"):
+            await asyncio.wait_for(pipeline.watch(), timeout=5)
+
+
+async def test_strangers_cut_nothing(tiny_gptj) -> None:
+    """Whoever knocks at a TCP port: one that says nothing, one that speaks HTTP, one with other keys."""
+    keys = CurveKeys.generate()
+    runners = make_runners(Checkpoint.open(tiny_gptj()), 2)
+    pipeline = LinkedPipeline(runners, lambda _: "tcp://127.0.0.1", lambda: keys)
+    context = zmq.Context[zmq.Socket[bytes]]()
+    silent, foes = [], []
+    try:
+        for link in NAMED_BY:
+            host, port = address_of(pipeline, link).removeprefix("tcp://").split(":")
+            silent.append(socket.create_connection((host, int(port))))  # before the peer comes, and stays
+        async with open_links(pipeline):
+            assert await pipeline.run(STEP) == StepOutput(0, [None])
+            for link in NAMED_BY:
+                host, port = address_of(pipeline, link).removeprefix("tcp://").split(":")
+                with socket.create_connection((host, int(port))) as speaker:
+                    speaker.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b" " * 100)
+                foes.append(context.socket(zmq.PUSH))
+                connect_sender(foes[-1], address_of(pipeline, link), CurveKeys.generate())
+            await asyncio.sleep(0.3)
+            for one in silent:
+                one.close()
+            await asyncio.sleep(0.1)
+            assert await pipeline.run(MicroBatch(1, STEP.rows)) == StepOutput(1, [None])
+            assert [loop.failure.done() for loop in pipeline.loops] == [False, False]
+    finally:
+        context.destroy(linger=0)
