@@ -34,7 +34,7 @@ BUSY = {503, 504}
 TIMEOUT_S = 120.0
 GOLDEN = {"prompt": "The President said", "max_tokens": 24, "temperature": 0.9, "seed": 7, "stream": True}
 GOLDEN_PAUSE_S = 0.2
-CHANGING = re.compile(rb'"(id|created)":("[^"]*"|[0-9]+)')
+CHANGING = re.compile(rb'"(id|created)":("[^"]*"|[0-9]+)|\nid: .*')
 
 
 def fuzz(url: str, num_cases: int, *, derandomize: bool = False) -> Counter[str]:
