@@ -351,7 +351,7 @@ def test_stop_ends_the_waiting_for_a_new_connection(open_page: OpenPage) -> None
     page.route(
         "**/generate",
         lambda route: (
-            route.abort()
+            route.fulfill(status=503, json={"error": "no pipeline", "error_type": "overloaded"})
             if "last-event-id" in route.request.headers
             else route.fulfill(content_type="text/event-stream", body=body)
         ),
