@@ -81,8 +81,11 @@ class AnswerStream:
         self.num_tokens = 0
         self._origin = origin
         self._sent = sent
-        self._counts: list[int] = []
+        self._counts: list[int] = []  # of each choice's events
+        self._shown_counts: list[str] = []
+        self._num_closing = 0  # events of no choice
         self._checksums: list[int] = []
+        self._sum_of_checksums = 0
 
     @classmethod
     def of(cls, kind: str, body: BaseModel, parameters: Repeatable, last_event_id: str | None) -> Self:
@@ -111,8 +114,8 @@ class AnswerStream:
     def event_id(self) -> str | None:
         if not self._origin:
             return None
-        counts = "-".join(map(str, self._counts))
-        checksum = zlib.crc32(counts.encode(), sum(self._checksums) & _CHECKSUM_MASK)
+        counts = f"{'-'.join(self._shown_counts)}-{self._num_closing}"
+        checksum = zlib.crc32(counts.encode(), self._sum_of_checksums & _CHECKSUM_MASK)
         return f"1.{self._origin}.{counts}.{checksum:08x}"
 
     async def rest(
@@ -122,8 +125,9 @@ class AnswerStream:
 
         Before the first one it raises `InvalidHeaderError` if what was sent does not come out the same again.
         """
-        self._counts = [0] * (num_choices + 1)
-        self._checksums = list(range(num_choices))  # so that equal choices count each for itself
+        self._counts = [0] * num_choices
+        self._shown_counts = ["0"] * num_choices
+        self._checksums = list(range(num_choices))  # each begins otherwise, though choices may be equal
         sent = self._sent
         if sent is not None and (len(sent.counts) != num_choices + 1 or sent.counts[-1] > num_closing):
             raise self._refused(sent)
@@ -136,21 +140,25 @@ class AnswerStream:
                     continue
                 num_missing -= 1
                 if num_missing == 0 and sent is not None:
-                    self._counts[-1] = sent.counts[-1]
+                    self._num_closing = sent.counts[-1]
                     if self.event_id != sent.event_id:
                         raise self._refused(sent)
-                    self._counts[-1] = 0
+                    self._num_closing = 0
 
     def closes(self) -> bool:
         """Count an event that is of no choice and comes after all of them; whether it is still to be sent."""
-        self._counts[-1] += 1
-        return self._sent is None or self._counts[-1] > self._sent.counts[-1]
+        self._num_closing += 1
+        return self._sent is None or self._num_closing > self._sent.counts[-1]
 
     def _count(self, event: ChoiceEvent[T]) -> None:
-        tokens = struct.pack(f"<{len(event.token_ids)}I", *event.token_ids)
-        self._checksums[event.choice_index] = zlib.crc32(tokens, self._checksums[event.choice_index])
-        self._counts[event.choice_index] += 1
-        self.num_tokens += len(event.token_ids)
+        index, _, token_ids = event
+        before = self._checksums[index]
+        after = zlib.crc32(struct.pack(f"<{len(token_ids)}I", *token_ids), before)
+        self._checksums[index] = after
+        self._sum_of_checksums += after - before
+        self._counts[index] += 1
+        self._shown_counts[index] = str(self._counts[index])
+        self.num_tokens += len(token_ids)
 
     async def _sent_first(self, events: AsyncGenerator[ChoiceEvent[T]], sent: _Sent) -> AsyncGenerator[ChoiceEvent[T]]:
         """Choices may come interleaved otherwise than they did: what is ahead of the client's place waits."""

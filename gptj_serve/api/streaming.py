@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import msgspec
 from fastapi.responses import StreamingResponse
-from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from gptj_serve.api.errors import INTERNAL_ERROR, ErrorBody
@@ -56,7 +55,7 @@ async def event_stream(
             yield _encode(error_body(INTERNAL_ERROR))
             return
         if end_marker is not None and answer.closes():
-            yield format_sse_event(data_str=end_marker, id=answer.event_id)
+            yield _event(end_marker.encode(), answer.event_id)
 
     return _EventStreamResponse(events, encoded())
 
@@ -108,4 +107,9 @@ async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tupl
 
 
 def _encode(body: Mapping[str, object], event_id: str | None = None) -> bytes:
-    return format_sse_event(data_str=msgspec.json.encode(body).decode(), id=event_id)
+    return _event(msgspec.json.encode(body), event_id)
+
+
+def _event(data: bytes, event_id: str | None) -> bytes:
+    """`data` is one line, as the encoder's JSON always is."""
+    return b"data: %b\n\n" % data if event_id is None else b"data: %b\nid: %b\n\n" % (data, event_id.encode())
