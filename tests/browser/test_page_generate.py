@@ -281,7 +281,7 @@ def test_other_errors_are_alerts(open_page: OpenPage) -> None:
 def test_a_stream_that_breaks_is_taken_up_again(open_page: OpenPage, live: LiveApp) -> None:
     """The connection is cut in the middle of an event, twice, and then once refused."""
     page = open_page()
-    body = {"inputs": "The ship", "parameters": {"max_new_tokens": 30, "seed": 3, "temperature": 1, "top_n_tokens": 5}}
+    body = {"inputs": "The ship", "parameters": {"max_new_tokens": 12, "seed": 3, "temperature": 1, "top_n_tokens": 5}}
     expected = live.post("generate", body)["generated_text"]
     asked_from = []
 
@@ -292,7 +292,7 @@ def test_a_stream_that_breaks_is_taken_up_again(open_page: OpenPage, live: LiveA
             return
         response = route.fetch()
         whole = response.text().split("\n\n")
-        cut_text = "\n\n".join(whole[:7]) + "\n\n" + whole[7][:20] if len(asked_from) < 3 else response.text()
+        cut_text = "\n\n".join(whole[:4]) + "\n\n" + whole[4][:20] if len(asked_from) < 3 else response.text()
         route.fulfill(status=200, headers={"content-type": "text/event-stream"}, body=cut_text)
 
     page.evaluate(
@@ -304,12 +304,15 @@ def test_a_stream_that_breaks_is_taken_up_again(open_page: OpenPage, live: LiveA
         }"""
     )
     page.route("**/generate", cut)
-    generate(page, inputs="The ship", max_new_tokens=30, seed=3, temperature=1)
+    fill(page, inputs="The ship", max_new_tokens=12, seed=3, temperature=1)
+    start(page)
+    status = page.locator("#panel-generate [role=status]")
+    expect(status).to_have_text("Finished: 12 tokens, ended by its length.", timeout=20_000)
     assert "".join(tokens(page).all_text_contents()) == expected
     assert page.evaluate("said") == [
         "Working.",
         *["The connection was lost. Reconnecting.", "Working."] * 2,
-        "Finished: 30 tokens, ended by its length.",
+        "Finished: 12 tokens, ended by its length.",
     ]
     assert len(asked_from) == 4
     assert asked_from[0] is None
