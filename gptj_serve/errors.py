@@ -6,6 +6,7 @@ GPTJServeError
 │   └── ConversionError     a sound checkpoint can't be written elsewhere as asked
 ├── DataError               a file of examples can't be used; the message names file, line and field
 ├── InvalidRequestError     the request itself is at fault; carries the field and its value
+│   ├── InvalidHeaderError  a header of it is, not its body
 │   └── InvalidOptionError  an option of `generate` is; a ValueError besides, as in transformers
 ├── UnauthorizedError       the caller's API key is missing or wrong
 ├── OverloadedError         the service can't take the request now; worth another try later
@@ -53,6 +54,10 @@ class InvalidRequestError(GPTJServeError):
 
     def __str__(self) -> str:
         return f"{self.field}={_shortened(self.value)}: {self.reason}"
+
+
+class InvalidHeaderError(InvalidRequestError):
+    """A header of the request is at fault; `field` is its name."""
 
 
 class InvalidOptionError(InvalidRequestError, ValueError):

@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 from gptj_serve.api.chat_schemas import ChatCompletionRequest, ChatMessage, ChatPrompt
 from gptj_serve.api.completion_plan import Plan, candidates_of, check_choices, sampling_of
-from gptj_serve.api.completions import FINISH_REASONS, new_id, usage_of
+from gptj_serve.api.completions import FINISH_REASONS, new_id
 from gptj_serve.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from gptj_serve.api.openai_responses import (
     ChatChoice,
@@ -16,7 +16,9 @@ from gptj_serve.api.openai_responses import (
     ChatDelta,
     ChatLogprobs,
 )
+from gptj_serve.api.openai_streams import stream_chunks, usage_of
 from gptj_serve.api.pieces import Piece, stream_choices, whole_choices
+from gptj_serve.api.resumption import AnswerStream, ChoiceEvent
 from gptj_serve.api.service import MAX_CHARACTERS_ON_LOOP, Service, off_loop
 from gptj_serve.errors import InvalidRequestError
 
@@ -111,35 +113,24 @@ async def complete_chat(service: Service, plan: Plan) -> ChatCompletion:
     return answer
 
 
-async def stream_chat(service: Service, plan: Plan) -> AsyncGenerator[ChatCompletionChunk]:
-    """Of each choice first the role, then its pieces as they come; the usage, if wanted, after all of them."""
-    include_usage = plan.body.includes_usage
-    answer_id, created = new_id("chatcmpl"), int(time.time())
-    num_tokens = 0
+def stream_chat(
+    service: Service, plan: Plan, answer: AnswerStream | None = None
+) -> AsyncGenerator[ChatCompletionChunk]:
+    """Of each choice first the role, then its pieces as they come; the usage, if wanted, after all of them. What was
+    sent is not."""
+    events = _choice_events(service, plan)
+    return stream_chunks(service, plan, answer or AnswerStream(), events, "chat.completion.chunk", "chatcmpl")
+
+
+async def _choice_events(service: Service, plan: Plan) -> AsyncGenerator[ChoiceEvent[ChatChunkChoice]]:
     begun: set[int] = set()
-
-    def chunk(choices: list[ChatChunkChoice], *, is_last: bool = False) -> ChatCompletionChunk:
-        body: ChatCompletionChunk = {
-            "id": answer_id,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": service.config.served_name,
-            "choices": choices,
-        }
-        if include_usage:
-            shows_usage = is_last or plan.body.includes_continuous_usage
-            body["usage"] = usage_of(plan, num_tokens) if shows_usage else None
-        return body
-
     async with aclosing(stream_choices(service, plan)) as pieces:
         async for index, piece in pieces:
             if index not in begun:
                 begun.add(index)
-                yield chunk([_beginning(index)])
-            num_tokens += len(piece.tokens)
-            yield chunk([_chunk_choice(service, plan, index, piece)])
-    if include_usage:
-        yield chunk([], is_last=True)
+                yield ChoiceEvent(index, _beginning(index), [])
+            token_ids = [token.token_id for token in piece.tokens]
+            yield ChoiceEvent(index, _chunk_choice(service, plan, index, piece), token_ids)
 
 
 def _check(body: ChatCompletionRequest) -> None:

@@ -7,8 +7,10 @@ from contextlib import aclosing
 
 from gptj_serve.api.completion_plan import Plan
 from gptj_serve.api.logprobs import openai_logprobs, vllm_prompt_logprobs
-from gptj_serve.api.openai_responses import Completion, CompletionChoice, CompletionChunk, FinishReasonName, Usage
+from gptj_serve.api.openai_responses import Completion, CompletionChoice, CompletionChunk, FinishReasonName
+from gptj_serve.api.openai_streams import stream_chunks, usage_of
 from gptj_serve.api.pieces import Piece, said, stream_choices, whole_choices
+from gptj_serve.api.resumption import AnswerStream, ChoiceEvent
 from gptj_serve.api.service import Service
 from gptj_serve.types import FinishReason
 
@@ -32,45 +34,25 @@ async def complete(service: Service, plan: Plan) -> Completion:
     }
 
 
-async def stream_completion(service: Service, plan: Plan) -> AsyncGenerator[CompletionChunk]:
-    """A chunk per piece of any choice, as they come; the usage, if wanted, after all of them."""
-    include_usage = plan.body.includes_usage
-    answer_id, created = new_id("cmpl"), int(time.time())
-    num_tokens = 0
-    offsets = [0] * len(plan.candidates)
-
-    def chunk(choices: list[CompletionChoice], *, is_last: bool = False) -> CompletionChunk:
-        body: CompletionChunk = {
-            "id": answer_id,
-            "object": "text_completion",
-            "created": created,
-            "model": service.config.served_name,
-            "choices": choices,
-        }
-        if include_usage:
-            shows_usage = is_last or plan.body.includes_continuous_usage
-            body["usage"] = usage_of(plan, num_tokens) if shows_usage else None
-        return body
-
-    async with aclosing(stream_choices(service, plan)) as pieces:
-        async for index, piece in pieces:
-            num_tokens += len(piece.tokens)
-            yield chunk([_choice(service, plan, index, piece, offsets[index])])
-            offsets[index] += sum(len(token.text) for token in said(plan, piece))
-    if include_usage:
-        yield chunk([], is_last=True)
+def stream_completion(
+    service: Service, plan: Plan, answer: AnswerStream | None = None
+) -> AsyncGenerator[CompletionChunk]:
+    """A chunk per piece of any choice, as they come; the usage, if wanted, after all of them. What was sent is not."""
+    events = _choice_events(service, plan)
+    return stream_chunks(service, plan, answer or AnswerStream(), events, "text_completion", "cmpl")
 
 
 def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-def usage_of(plan: Plan, num_completion_tokens: int) -> Usage:
-    return {
-        "prompt_tokens": plan.num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": plan.num_prompt_tokens + num_completion_tokens,
-    }
+async def _choice_events(service: Service, plan: Plan) -> AsyncGenerator[ChoiceEvent[CompletionChoice]]:
+    offsets = [0] * len(plan.candidates)
+    async with aclosing(stream_choices(service, plan)) as pieces:
+        async for index, piece in pieces:
+            token_ids = [token.token_id for token in piece.tokens]
+            yield ChoiceEvent(index, _choice(service, plan, index, piece, offsets[index]), token_ids)
+            offsets[index] += sum(len(token.text) for token in said(plan, piece))
 
 
 def _choice(service: Service, plan: Plan, index: int, piece: Piece, text_offset: int) -> CompletionChoice:

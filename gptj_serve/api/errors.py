@@ -14,6 +14,7 @@ from gptj_serve.api.openai_responses import OpenAIError
 from gptj_serve.api.route_path import route_path
 from gptj_serve.errors import (
     GPTJServeError,
+    InvalidHeaderError,
     InvalidRequestError,
     OverloadedError,
     RateLimitedError,
@@ -29,6 +30,7 @@ ErrorBody = Callable[[GPTJServeError], HuggingFaceError | OpenAIError]
 
 _ERRORS: dict[type[Exception], tuple[int, str]] = {
     InvalidRequestError: (422, "validation"),
+    InvalidHeaderError: (400, "validation"),
     UnauthorizedError: (401, "authentication"),
     RateLimitedError: (429, "rate_limit"),
     OverloadedError: (503, "overloaded"),

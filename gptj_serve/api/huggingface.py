@@ -23,6 +23,7 @@ from gptj_serve.api.huggingface_responses import (
     QAAnswers,
 )
 from gptj_serve.api.huggingface_schemas import ClassifyRequest, GenerateRequest, QARequest
+from gptj_serve.api.resumption import AnswerStream, LastEventID, refuse_if_whole
 from gptj_serve.api.route_docs import hugging_face_answers
 from gptj_serve.api.service import Service
 from gptj_serve.api.streaming import event_stream
@@ -51,11 +52,12 @@ _QA_ANSWERS = hugging_face_answers(QAAnswers, "The answers, best first.")
         GenerateAnswers, "The text; a list for num_return_sequences over 1.", events=GenerateEvent
     ),
 )
-async def generate(body: GenerateBody, request: Request) -> Response:
+async def generate(body: GenerateBody, request: Request, last_event_id: LastEventID) -> Response:
     """TGI's `/generate`; with `"stream": true`, server-sent events, one per token."""
     service: Service = request.app.state.service
     if body.stream:
-        return await event_stream(generate_stream(service, body), hugging_face_error)
+        return await _stream(service, body, last_event_id)
+    refuse_if_whole(last_event_id)
     return JSONResponse(await generate_whole(service, body))
 
 
@@ -65,9 +67,9 @@ async def generate(body: GenerateBody, request: Request) -> Response:
     response_class=StreamingResponse,
     responses=hugging_face_answers(None, "The text, as it comes.", events=GenerateEvent),
 )
-async def stream_generate(body: StreamBody, request: Request) -> Response:
+async def stream_generate(body: StreamBody, request: Request, last_event_id: LastEventID) -> Response:
     """TGI's `/generate_stream`: always server-sent events."""
-    return await event_stream(generate_stream(request.app.state.service, body), hugging_face_error)
+    return await _stream(request.app.state.service, body, last_event_id)
 
 
 @router.post("/classify", summary="Classify texts", responses=_CLASSIFY_ANSWERS)
@@ -132,6 +134,13 @@ async def answer_whole(service: Service, body: QARequest) -> QAAnswers:
         return per_question if isinstance(body.inputs, list) else per_question[0]
     best = [answers[0] for answers in per_question]
     return best if isinstance(body.inputs, list) else best[0]
+
+
+async def _stream(service: Service, body: GenerateRequest, last_event_id: str | None) -> StreamingResponse:
+    answer = AnswerStream.of("/generate", body, body.parameters, last_event_id)
+    parameters = body.parameters.model_copy(update={"seed": answer.seed})
+    seeded = body.model_copy(update={"parameters": parameters})
+    return await event_stream(generate_stream(service, seeded, answer), answer, hugging_face_error)
 
 
 def _check_head(service: Service, head: str, model: str | None, kind: str, task: str) -> None:

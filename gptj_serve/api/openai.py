@@ -23,6 +23,7 @@ from gptj_serve.api.openai_responses import (
     ModelList,
 )
 from gptj_serve.api.openai_schemas import CompletionRequest
+from gptj_serve.api.resumption import AnswerStream, LastEventID, refuse_if_whole
 from gptj_serve.api.route_docs import END_OF_STREAM, openai_answers
 from gptj_serve.api.service import Service
 from gptj_serve.api.streaming import event_stream
@@ -58,7 +59,9 @@ async def get_model(model: str, request: Request) -> Response:
     responses=openai_answers(Completion, "The choices, in the order of the prompts.", events=CompletionChunk),
 )
 async def create_completion(
-    body: Annotated[CompletionRequest, Body(openapi_examples=examples.COMPLETIONS)], request: Request
+    body: Annotated[CompletionRequest, Body(openapi_examples=examples.COMPLETIONS)],
+    request: Request,
+    last_event_id: LastEventID,
 ) -> Response:
     """OpenAI's `/v1/completions`, with vLLM's and transformers' names for what OpenAI lacks.
 
@@ -66,10 +69,12 @@ async def create_completion(
     """
     service: Service = request.app.state.service
     service.check_model(body.model)
-    plan = await make_plan(service, body)
     if body.stream:
-        return await event_stream(stream_completion(service, plan), openai_error, end_marker=END_OF_STREAM)
-    return JSONResponse(await complete(service, plan))
+        answer = AnswerStream.of("/v1/completions", body, body, last_event_id)
+        plan = await make_plan(service, body.model_copy(update={"seed": answer.seed}))
+        return await event_stream(stream_completion(service, plan, answer), answer, openai_error, END_OF_STREAM)
+    refuse_if_whole(last_event_id)
+    return JSONResponse(await complete(service, await make_plan(service, body)))
 
 
 @router.post(
@@ -78,7 +83,9 @@ async def create_completion(
     responses=openai_answers(ChatCompletion, "The choices.", events=ChatCompletionChunk),
 )
 async def create_chat_completion(
-    body: Annotated[ChatCompletionRequest, Body(openapi_examples=examples.CHATS)], request: Request
+    body: Annotated[ChatCompletionRequest, Body(openapi_examples=examples.CHATS)],
+    request: Request,
+    last_event_id: LastEventID,
 ) -> Response:
     """OpenAI's `/v1/chat/completions`, with vLLM's and transformers' names for what OpenAI lacks.
 
@@ -87,10 +94,12 @@ async def create_chat_completion(
     """
     service: Service = request.app.state.service
     service.check_model(body.model)
-    plan = await make_chat_plan(service, body)
     if body.stream:
-        return await event_stream(stream_chat(service, plan), openai_error, end_marker=END_OF_STREAM)
-    return JSONResponse(await complete_chat(service, plan))
+        answer = AnswerStream.of("/v1/chat/completions", body, body, last_event_id)
+        plan = await make_chat_plan(service, body.model_copy(update={"seed": answer.seed}))
+        return await event_stream(stream_chat(service, plan, answer), answer, openai_error, END_OF_STREAM)
+    refuse_if_whole(last_event_id)
+    return JSONResponse(await complete_chat(service, await make_chat_plan(service, body)))
 
 
 @router.post(

@@ -92,7 +92,8 @@ def _event(events: type, error: type, ends: str | None) -> dict[str, Any]:
     }
     if ends is not None:
         data = {"anyOf": [data, {"const": ends, "description": "The end of a stream that came to its end."}]}
-    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    event_id = {"type": "string", "description": "What to send as Last-Event-ID for the events after this one."}
+    return {"type": "object", "properties": {"data": data, "id": event_id}, "required": ["data"]}
 
 
 def _add_events(components: dict[str, Any]) -> None:

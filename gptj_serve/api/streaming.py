@@ -8,11 +8,11 @@ from typing import TypeVar
 
 import msgspec
 from fastapi.responses import StreamingResponse
-from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from gptj_serve.api.errors import INTERNAL_ERROR, ErrorBody
 from gptj_serve.api.request_context import current_request
+from gptj_serve.api.resumption import AnswerStream
 from gptj_serve.errors import GPTJServeError
 
 logger = logging.getLogger(__name__)
@@ -23,21 +23,25 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latte
 
 
 async def event_stream(
-    events: AsyncGenerator[Mapping[str, object]], error_body: ErrorBody, end_marker: str | None = None
+    events: AsyncGenerator[Mapping[str, object]],
+    answer: AnswerStream,
+    error_body: ErrorBody,
+    end_marker: str | None = None,
 ) -> StreamingResponse:
-    """Send each object as one event.
+    """Send each object as one event, with the id that `answer` has for it.
 
     The first one is awaited here, so that a request that fails before it gets an ordinary error response; a later
-    failure becomes a last event with the error object.
+    failure becomes a last event with the error object. That has no id: the stream can be taken up before it.
     """
     first = await anext(events, None)
+    encoded_first = None if first is None else _encode(first, answer.event_id)
 
     async def encoded() -> AsyncGenerator[bytes]:
         try:
-            if first is not None:
-                yield _encode(first)
+            if encoded_first is not None:
+                yield encoded_first
             async for event in events:
-                yield _encode(event)
+                yield _encode(event, answer.event_id)
         except GPTJServeError as error:
             yield _encode(error_body(error))
             return
@@ -50,8 +54,8 @@ async def event_stream(
             )
             yield _encode(error_body(INTERNAL_ERROR))
             return
-        if end_marker is not None:
-            yield format_sse_event(data_str=end_marker)
+        if end_marker is not None and answer.closes():
+            yield _event(end_marker.encode(), answer.event_id)
 
     return _EventStreamResponse(events, encoded())
 
@@ -102,5 +106,10 @@ async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tupl
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-def _encode(body: Mapping[str, object]) -> bytes:
-    return format_sse_event(data_str=msgspec.json.encode(body).decode())
+def _encode(body: Mapping[str, object], event_id: str | None = None) -> bytes:
+    return _event(msgspec.json.encode(body), event_id)
+
+
+def _event(data: bytes, event_id: str | None) -> bytes:
+    """`data` is one line, as the encoder's JSON always is."""
+    return b"data: %b\n\n" % data if event_id is None else b"data: %b\nid: %b\n\n" % (data, event_id.encode())

@@ -18,6 +18,7 @@ from gptj_serve.api.huggingface_responses import (
 )
 from gptj_serve.api.huggingface_schemas import GenerateParameters, GenerateRequest
 from gptj_serve.api.logprobs import ScoredToken, mean_logprob, scored_prompt
+from gptj_serve.api.resumption import AnswerStream, ChoiceEvent
 from gptj_serve.api.sampling import for_sequence, make_beams, make_params, make_warpers, new_seed
 from gptj_serve.api.service import Service, run_all
 from gptj_serve.errors import InvalidRequestError
@@ -75,9 +76,18 @@ async def generate_whole(service: Service, body: GenerateRequest) -> GenerateAns
     return _answer_body(service, plan, best, [answer for answer in answers if answer is not best], prompt_scores)
 
 
-async def generate_stream(service: Service, body: GenerateRequest) -> AsyncGenerator[GenerateEvent]:
-    """TGI's events: each token, and with the last one the whole text."""
+async def generate_stream(
+    service: Service, body: GenerateRequest, answer: AnswerStream | None = None
+) -> AsyncGenerator[GenerateEvent]:
+    """TGI's events: each token, and with the last one the whole text; those that were not sent yet."""
     plan = await _make_plan(service, body, is_streamed=True)
+    answer = answer or AnswerStream()
+    async with aclosing(answer.rest(_token_events(service, plan), num_choices=1, num_closing=0)) as events:
+        async for event in events:
+            yield event.body
+
+
+async def _token_events(service: Service, plan: _Plan) -> AsyncGenerator[ChoiceEvent[GenerateEvent]]:
     (params,) = plan.params
     text, num_tokens = "", 0
     async with aclosing(generate(service, plan.token_ids, params)) as stream:
@@ -99,7 +109,7 @@ async def generate_stream(service: Service, body: GenerateRequest) -> AsyncGener
                     "generated_tokens": num_tokens,
                     "seed": _shown_seed(params),
                 }
-            yield event
+            yield ChoiceEvent(0, event, [chunk.token.token_id])
 
 
 async def _make_plan(service: Service, body: GenerateRequest, *, is_streamed: bool) -> _Plan:

@@ -24,8 +24,9 @@ def events(response: httpx.Response) -> list[Any]:
     assert response.headers["cache-control"] == "no-cache"
     assert response.text.endswith("\n\n")
     blocks = response.text.removesuffix("\n\n").split("\n\n")
-    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
-    return [json.loads(data) if data.startswith("{") else data for data in (block[6:] for block in blocks)]
+    fields = [block.split("\n") for block in blocks]
+    assert all([line.partition(": ")[0] for line in lines] in (["data"], ["data", "id"]) for lines in fields)
+    return [json.loads(data) if data.startswith("{") else data for data in (lines[0][6:] for lines in fields)]
 
 
 class Call:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from live_app import LiveApp, OpenPage
-from playwright.sync_api import Locator, Page, Request, expect
+from playwright.sync_api import Locator, Page, Request, Route, expect
 
 from gptj_serve.api.huggingface_schemas import ClassifyParameters, GenerateParameters, QAParameters
 
@@ -276,6 +276,94 @@ def test_other_errors_are_alerts(open_page: OpenPage) -> None:
     page.unroute("**/generate")
     generate(page, max_new_tokens=2)
     expect(page.locator("#panel-generate [role=alert]")).to_have_text("")
+
+
+def test_a_stream_that_breaks_is_taken_up_again(open_page: OpenPage, live: LiveApp) -> None:
+    """The connection is cut in the middle of an event, twice, and then once refused."""
+    page = open_page()
+    body = {"inputs": "The ship", "parameters": {"max_new_tokens": 12, "seed": 3, "temperature": 1, "top_n_tokens": 5}}
+    expected = live.post("generate", body)["generated_text"]
+    asked_from = []
+
+    def cut(route: Route) -> None:
+        asked_from.append(route.request.headers.get("last-event-id"))
+        if len(asked_from) == 3:
+            route.fulfill(status=503, json={"error": "no pipeline", "error_type": "overloaded"})
+            return
+        response = route.fetch()
+        whole = response.text().split("\n\n")
+        cut_text = "\n\n".join(whole[:4]) + "\n\n" + whole[4][:20] if len(asked_from) < 3 else response.text()
+        route.fulfill(status=200, headers={"content-type": "text/event-stream"}, body=cut_text)
+
+    page.evaluate(
+        """() => {
+            window.said = [];
+            const status = document.querySelector("#panel-generate [role=status]");
+            new MutationObserver(() => said.push(status.textContent))
+                .observe(status, {childList: true, subtree: true, characterData: true});
+        }"""
+    )
+    page.route("**/generate", cut)
+    fill(page, inputs="The ship", max_new_tokens=12, seed=3, temperature=1)
+    start(page)
+    status = page.locator("#panel-generate [role=status]")
+    expect(status).to_have_text("Finished: 12 tokens, ended by its length.", timeout=20_000)
+    assert "".join(tokens(page).all_text_contents()) == expected
+    assert page.evaluate("said") == [
+        "Working.",
+        *["The connection was lost. Reconnecting.", "Working."] * 2,
+        "Finished: 12 tokens, ended by its length.",
+    ]
+    assert len(asked_from) == 4
+    assert asked_from[0] is None
+    assert asked_from[2] == asked_from[3]
+    assert asked_from[1] != asked_from[2]
+
+
+def test_a_stream_that_stays_broken_says_so(open_page: OpenPage) -> None:
+    page = open_page(prepare=lambda page: page.clock.install())
+    token = {"id": 1, "text": " then", "logprob": -0.5, "special": False}
+    body = f"data: {json.dumps({'index': 1, 'token': token, 'generated_text': None, 'details': None})}\nid: 1\n\n"
+    answers = [{"content_type": "text/event-stream", "body": body}]
+    refused = {"status": 503, "json": {"error": "no pipeline", "error_type": "overloaded"}}
+    asked = []
+
+    def fulfill(route: Route) -> None:
+        asked.append(route.request.headers.get("last-event-id"))
+        route.fulfill(**(answers.pop() if answers else refused))
+
+    page.route("**/generate", fulfill)
+    start(page)
+    said = page.locator("#panel-generate [role=status]")
+    alert = page.locator("#panel-generate [role=alert]")
+    expect(said).to_have_text("The connection was lost. Reconnecting.")
+    for _ in range(60):
+        page.clock.run_for(1000)
+        if alert.text_content():
+            break
+    expect(alert).to_have_text("no pipeline")
+    expect(said).to_have_text("")
+    assert asked == [None, *["1"] * 6]
+    assert tokens(page).all_text_contents() == [" then"]
+
+
+def test_stop_ends_the_waiting_for_a_new_connection(open_page: OpenPage) -> None:
+    page = open_page()
+    token = {"id": 1, "text": " then", "logprob": -0.5, "special": False}
+    body = f"data: {json.dumps({'index': 1, 'token': token, 'generated_text': None, 'details': None})}\nid: 1\n\n"
+    page.route(
+        "**/generate",
+        lambda route: (
+            route.fulfill(status=503, json={"error": "no pipeline", "error_type": "overloaded"})
+            if "last-event-id" in route.request.headers
+            else route.fulfill(content_type="text/event-stream", body=body)
+        ),
+    )
+    start(page)
+    said = page.locator("#panel-generate [role=status]")
+    expect(said).to_have_text("The connection was lost. Reconnecting.")
+    page.get_by_role("button", name="Stop").click()
+    expect(said).to_have_text("Stopped.")
 
 
 def test_an_error_in_a_stream_leaves_what_came_before(open_page: OpenPage) -> None:
