@@ -155,6 +155,17 @@ class Pooling(StrEnum):
     ALL = "all"  # every token's
 
 
+class ModelVersion(Struct, frozen=True):
+    """What answers depend on beside the request, as two digests; `model.version` makes them.
+
+    `text` covers what an ingress needs to know of the model: what token ids, heads and limits mean. `numbers` covers
+    what changes logits: weights and dtype. Tokens of different `numbers` never go into one answer.
+    """
+
+    text: str
+    numbers: str
+
+
 class EngineRequest(Struct, frozen=True, kw_only=True):
     """A validated, tokenized request.
 
@@ -162,6 +173,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     how a request moves to another pipeline (replay). `sampling` is set exactly when the task is GENERATE,
     `continuation_token_ids` exactly when it is SCORE. `head` matters to CLASSIFY and QA, `pooling` to CLASSIFY
     (where ALL is not allowed) and EMBED, `num_top_logprobs` to SCORE.
+
+    A pipeline of another `text_version` or `numbers_version` (of `ModelVersion`; empty: any) does not take it.
 
     A smaller `priority` is served sooner: one step of it counts as much as arriving `PRIORITY_STEP` requests earlier,
     so nothing waits for ever. Requests share computed blocks of a common prefix exactly if their `cache_salt` is equal.
@@ -178,6 +191,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     num_top_logprobs: Annotated[int, Meta(ge=0)] = 0
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     cache_salt: str = ""
+    text_version: str = ""
+    numbers_version: str = ""
     traceparent: str = ""  # of the span that the request belongs to (W3C Trace Context); empty: it is not traced
 
     @property
@@ -186,12 +201,19 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
         return len(self.prompt_token_ids) + len(self.continuation_token_ids)
 
 
-class Refusal(Struct, frozen=True):
+class Refusal(Struct, frozen=True, tag="refusal"):
     """`InvalidRequestError` on its way back: a pipeline can't take the request."""
 
     field: str
     value: Any
     reason: str
+
+
+class OtherVersion(Struct, frozen=True, tag="other_version"):
+    """A pipeline with another version of the model than the request asks for does not take it."""
+
+    replica_id: str
+    version: ModelVersion
 
 
 class FinishReason(StrEnum):
@@ -266,9 +288,13 @@ Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent
 
 
 class ReadinessEvent(Struct, frozen=True, array_like=True, tag="readiness"):
-    """Of no request: the pipeline is ready, or it has lost a stage and is bringing it back."""
+    """Of no request: the pipeline is ready, or it has lost a stage and is bringing it back.
+
+    The first one on a stream also has the pipeline's version.
+    """
 
     is_ready: bool
+    version: ModelVersion | None = None
 
 
 def is_terminal(event: Event) -> bool:

@@ -16,6 +16,8 @@ from gptj_serve.types import (
     FailureEvent,
     Grammar,
     GrammarKind,
+    ModelVersion,
+    OtherVersion,
     ReadinessEvent,
     SamplingParams,
     Task,
@@ -24,6 +26,7 @@ from gptj_serve.types import (
 REQUEST = EngineRequest(
     request_id="r", task=Task.GENERATE, prompt_token_ids=[1], sampling=SamplingParams(max_new_tokens=1)
 )
+VERSION = ModelVersion("text", "numbers")
 
 
 class FakeEngine:
@@ -41,6 +44,7 @@ class FakeEngine:
 def make_pipeline(engine: FakeEngine) -> Pipeline:
     pipeline = Pipeline.__new__(Pipeline)  # its constructor wants a replica's surroundings
     pipeline._engine, pipeline._replica_id, pipeline._tracing = engine, "replica", None  # type: ignore[assignment]
+    pipeline._version = VERSION
     pipeline._outboxes, pipeline._outbox_of, pipeline._finished = {}, {}, {}
     return pipeline
 
@@ -77,12 +81,30 @@ async def test_ingresses_are_told_when_a_stage_is_lost_and_back() -> None:
         batches = [await asyncio.wait_for(anext(stream), 5) for stream in streams]
         return [msgspec.msgpack.decode(batch, type=list[ReadinessEvent]) for batch in batches]
 
-    assert await told() == [[ReadinessEvent(False)]] * 2
+    assert await told() == [[ReadinessEvent(False, VERSION)]] * 2
     pipeline._tell_readiness(True)
     pipeline._tell_readiness(False)
     assert await told() == [[ReadinessEvent(False)]] * 2  # as it is now
     for stream in streams:
         await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "is_taken"),
+    [("", "", True), ("text", "", True), ("text", "numbers", True), ("other", "", False), ("text", "other", False)],
+)
+async def test_a_request_for_another_version_is_not_taken(text: str, numbers: str, is_taken: bool) -> None:
+    pipeline = make_pipeline(FakeEngine())
+    request = msgspec.structs.replace(REQUEST, text_version=text, numbers_version=numbers)
+    call = pipeline.run("ingress", msgspec.msgpack.encode(request))
+    first = await anext(call)
+    if is_taken:
+        assert first == "replica"
+    else:
+        assert isinstance(first, bytes)
+        assert msgspec.msgpack.decode(first, type=OtherVersion) == OtherVersion("replica", VERSION)
+        assert [item async for item in call] == []
+    await call.aclose()
 
 
 async def test_events_of_an_ingress_that_left_are_not_kept() -> None:
@@ -95,7 +117,7 @@ async def test_events_of_an_ingress_that_left_are_not_kept() -> None:
     call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
     await anext(call)
     stream = pipeline.events("ingress", replica_id="replica")
-    assert msgspec.msgpack.decode(await anext(stream), type=list[ReadinessEvent]) == [ReadinessEvent(True)]
+    assert msgspec.msgpack.decode(await anext(stream), type=list[ReadinessEvent]) == [ReadinessEvent(True, VERSION)]
     await stream.aclose()
     for _ in range(5):
         pipeline._tell_readiness(False)
