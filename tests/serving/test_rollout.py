@@ -27,7 +27,10 @@ ROLLOUT_TIMEOUT_S = 60.0
 STREAMED = [
     {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 300, "seed": n, "do_sample": n > 0}} for n in range(2)
 ]
-WHOLE = [{"inputs": f"Part {n}.", "parameters": {"max_new_tokens": 24, "do_sample": True, "best_of": 2, "seed": n}} for n in range(2)]
+WHOLE = [
+    {"inputs": f"Part {n}.", "parameters": {"max_new_tokens": 24, "do_sample": True, "best_of": 2, "seed": n}}
+    for n in range(2)
+]
 
 
 def changed_weights(directory: Path, demo: Path) -> Path:
