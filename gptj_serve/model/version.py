@@ -15,15 +15,20 @@ from gptj_serve.types import ModelVersion
 _TEXT_FILES = ("config.json", "tokenizer.json")
 
 
-def model_version(checkpoint: Checkpoint, heads: dict[str, HeadInfo], dtype: str) -> ModelVersion:
-    """Of a model with these named heads that runs in this dtype. How it is split or placed does not count."""
+def model_version(
+    checkpoint: Checkpoint, heads: dict[str, HeadInfo], dtype: str, *, deterministic: bool = False
+) -> ModelVersion:
+    """Of a model with these named heads, in this dtype, with or without bit-equal arithmetic.
+
+    How it is split or placed does not count.
+    """
     text = hashlib.sha256()
     for name in _TEXT_FILES:
         text.update((checkpoint.directory / name).read_bytes())
     text.update(json.dumps(checkpoint.heads).encode())
     for head, info in sorted(heads.items()):
         text.update(json.dumps([head, info.model_dump(mode="json", exclude={"figures"})], sort_keys=True).encode())
-    numbers = hashlib.sha256(f"{weights_digest(checkpoint)} {dtype}".encode())
+    numbers = hashlib.sha256(f"{weights_digest(checkpoint)} {dtype} {deterministic}".encode())
     return ModelVersion(text.hexdigest()[:16], numbers.hexdigest()[:16])
 
 

@@ -93,7 +93,8 @@ class Pipeline:
         heads = {name: str(path.resolve()) for name, path in config.head_dirs.items()}
         settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads, serve_logs_json())
         named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
-        self._version = model_version(checkpoint, named_heads, settings[0].dtype)
+        deterministic = config.pipeline.deterministic
+        self._version = model_version(checkpoint, named_heads, settings[0].dtype, deterministic=deterministic)
         await self._pipeline.start(settings)
         blocks = KVBlocks(
             settings[0].num_kv_blocks,
