@@ -165,6 +165,24 @@ class IngressConfig(_Part):
         return None if self.api_keys_file is None else Path(self.api_keys_file).expanduser().absolute()
 
 
+class RolloutConfig(_Part):
+    """How a new config or new weights replace what is running."""
+
+    surge: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether a new pipeline is started before an old one is stopped. auto: if the cluster has room for "
+        "one more when the new config arrives; else the old one makes room first, and requests wait where there is no "
+        "other. With always and no room the rollout waits, and the old version serves on.",
+    )
+    drain_timeout_s: float = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="The longest that an old pipeline or ingress goes on with what it has begun. Requests whose tokens "
+        "another pipeline can go on with leave at once.",
+    )
+
+
 class ServiceConfig(_Part):
     """The argument of the application builder: `args` in a Serve config file."""
 
@@ -187,6 +205,7 @@ class ServiceConfig(_Part):
     pipeline: PipelineConfig = PipelineConfig()
     num_pipelines: PositiveInt = Field(1, description="Replicas of the whole pipeline.")
     ingress: IngressConfig = IngressConfig()
+    rollout: RolloutConfig = RolloutConfig()
 
     @field_validator("heads")
     @classmethod

@@ -155,6 +155,17 @@ class Pooling(StrEnum):
     ALL = "all"  # every token's
 
 
+class ModelVersion(Struct, frozen=True):
+    """What answers depend on beside the request, as two digests; `model.version` makes them.
+
+    `text` covers what an ingress needs to know of the model: what token ids, heads and limits mean. `numbers` covers
+    what changes logits: weights and dtype. Tokens of different `numbers` never go into one answer.
+    """
+
+    text: str
+    numbers: str
+
+
 class EngineRequest(Struct, frozen=True, kw_only=True):
     """A validated, tokenized request.
 
@@ -164,7 +175,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     (where ALL is not allowed) and EMBED, `num_top_logprobs` to SCORE.
 
     `is_resumed` says that a pipeline took it before, so that it is not refused for want of room. It is not begun later
-    than `time_left_s` after its arrival.
+    than `time_left_s` after its arrival. A pipeline of another `text_version` or `numbers_version` (of `ModelVersion`;
+    empty: any) does not take it.
 
     A smaller `priority` is served sooner: one step of it counts as much as arriving `PRIORITY_STEP` requests earlier,
     so nothing waits for ever. Requests share computed blocks of a common prefix exactly if their `cache_salt` is equal.
@@ -183,6 +195,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     is_resumed: bool = False
     time_left_s: float | None = None
     cache_salt: str = ""
+    text_version: str = ""
+    numbers_version: str = ""
     traceparent: str = ""  # of the span that the request belongs to (W3C Trace Context); empty: it is not traced
 
     @property
@@ -204,6 +218,13 @@ class Overload(Struct, frozen=True, tag="overload"):
 
     message: str
     retry_after_s: float
+
+
+class OtherVersion(Struct, frozen=True, tag="other_version"):
+    """A pipeline with another version of the model than the request asks for does not take it."""
+
+    replica_id: str
+    version: ModelVersion
 
 
 class FinishReason(StrEnum):
@@ -280,10 +301,11 @@ Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent
 
 class LoadEvent(Struct, frozen=True, array_like=True, tag="load"):
     """Of no request. The pipeline is ready, or it has lost a stage and is bringing it back; and how long a request of
-    priority 0 that came now would wait."""
+    priority 0 that came now would wait. The first one on a stream also has the pipeline's version."""
 
     is_ready: bool
     queue_wait_s: Annotated[float, Meta(ge=0)] = 0.0
+    version: ModelVersion | None = None
 
 
 def is_terminal(event: Event) -> bool:

@@ -120,7 +120,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     layer_parts = ("ln_1.weight", "attn.q_proj.weight", "attn.v_proj.weight", "mlp.fc_out.weight", "mlp.fc_out.bias")
     layers = sorted({0, config.n_layer - 1})
     for name in [*(f"h.{layer}.{part}" for layer in layers for part in layer_parts), "ln_f.weight", "ln_f.bias"]:
-        digest.update(_beginning(checkpoint, name))
+        digest.update(beginning_of_tensor(checkpoint, name))
     return digest.hexdigest()[:16]
 
 
@@ -135,7 +135,7 @@ def open_heads(heads: dict[str, Path], checkpoint: Checkpoint) -> dict[str, Head
     return opened
 
 
-def _beginning(checkpoint: Checkpoint, name: str) -> bytes:
+def beginning_of_tensor(checkpoint: Checkpoint, name: str) -> bytes:
     """The first bytes of a tensor as stored, straight from its file: NumPy knows no bfloat16."""
     info = checkpoint.tensors[name]
     with info.file.open("rb") as file:

@@ -6,7 +6,7 @@ opened anew for every piece (or, where opening is dear, for every tensor), and m
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -48,6 +48,14 @@ def pieces(info: TensorInfo) -> Iterator[tuple[slice, Tensor]]:
         raise CheckpointError(
             f"{info.file}: tensor {info.stored_name!r} is damaged: its SHA-256 is not that of checksums.json"
         )
+
+
+def verify_weights(infos: Iterable[TensorInfo]) -> None:
+    """Read all that has a checksum, and compare. Raises `CheckpointError`, naming file and tensor."""
+    for info in infos:
+        if info.sha256 is not None:
+            for _ in pieces(info):
+                pass
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -4,9 +4,12 @@ Serve passes a typed argument only if the annotation is a real class at run time
 `from __future__ import annotations`.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import Any, Self
 
 import ray
+import ray._private.state
 import ray.serve.context
 from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
@@ -21,13 +24,15 @@ from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
+from gptj_serve.serving.capacity import Resources, num_that_fit
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
-from gptj_serve.serving.serve_run import end_serve_run, foreign_listener
+from gptj_serve.serving.serve_run import anything_is_served, end_serve_run, foreign_listener
 from gptj_serve.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 MAX_CONSTRUCTOR_TRIES = 3
-GRACEFUL_SHUTDOWN_TIMEOUT_S = 5.0
 HEALTH_CHECK_PERIOD_S = 2.0
 NUM_LOOKING_REQUESTS = 256
 """Beyond the task requests that an ingress answers: room for those that it refuses, health, status and page."""
@@ -55,8 +60,10 @@ def build(config: BuilderConfig) -> Application:
     `serve run` that has nothing else to serve then ends.
     """
     try:
-        _check(config)
+        checkpoint = _check(config)
         _check_port()
+        if anything_is_served():
+            verify_weights(checkpoint)
     except GPTJServeError as error:
         end_serve_run(f"{config.served_name} can't be served: {error}")
         raise
@@ -71,7 +78,18 @@ def build(config: BuilderConfig) -> Application:
     return _ingress(config).bind(config, _pipeline(config).bind(config))
 
 
-def _check(config: ServiceConfig) -> None:
+def verify_weights(checkpoint: Checkpoint) -> None:
+    """Before anything is replaced, compare all tensors with their checksums. Raises `CheckpointError`.
+
+    Each stage compares its own, whenever it loads them: but where there is no room for old and new side by side, that
+    would be too late.
+    """
+    from gptj_serve.model import weights  # torch is imported only where something is replaced
+
+    weights.verify_weights(checkpoint.tensors.values())
+
+
+def _check(config: ServiceConfig) -> Checkpoint:
     checkpoint = Checkpoint.open(config.checkpoint_dir)
     model = checkpoint.config
     tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
@@ -90,6 +108,7 @@ def _check(config: ServiceConfig) -> None:
         raise ConfigError(
             f"pipeline.kv_cache.num_tokens={num_kv_tokens}: must hold one sequence of n_positions={model.n_positions}"
         )
+    return checkpoint
 
 
 def _check_port() -> None:
@@ -113,7 +132,10 @@ def _ingress(config: ServiceConfig) -> serve.Deployment:
         max_ongoing_requests=config.ingress.max_ongoing_requests + NUM_LOOKING_REQUESTS,
         max_queued_requests=config.ingress.max_queued_requests,
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        max_surge_percent=_max_surge_percent(
+            config, [{"CPU": config.ingress.num_cpus}], config.ingress.num_replicas, _free_resources()
+        ),
+        graceful_shutdown_timeout_s=config.rollout.drain_timeout_s,
         max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
     )
 
@@ -122,6 +144,11 @@ def _pipeline(config: ServiceConfig) -> serve.Deployment:
     pipeline = config.pipeline
     stage = {"CPU": pipeline.stage.num_cpus, "GPU": pipeline.stage.num_gpus}
     stage_bundle = {resource: amount for resource, amount in stage.items() if amount > 0}
+    free = _free_resources()
+    if free:  # of which a new ingress takes a part
+        roomiest = max(free, key=lambda node: node.get("CPU", 0.0))
+        roomiest["CPU"] = roomiest.get("CPU", 0.0) - config.ingress.num_cpus
+    bundles = [{"CPU": pipeline.engine_num_cpus}] + [stage_bundle] * pipeline.num_stages
     return serve.deployment(
         Pipeline,
         name="Pipeline",
@@ -129,10 +156,35 @@ def _pipeline(config: ServiceConfig) -> serve.Deployment:
         max_ongoing_requests=pipeline.max_ongoing_requests,
         max_queued_requests=pipeline.max_queued_requests,
         ray_actor_options={"num_cpus": pipeline.engine_num_cpus},
-        placement_group_bundles=[{"CPU": pipeline.engine_num_cpus}] + [stage_bundle] * pipeline.num_stages,
+        placement_group_bundles=bundles,
         placement_group_strategy=pipeline.placement_strategy,
         request_router_config=RequestRouterConfig(request_router_class="gptj_serve.serving.router.PipelineRouter"),
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        max_surge_percent=_max_surge_percent(config, bundles, config.num_pipelines, free),
+        graceful_shutdown_timeout_s=config.rollout.drain_timeout_s,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
     )
+
+
+def _free_resources() -> list[dict[str, float]]:
+    """Of each node, while something is served; nothing else."""
+    if not anything_is_served():
+        return []
+    return [dict(node) for node in ray._private.state.available_resources_per_node().values()]
+
+
+def _max_surge_percent(
+    config: ServiceConfig, bundles: Sequence[Resources], num_replicas: int, free: Sequence[Resources]
+) -> int:
+    """How many replicas, in percent of all, may run beside those that they replace; 0 stops the old ones first."""
+    if config.rollout.surge == "never":
+        return 0
+    if config.rollout.surge == "always" or not free:
+        return 100
+    num_fitting = num_that_fit(bundles, config.pipeline.placement_strategy, free, num_replicas)
+    if num_fitting == 0:
+        logger.warning(
+            "there is no room for one more replica that needs %s: old ones are stopped before new ones start",
+            ", ".join(str(dict(bundle)) for bundle in bundles),
+        )
+    return 100 * num_fitting // num_replicas or min(num_fitting, 1)

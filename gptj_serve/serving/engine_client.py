@@ -30,6 +30,7 @@ from gptj_serve.errors import (
     RequestFailedError,
     WireError,
 )
+from gptj_serve.serving.answers import Answer, Answers
 from gptj_serve.serving.replicas import REPLICAS, Replicas
 from gptj_serve.serving.tracing import tracer
 from gptj_serve.types import (
@@ -37,6 +38,8 @@ from gptj_serve.types import (
     Event,
     FailureEvent,
     LoadEvent,
+    ModelVersion,
+    OtherVersion,
     Overload,
     PromptEvent,
     Refusal,
@@ -73,7 +76,7 @@ BACKPRESSURE_RETRY_AFTER_S = 1.0
 STATUS_TIMEOUT_S = 2.0
 
 
-_REFUSALS = WireDecoder[Refusal | Overload](Refusal | Overload)
+_REFUSALS = WireDecoder[Refusal | Overload | OtherVersion](Refusal | Overload | OtherVersion)
 
 
 class _ReplicaLostError(Exception):
@@ -89,6 +92,10 @@ class _ReplicaLeftError(_ReplicaLostError):
     """It is not gone, but stops or has lost a stage, and another one is ready."""
 
 
+class _OtherVersionError(Exception):
+    """The replica serves another version of the model than the one that the answer is made by."""
+
+
 class _Leaves:
     """In an inbox: the pipeline is bringing a stage back, and others could go on at once."""
 
@@ -102,13 +109,18 @@ class ServeEngineClient:
         on_replay: Callable[[], None] = lambda: None,
         replicas: Replicas = REPLICAS,
         max_queue_wait_s: float | None = None,
+        text_version: str = "",
     ) -> None:
-        """`on_replay` is called when a request is sent again; `max_queue_wait_s` is the pipelines' own limit."""
+        """`on_replay` is called when a request is sent again; `max_queue_wait_s` is the pipelines' own limit, and
+        `text_version` the ingress's own (`ModelVersion`)."""
         self._max_queue_wait_s = max_queue_wait_s
         self._on_replay = on_replay
         self._replicas = replicas
         self._loop: asyncio.AbstractEventLoop | None = None
         replicas.subscribe(self._on_left)
+        self._answers = Answers(text_version, replicas)
+        if text_version:
+            replicas.subscribe_arrivals(self._on_arrived)
         self._is_traced = tracer() is not None
         self._pipeline_ids: set[str] = set()  # of those that answered the last question for their status
         self._pipelines = pipelines.options(stream=True)
@@ -120,6 +132,12 @@ class ServeEngineClient:
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
         self._refuse_if_full(request)
+        with self._answers.sequence(request.request_id) as answer:
+            async with aclosing(self._submit(request, answer)) as events:
+                async for event in events:
+                    yield event
+
+    async def _submit(self, request: EngineRequest, answer: Answer) -> AsyncGenerator[Event]:
         self._loop = asyncio.get_running_loop()
         tokens = list(request.output_token_ids)
         has_prompt_scores = False
@@ -128,6 +146,7 @@ class ServeEngineClient:
         delay_s = 0.0  # after the next loss, at least
         num_losses = num_given_up = 0
         for attempt in itertools.count():
+            unfit = self._answers.unfit(answer)
             # Each attempt has an id of its own, so that nothing late from a lost replica is taken for this one's.
             attempt_request = msgspec.structs.replace(
                 request,
@@ -135,11 +154,13 @@ class ServeEngineClient:
                 output_token_ids=tokens.copy(),
                 is_resumed=request.is_resumed or attempt > 0,
                 sampling=_rest_of(request.sampling, clock() - began_at, has_prompt_scores),
+                text_version=self._answers.text_version,
+                numbers_version=answer.numbers_version,
             )
             try:
                 # What was lost once with a request in it may be lost by it: there the scheduler finds out, elsewhere
                 # it would start anew.
-                async with aclosing(self._attempt(attempt_request, may_leave=num_losses == 0)) as events:
+                async with aclosing(self._attempt(attempt_request, unfit, may_leave=num_losses == 0)) as events:
                     async for event in events:
                         if isinstance(event, FailureEvent) and event.is_pipeline_at_fault:
                             num_given_up += 1
@@ -153,6 +174,8 @@ class ServeEngineClient:
                         yield event
                         if is_terminal(event):
                             return
+            except _OtherVersionError:
+                continue  # now it is known which one that replica serves
             except _ReplicaLostError as lost:
                 num_losses += lost.is_suspicious
                 if num_losses >= MAX_REPLICA_LOSSES:
@@ -189,15 +212,21 @@ class ServeEngineClient:
         problems = [f"pipeline {n} does not answer: {_first_line(e)}" for n, e in zip(names, errors, strict=True)]
         return sorted(pipelines, key=lambda pipeline: str(pipeline["replica_id"])), problems
 
-    async def _attempt(self, request: EngineRequest, *, may_leave: bool) -> AsyncGenerator[Event]:
-        """The request's events from one replica. Raises `_ReplicaLostError` if it doesn't stay."""
+    async def _attempt(
+        self, request: EngineRequest, unfit: frozenset[str], *, may_leave: bool
+    ) -> AsyncGenerator[Event]:
+        """The request's events from one replica, and none of the `unfit`.
+
+        Raises `_ReplicaLostError` if it doesn't stay.
+        """
         # Calls made inside one HTTP request share its internal id, by which Serve's router tells waiting calls apart
         # (Ray 2.60): of several at once all but one would wait for ever. In a context of its own each has its own.
         context = contextvars.Context()
         if self._is_traced:  # the span that the call belongs to is in the request's context
             context = contextvars.copy_context()
             context.run(ray.serve.context._serve_request_context.set, None)
-        call = context.run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request))
+        avoid = {"avoid": unfit} if unfit else {}
+        call = context.run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request), **avoid)
         inbox = self._inboxes[request.request_id] = asyncio.Queue()  # from here on nothing is left behind
         has_ended = asyncio.Event()
         watcher = asyncio.create_task(self._watch(call, request.request_id, inbox, has_ended))
@@ -238,7 +267,12 @@ class ServeEngineClient:
         try:
             async for item in call:
                 if isinstance(item, bytes):
-                    inbox.put_nowait(_error_of(_REFUSALS.decode(item)))
+                    refusal = _REFUSALS.decode(item)
+                    if isinstance(refusal, OtherVersion):
+                        self._on_version(refusal.replica_id, refusal.version)
+                        inbox.put_nowait(_OtherVersionError())
+                    else:
+                        inbox.put_nowait(_error_of(refusal))
                     return
                 replica_id = item
                 self._requests_at[replica_id].add(request_id)
@@ -293,19 +327,41 @@ class ServeEngineClient:
         """
         for replica_id in replica_ids:
             request_ids = self._requests_at.get(replica_id, set())
-            if request_ids and not self._replicas.others(replica_id):
-                continue
-            for request_id in request_ids:
+            leaving = {request_id for request_id in request_ids if self._answers.others(request_id, replica_id)}
+            for request_id in leaving:
                 if (inbox := self._inboxes.get(request_id)) is not None:
                     inbox.put_nowait(_ReplicaLeftError("its pipeline is being stopped", is_suspicious=False))
-            self._close_event_stream(replica_id)
+            if leaving == request_ids:
+                self._close_event_stream(replica_id)
+        on_their_way = self._inboxes.keys() - set[str]().union(*self._requests_at.values())
+        for request_id in on_their_way:
+            if self._answers.is_stranded(request_id):
+                self._inboxes[request_id].put_nowait(_ReplicaLeftError("no pipeline is left for it"))
+
+    def _on_arrived(self, replica_ids: frozenset[str]) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._ask_versions, replica_ids)
+
+    def _ask_versions(self, replica_ids: frozenset[str]) -> None:
+        """By an event stream: it begins with the version."""
+        for replica_id in replica_ids:
+            if self._replicas.version(replica_id) is None:
+                self._ensure_event_stream(replica_id)
+
+    def _on_version(self, replica_id: str, version: ModelVersion) -> None:
+        if self._replicas.version(replica_id) is None:
+            self._replicas.set_version(replica_id, version)
+            self._leave(frozenset(self._requests_at) - self._replicas.running)
 
     def _on_load(self, replica_id: str, load: LoadEvent) -> None:
+        if load.version is not None:
+            self._on_version(replica_id, load.version)
         self._replicas.set_load(replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s)
-        if not load.is_ready and self._replicas.others(replica_id):
-            for request_id in self._requests_at.get(replica_id, ()):
-                if (inbox := self._inboxes.get(request_id)) is not None:
-                    inbox.put_nowait(_Leaves())
+        if load.is_ready:
+            return
+        for request_id in self._requests_at.get(replica_id, ()):
+            if (inbox := self._inboxes.get(request_id)) is not None and self._answers.others(request_id, replica_id):
+                inbox.put_nowait(_Leaves())
 
     async def _read_events(self, replica_id: str) -> None:
         """Deliver a replica's events until its stream ends; it ends by itself when no request is left there."""
@@ -319,7 +375,8 @@ class ServeEngineClient:
                     if isinstance(event, LoadEvent):
                         self._on_load(replica_id, event)
                     elif (inbox := self._inboxes.get(event.request_id)) is not None:
-                        inbox.put_nowait(event)
+                        is_taken = self._answers.takes(event.request_id, replica_id)
+                        inbox.put_nowait(event if is_taken else _OtherVersionError())
                 batch = await anext(stream, None)
         except (Exception, asyncio.CancelledError) as error:
             if not isinstance(error, RayError | RayServeException | TimeoutError | asyncio.CancelledError):
@@ -329,7 +386,7 @@ class ServeEngineClient:
                     inbox.put_nowait(_ReplicaLostError(_first_line(error)))
         finally:
             stream.cancel()
-            self._replicas.forget_load(replica_id)
+            self._replicas.forget(replica_id)
             del self._event_streams[replica_id]
         if self._requests_at.get(replica_id):
             self._ensure_event_stream(replica_id)  # a request came while the stream was ending

@@ -31,7 +31,10 @@ from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError, InvalidRequestError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
+from gptj_serve.model.version import model_version
+from gptj_serve.planner import plan_service
 from gptj_serve.serving.engine_client import ServeEngineClient
+from gptj_serve.serving.handover import own_handover
 from gptj_serve.serving.logs import IngressLines, use_serve_logging
 from gptj_serve.serving.metrics import RequestMetrics
 from gptj_serve.serving.proxy_loss import ProxyLossIsDisconnect
@@ -56,13 +59,20 @@ class Ingress:
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         metrics = RequestMetrics(config.served_name)
         self._request_log = RequestLog(metrics)
-        max_queue_wait_s = config.pipeline.scheduler.max_queue_wait_s
-        engine = ServeEngineClient(pipelines, metrics.replayed, max_queue_wait_s=max_queue_wait_s)
         named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
+        dtype = plan_service(config.pipeline, checkpoint).resources.dtype
+        text_version = model_version(checkpoint, named_heads, dtype).text
+        engine = ServeEngineClient(
+            pipelines,
+            metrics.replayed,
+            max_queue_wait_s=config.pipeline.scheduler.max_queue_wait_s,
+            text_version=text_version,
+        )
         chat_template = ChatTemplate.open(config, checkpoint.config, tokenizer)
         self._service = Service(
             config, checkpoint.config, checkpoint.heads, tokenizer, engine, named_heads, chat_template
         )
+        own_handover(text_version).ingress_is_built()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self._service, self._request_log, echoes_request_id=False)  # Serve's proxy does

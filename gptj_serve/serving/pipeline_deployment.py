@@ -25,7 +25,9 @@ from gptj_serve.errors import InvalidRequestError, OverloadedError
 from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
+from gptj_serve.model.version import model_version, weights_digest
 from gptj_serve.planner import plan_service
+from gptj_serve.serving.handover import own_handover
 from gptj_serve.serving.logs import NoAccessLines, serve_logs_json, use_serve_logging
 from gptj_serve.serving.metrics import PipelineMetrics
 from gptj_serve.serving.ray_pipeline import RayPipeline
@@ -33,7 +35,16 @@ from gptj_serve.serving.stage_actor import StageSettings
 from gptj_serve.serving.startup import startup_lines
 from gptj_serve.serving.tracing import EngineTracing, tracer
 from gptj_serve.tokenizer import Tokenizer
-from gptj_serve.types import EngineRequest, Event, LoadEvent, Overload, Refusal, is_terminal
+from gptj_serve.types import (
+    EngineRequest,
+    Event,
+    LoadEvent,
+    ModelVersion,
+    OtherVersion,
+    Overload,
+    Refusal,
+    is_terminal,
+)
 from gptj_serve.wire import WireDecoder
 
 logger = logging.getLogger(__name__)
@@ -95,6 +106,9 @@ class Pipeline:
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
         heads = {name: str(path.resolve()) for name, path in config.head_dirs.items()}
         settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads, serve_logs_json())
+        named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
+        deterministic = config.pipeline.deterministic
+        self._version = model_version(checkpoint, named_heads, settings[0].dtype, deterministic=deterministic)
         await self._pipeline.start(settings)
         blocks = KVBlocks(
             settings[0].num_kv_blocks,
@@ -120,20 +134,28 @@ class Pipeline:
         self._engine_task = asyncio.get_running_loop().create_task(self._engine.run(), context=background)
         self._engine_task.add_done_callback(self._end_process)
         self._observer_task = asyncio.get_running_loop().create_task(self._observe(), context=background)
-        named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
         url = await asyncio.to_thread(_service_url)
         for line in startup_lines(config, checkpoint, named_heads, self._pipeline.descriptions, blocks, url):
             logger.info("%s", line)
+        await asyncio.to_thread(own_handover(self._version.text).pipeline_is_loaded)
 
-    async def run(self, ingress_id: str, encoded_request: bytes) -> AsyncGenerator[str | bytes]:
+    async def run(
+        self, ingress_id: str, encoded_request: bytes, *, avoid: frozenset[str] = frozenset()
+    ) -> AsyncGenerator[str | bytes]:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
 
-        A request that can't be taken gets a `Refusal` or an `Overload` instead: of what is raised here, Serve logs the
-        traceback.
+        A request that can't be taken gets a `Refusal`, an `Overload` or an `OtherVersion` instead: of what is raised
+        here, Serve logs the traceback. `avoid` is for the router, which brings the call to a replica not in there.
         When the engine stops, so does this process. Raises `WireError` for what is no request: an ingress of another
         version.
         """
+        assert self._replica_id not in avoid, "the router sent a request to a replica to be avoided"
         request = _REQUESTS.decode(encoded_request)
+        version = self._version
+        is_understood = request.text_version in ("", version.text)
+        if not is_understood or request.numbers_version not in ("", version.numbers):
+            yield msgspec.msgpack.encode(OtherVersion(self._replica_id, version))
+            return
         grammar = request.sampling.grammar if request.sampling is not None else None
         try:
             matcher = None if grammar is None else await self._grammars.compile_async(grammar)
@@ -171,7 +193,7 @@ class Pipeline:
         try:
             # First of all "here": the ingress waits for it for a limited time.
             load_told_at = time.monotonic()
-            yield msgspec.msgpack.encode([self._load()])
+            yield msgspec.msgpack.encode([self._load(self._version)])
             while True:
                 try:
                     await asyncio.wait_for(outbox.arrived.wait(), IDLE_STREAM_S)
@@ -229,8 +251,8 @@ class Pipeline:
             logging.shutdown()
             os._exit(1)
 
-    def _load(self) -> LoadEvent:
-        return LoadEvent(self._engine.is_ready, self._engine.queue_wait_s())
+    def _load(self, version: ModelVersion | None = None) -> LoadEvent:
+        return LoadEvent(self._engine.is_ready, self._engine.queue_wait_s(), version)
 
     def _tell_readiness(self, _: bool) -> None:
         for outbox in self._outboxes.values():
@@ -260,7 +282,7 @@ def stage_settings(
     heads: dict[str, str] | None = None,
     logs_json: bool = False,
 ) -> list[StageSettings]:
-    plan = plan_service(config, checkpoint)
+    plan, digest = plan_service(config, checkpoint), weights_digest(checkpoint)
     return [
         StageSettings(
             checkpoint_dir=str(Path(checkpoint.directory).resolve()),
@@ -275,6 +297,7 @@ def stage_settings(
             heads=heads or {},
             deterministic=config.deterministic,
             logs_json=logs_json,
+            weights_digest=digest,
         )
         for stage in plan.stages
     ]

@@ -8,6 +8,8 @@ are ready and have the shortest, and the client takes its requests away from tho
 import threading
 from collections.abc import Callable, Iterable
 
+from gptj_serve.types import ModelVersion
+
 SAME_WAIT_S = 1.0
 """Queues that differ by less than that count as equally long: what is known of them is some moments old."""
 
@@ -20,7 +22,9 @@ class Replicas:
         self._running: frozenset[str] = frozenset()
         self._recovering: frozenset[str] = frozenset()
         self._queue_waits_s: dict[str, float] = {}  # of those where a request would wait
+        self._versions: dict[str, ModelVersion] = {}
         self._listeners: list[Callable[[frozenset[str]], None]] = []
+        self._arrival_listeners: list[Callable[[frozenset[str]], None]] = []
 
     @property
     def running(self) -> frozenset[str]:
@@ -51,32 +55,56 @@ class Replicas:
         """Who could take over from this one at once."""
         return self._running - self._recovering - {replica_id}
 
+    def version(self, replica_id: str) -> ModelVersion | None:
+        """Which version of the model it serves, as far as it has told."""
+        return self._versions.get(replica_id)
+
     def subscribe(self, on_left: Callable[[frozenset[str]], None]) -> None:
         """`on_left` is called, in any thread, with the ids of those that run no longer."""
         with self._lock:
             self._listeners.append(on_left)
 
+    def subscribe_arrivals(self, on_arrived: Callable[[frozenset[str]], None]) -> None:
+        """`on_arrived` is called, in any thread, with the ids of those that have come, and now of those there are."""
+        with self._lock:
+            self._arrival_listeners.append(on_arrived)
+            running = self._running
+        if running:
+            on_arrived(running)
+
     def set_running(self, replica_ids: Iterable[str]) -> None:
         with self._lock:
             before, self._running = self._running, frozenset(replica_ids)
-            left = before - self._running
+            left, arrived = before - self._running, self._running - before
             self._recovering &= self._running
             self._queue_waits_s = {id_: wait for id_, wait in self._queue_waits_s.items() if id_ in self._running}
-            listeners = list(self._listeners)
+            listeners, arrival_listeners = list(self._listeners), list(self._arrival_listeners)
+        if arrived:
+            for on_arrived in arrival_listeners:
+                on_arrived(arrived)
         if left:
             for on_left in listeners:
                 on_left(left)
+
+    def set_version(self, replica_id: str, version: ModelVersion) -> None:
+        with self._lock:
+            self._versions = self._versions | {replica_id: version}
 
     def set_load(self, replica_id: str, *, is_ready: bool, queue_wait_s: float) -> None:
         with self._lock:
             self._recovering = self._recovering - {replica_id} if is_ready else self._recovering | {replica_id}
             self._queue_waits_s[replica_id] = queue_wait_s
 
-    def forget_load(self, replica_id: str) -> None:
-        """Nobody tells it any more. What is not known is not held against a replica."""
+    def forget(self, replica_id: str) -> None:
+        """What it has told of its load, and unless it runs, of its version: nobody tells it any more.
+
+        What is not known is not held against a replica.
+        """
         with self._lock:
             self._recovering -= {replica_id}
             self._queue_waits_s.pop(replica_id, None)
+            if replica_id not in self._running:
+                self._versions = {other: version for other, version in self._versions.items() if other != replica_id}
 
 
 REPLICAS = Replicas()

@@ -10,8 +10,8 @@ from gptj_serve.serving import replicas  # the module: Serve pickles this class,
 class PipelineRouter(RequestRouter):  # type: ignore[misc]  # ray is untyped
     """A call with the keyword `replica_id` goes to that replica, and waits for as long as it is not there.
 
-    Others go to a replica that is bringing a lost stage back only if there is no other, and to one where they would
-    wait only if they would elsewhere too.
+    Others go to a replica that is bringing a lost stage back only if there is no other, to one where they would wait
+    only if they would elsewhere too, and never to one of those in the keyword `avoid`.
     """
 
     async def choose_replicas(
@@ -22,6 +22,8 @@ class PipelineRouter(RequestRouter):  # type: ignore[misc]  # ray is untyped
             replica_id = pending_request.kwargs.get("replica_id")
             if replica_id is not None:
                 return [[replica for replica in candidate_replicas if replica.replica_id.unique_id == replica_id]]
+            avoid = pending_request.kwargs.get("avoid", ())
+            candidate_replicas = [r for r in candidate_replicas if r.replica_id.unique_id not in avoid]
         best = replicas.REPLICAS.best(replica.replica_id.unique_id for replica in candidate_replicas)
         choices = [replica for replica in candidate_replicas if replica.replica_id.unique_id in best]
         return [random.sample(choices, min(2, len(choices)))]

@@ -12,7 +12,10 @@ import sys
 import time
 
 import psutil
-from ray import serve
+import ray
+
+REPLICA_PREFIX = "SERVE_REPLICA::"
+"""Of the names of Serve's replica actors."""
 
 LOG_FORWARDING_S = 1.5
 """Ray forwards a worker's output to the terminal with a delay."""
@@ -25,7 +28,7 @@ RAY_AGENTS = ("ray::DashboardA", "ray::RuntimeEn")
 def end_serve_run(message: str) -> None:
     """Print `message`; if a `serve run` waits for nothing but this, end it, with an exit status that is not 0."""
     command = next((process for process in psutil.Process().parents() if _is_serve_run(process)), None)
-    if command is None or _anything_is_served():
+    if command is None or anything_is_served():
         return
     sys.stderr.write(f"ERROR: {message}\n")
     sys.stderr.flush()
@@ -64,9 +67,9 @@ def _is_serve_run(process: psutil.Process) -> bool:
     return any(pair == ("serve", "run") for pair in itertools.pairwise(words))
 
 
-def _anything_is_served() -> bool:
-    return any(
-        deployment.replica_states.get("RUNNING", 0)
-        for application in serve.status().applications.values()
-        for deployment in application.deployments.values()
-    )
+def anything_is_served() -> bool:
+    """Whether any replica is alive. Serve's own status knows none of an application whose update is being built."""
+    if not ray.is_initialized():
+        return False
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["name"].startswith(REPLICA_PREFIX) for actor in actors)

@@ -38,6 +38,7 @@ class StageSettings(NamedTuple):
     heads: dict[str, str]  # name → directory
     deterministic: bool
     logs_json: bool = False
+    weights_digest: str = ""  # of the checkpoint that the pipeline started with; empty: any
 
 
 class StageReport(NamedTuple):
@@ -59,13 +60,15 @@ class GPTJStage:
         self._loop: StageLoop | None = None
 
     def load(self) -> dict[str, Any]:
-        """Load the weights; returns a description of the stage. Raises `CheckpointError`,
+        """Load the weights; returns a description of the stage. Raises `CheckpointError`, also if the files are no
+        longer those that the pipeline started with,
         and `ConfigError` where the machine can't be deterministic."""
         import torch
 
         from gptj_serve.model.checkpoint import Checkpoint
         from gptj_serve.model.heads import open_heads
         from gptj_serve.model.loading_progress import ProgressLines
+        from gptj_serve.model.version import require_weights
         from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
         from gptj_serve.pipeline.stage_status import describe_stage
         from gptj_serve.pipeline.step_meter import StepMeter
@@ -83,6 +86,8 @@ class GPTJStage:
             deterministic=settings.deterministic,
         )
         checkpoint = Checkpoint.open(Path(settings.checkpoint_dir))
+        if settings.weights_digest:
+            require_weights(checkpoint, settings.weights_digest)
         heads = open_heads({name: Path(directory) for name, directory in settings.heads.items()}, checkpoint)
         first, end = settings.layers
         progress = ProgressLines(lambda line: logger.info("layers %d to %d: %s", first, end - 1, line))

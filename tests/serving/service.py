@@ -28,6 +28,7 @@ class ServeRun:
     def __init__(self, config: Path, log_file: Path, port: int = 8000, **environment: str) -> None:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is taken by another service"
+        self.config = config
         self.startup_output = ""
         self.url = f"http://127.0.0.1:{port}"
         self._log_file = log_file

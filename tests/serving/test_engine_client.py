@@ -387,7 +387,7 @@ async def test_where_all_queues_are_too_long_no_pipeline_is_asked() -> None:
     await attempt()
     with pytest.raises(OverloadedError, match="about 50 s, longer than its limit of 2 s"):
         await attempt(time_left_s=2.0)
-    replicas.forget_load("a")
+    replicas.forget("a")
     await attempt(time_left_s=2.0)
 
 

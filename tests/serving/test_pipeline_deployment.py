@@ -17,6 +17,8 @@ from gptj_serve.types import (
     Grammar,
     GrammarKind,
     LoadEvent,
+    ModelVersion,
+    OtherVersion,
     Overload,
     Refusal,
     SamplingParams,
@@ -27,6 +29,7 @@ from gptj_serve.types import (
 REQUEST = EngineRequest(
     request_id="r", task=Task.GENERATE, prompt_token_ids=[1], sampling=SamplingParams(max_new_tokens=1)
 )
+VERSION = ModelVersion("text", "numbers")
 
 
 class FakeEngine:
@@ -50,6 +53,7 @@ class FakeEngine:
 def make_pipeline(engine: FakeEngine) -> Pipeline:
     pipeline = Pipeline.__new__(Pipeline)  # its constructor wants a replica's surroundings
     pipeline._engine, pipeline._replica_id, pipeline._tracing = engine, "replica", None  # type: ignore[assignment]
+    pipeline._version = VERSION
     pipeline._outboxes, pipeline._outbox_of, pipeline._finished = {}, {}, {}
     return pipeline
 
@@ -92,7 +96,7 @@ async def test_ingresses_are_told_when_a_stage_is_lost_and_back() -> None:
         batches = [await asyncio.wait_for(anext(stream), 5) for stream in streams]
         return [msgspec.msgpack.decode(batch, type=list[LoadEvent]) for batch in batches]
 
-    assert await told() == [[LoadEvent(False)]] * 2
+    assert await told() == [[LoadEvent(False, 0.0, VERSION)]] * 2
     pipeline._tell_readiness(True)
     pipeline._tell_readiness(False)
     assert await told() == [[LoadEvent(False)]] * 2  # as it is now
@@ -113,7 +117,7 @@ async def test_ingresses_are_told_how_long_the_queue_is(monkeypatch: pytest.Monk
     async def told() -> list[object]:
         return msgspec.msgpack.decode(await asyncio.wait_for(anext(stream), 5), type=list[Event | LoadEvent])
 
-    assert await told() == [LoadEvent(True, 1.5)]
+    assert await told() == [LoadEvent(True, 1.5, VERSION)]
     engine.wait_s = 2.5
     await asyncio.sleep(0.1)
     pipeline._distribute([token := TokenEvent("r", 0, 1, -1.0)])
@@ -132,6 +136,24 @@ async def test_a_pipeline_that_is_full_says_so() -> None:
     assert not pipeline._outboxes
 
 
+@pytest.mark.parametrize(
+    ("text", "numbers", "is_taken"),
+    [("", "", True), ("text", "", True), ("text", "numbers", True), ("other", "", False), ("text", "other", False)],
+)
+async def test_a_request_for_another_version_is_not_taken(text: str, numbers: str, is_taken: bool) -> None:
+    pipeline = make_pipeline(FakeEngine())
+    request = msgspec.structs.replace(REQUEST, text_version=text, numbers_version=numbers)
+    call = pipeline.run("ingress", msgspec.msgpack.encode(request))
+    first = await anext(call)
+    if is_taken:
+        assert first == "replica"
+    else:
+        assert isinstance(first, bytes)
+        assert msgspec.msgpack.decode(first, type=OtherVersion) == OtherVersion("replica", VERSION)
+        assert [item async for item in call] == []
+    await call.aclose()
+
+
 async def test_events_of_an_ingress_that_left_are_not_kept() -> None:
     pipeline = make_pipeline(FakeEngine())
     stream = pipeline.events("ingress", replica_id="replica")
@@ -142,7 +164,7 @@ async def test_events_of_an_ingress_that_left_are_not_kept() -> None:
     call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
     await anext(call)
     stream = pipeline.events("ingress", replica_id="replica")
-    assert msgspec.msgpack.decode(await anext(stream), type=list[LoadEvent]) == [LoadEvent(True)]
+    assert msgspec.msgpack.decode(await anext(stream), type=list[LoadEvent]) == [LoadEvent(True, 0.0, VERSION)]
     await stream.aclose()
     for _ in range(5):
         pipeline._tell_readiness(False)

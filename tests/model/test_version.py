@@ -1,0 +1,82 @@
+"""Digests that tell versions of a model apart."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gptj_serve.errors import CheckpointError
+from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.heads import HeadInfo, HeadKind
+from gptj_serve.model.version import model_version, require_weights, weights_digest
+from gptj_serve.model.weights import verify_weights
+from gptj_serve.types import ModelVersion
+
+DEMO = Path(__file__).parents[2] / "gptj_serve" / "demo"
+
+
+def version(directory: Path, dtype: str = "float32", **heads: HeadInfo) -> ModelVersion:
+    return model_version(Checkpoint.open(directory), heads, dtype)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "copy"))
+
+
+def test_a_copy_is_the_same_version(copy: Path) -> None:
+    assert version(copy) == version(DEMO)
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_other_weights_are_other_numbers(copy: Path, has_checksums: bool) -> None:
+    if not has_checksums:
+        (copy / "checksums.json").unlink()
+    before = version(copy)
+    digest = weights_digest(Checkpoint.open(copy))
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("h.3.mlp.fc_in.weight"))
+    tensors[name] = np.ascontiguousarray(-tensors[name])
+    save_file(tensors, copy / "model.safetensors")
+    if has_checksums:
+        manifest = json.loads((copy / "checksums.json").read_text())
+        manifest["sha256"][name] = "0" * 64
+        (copy / "checksums.json").write_text(json.dumps(manifest))
+    after = version(copy)
+    assert after.text == before.text
+    assert after.numbers != before.numbers
+    with pytest.raises(CheckpointError, match="not those that this pipeline started with"):
+        require_weights(Checkpoint.open(copy), digest)
+    require_weights(Checkpoint.open(copy), weights_digest(Checkpoint.open(copy)))
+
+
+def test_another_dtype_is_other_numbers() -> None:
+    assert version(DEMO, "bfloat16").numbers != version(DEMO).numbers
+    assert version(DEMO, "bfloat16").text == version(DEMO).text
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_another_meaning_of_tokens_is_another_text(copy: Path, file: str) -> None:
+    (copy / file).write_text((copy / file).read_text() + "\n")
+    assert version(copy).text != version(DEMO).text
+    assert version(copy).numbers == version(DEMO).numbers
+
+
+def test_named_heads_are_part_of_the_text() -> None:
+    head = HeadInfo(kind=HeadKind.QA, name="reader", backbone="-")
+    assert version(DEMO, reader=head).text != version(DEMO).text
+    assert version(DEMO, reader=head) == version(DEMO, reader=head.model_copy(update={"figures": {"f1": 0.5}}))
+    assert version(DEMO, reader=head) != version(DEMO, other=head)
+
+
+def test_weights_are_verified_as_a_whole(copy: Path) -> None:
+    checkpoint = Checkpoint.open(copy)
+    verify_weights(checkpoint.tensors.values())
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor '.*' is damaged"):
+        verify_weights(checkpoint.tensors.values())

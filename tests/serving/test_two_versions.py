@@ -1,0 +1,131 @@
+"""`ServeEngineClient` while pipelines of two versions run side by side; no cluster."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+import pytest
+from ray.exceptions import ActorDiedError
+
+from gptj_serve.errors import OverloadedError
+from gptj_serve.serving.engine_client import ServeEngineClient
+from gptj_serve.serving.replicas import Replicas
+from gptj_serve.types import (
+    EngineRequest,
+    FinishReason,
+    LoadEvent,
+    ModelVersion,
+    OtherVersion,
+    SamplingParams,
+    Task,
+    TokenEvent,
+)
+from tests.serving.test_engine_client import Method
+
+NUM_TOKENS = 6
+REQUEST = EngineRequest(
+    request_id="r-1", task=Task.GENERATE, prompt_token_ids=[1], sampling=SamplingParams(max_new_tokens=NUM_TOKENS)
+)
+OLD, NEW = ModelVersion("text", "old"), ModelVersion("text", "new")
+FIRST_TOKEN = {OLD: 100, NEW: 200}
+
+
+class Pipelines:
+    """Of known versions. Each call goes to the first running one that it need not avoid; "a" stalls after 2 tokens."""
+
+    def __init__(self, replicas: Replicas, **versions: ModelVersion) -> None:
+        self.replicas = replicas
+        self.versions = versions
+        self.asked: list[str] = []
+        self.stalled, self.goes_on, self.dies = asyncio.Event(), asyncio.Event(), False
+        self._outboxes: dict[str, asyncio.Queue[bytes | Exception]] = {name: asyncio.Queue() for name in versions}
+        self.run, self.events = Method(self._run), Method(self._events)
+
+    def options(self, **_: Any) -> "Pipelines":
+        return self
+
+    async def _run(
+        self, _ingress: str, encoded: bytes, *, avoid: frozenset[str] = frozenset()
+    ) -> AsyncGenerator[str | bytes]:
+        request = msgspec.msgpack.decode(encoded, type=EngineRequest)
+        replica_id = min(self.replicas.running - avoid)
+        self.asked.append(replica_id)
+        version = self.versions[replica_id]
+        if request.text_version != version.text or request.numbers_version not in ("", version.numbers):
+            yield msgspec.msgpack.encode(OtherVersion(replica_id, version))
+            return
+        yield replica_id
+        for index in range(len(request.output_token_ids), NUM_TOKENS):
+            if replica_id == "a" and index == 2:
+                self.stalled.set()
+                await self.goes_on.wait()
+                if self.dies:
+                    raise ActorDiedError
+            reason = FinishReason.LENGTH if index == NUM_TOKENS - 1 else None
+            event = TokenEvent(request.request_id, index, FIRST_TOKEN[version] + index, -1.0, reason)
+            self._outboxes[replica_id].put_nowait(msgspec.msgpack.encode([event]))
+            await asyncio.sleep(0.001)
+
+    async def _events(self, _ingress: str, *, replica_id: str) -> AsyncGenerator[bytes]:
+        yield msgspec.msgpack.encode([LoadEvent(True, 0.0, self.versions[replica_id])])
+        while True:
+            item = await self._outboxes[replica_id].get()
+            assert isinstance(item, bytes)
+            yield item
+
+
+async def token_ids(pipelines: Pipelines, request: EngineRequest = REQUEST) -> list[int]:
+    client = ServeEngineClient(pipelines, replicas=pipelines.replicas, text_version="text")  # type: ignore[arg-type]
+    return [event.token_id async for event in client.submit(request) if isinstance(event, TokenEvent)]
+
+
+def tokens_of(version: ModelVersion) -> list[int]:
+    return [FIRST_TOKEN[version] + index for index in range(NUM_TOKENS)]
+
+
+async def replaced(**successors: ModelVersion) -> tuple[Pipelines, asyncio.Task[list[int]]]:
+    """A request has two tokens of "a", which is then stopped; `successors` run instead."""
+    pipelines = Pipelines(Replicas(), a=OLD, **successors)
+    pipelines.replicas.set_running({"a"})
+    answer = asyncio.create_task(token_ids(pipelines))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    pipelines.replicas.set_running(successors)
+    await asyncio.sleep(0.05)
+    return pipelines, answer
+
+
+async def test_what_another_pipeline_can_go_on_with_leaves_at_once() -> None:
+    pipelines, answer = await replaced(b=OLD)
+    assert await asyncio.wait_for(answer, 5) == tokens_of(OLD)
+    assert pipelines.asked == ["a", "b"]
+
+
+async def test_what_none_can_go_on_with_is_finished_where_it_began() -> None:
+    pipelines, answer = await replaced(b=NEW)
+    pipelines.goes_on.set()
+    assert await asyncio.wait_for(answer, 5) == tokens_of(OLD)
+    assert pipelines.asked == ["a"]
+
+
+async def test_an_answer_whose_version_is_gone_ends_with_an_error() -> None:
+    """And never goes on with tokens of another."""
+    pipelines, answer = await replaced(b=NEW)
+    pipelines.dies = True
+    pipelines.goes_on.set()
+    with pytest.raises(OverloadedError, match="replaced by another version before the request was answered"):
+        await asyncio.wait_for(answer, 5)
+
+
+async def test_a_request_that_a_pipeline_of_another_text_gets_goes_on_to_one_that_understands_it() -> None:
+    pipelines = Pipelines(Replicas(), b=ModelVersion("other text", "new"), c=NEW)
+    pipelines.replicas.set_running({"b", "c"})
+    assert await asyncio.wait_for(token_ids(pipelines), 5) == tokens_of(NEW)
+    assert pipelines.asked == ["b", "c"]
+
+
+async def test_new_requests_take_any_version() -> None:
+    pipelines = Pipelines(Replicas(), b=NEW, c=OLD)
+    pipelines.replicas.set_running({"b", "c"})
+    assert await asyncio.wait_for(token_ids(pipelines), 5) == tokens_of(NEW)
+    assert pipelines.asked == ["b"]
