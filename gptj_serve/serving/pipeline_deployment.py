@@ -57,7 +57,7 @@ LOAD_PERIOD_S = 0.25
 
 IDLE_STREAM_S = 1.0
 """An event stream without requests ends after this time, so that it never delays a replica's shutdown: its ingress may
-have died."""
+have died. One that keeps requests away from a pipeline without all its stages stays until they are back."""
 
 
 _REQUESTS = WireDecoder[EngineRequest](EngineRequest)
@@ -198,7 +198,7 @@ class Pipeline:
                 try:
                     await asyncio.wait_for(outbox.arrived.wait(), IDLE_STREAM_S)
                 except TimeoutError:
-                    if outbox.num_requests == 0:
+                    if outbox.num_requests == 0 and self._engine.is_ready:
                         return
                 outbox.arrived.clear()
                 events, outbox.events = outbox.events, []

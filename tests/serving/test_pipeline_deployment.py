@@ -128,6 +128,21 @@ async def test_ingresses_are_told_how_long_the_queue_is(monkeypatch: pytest.Monk
     await call.aclose()
 
 
+async def test_while_a_stage_is_lost_its_ingresses_go_on_knowing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without requests too: else each new one would come here first."""
+    monkeypatch.setattr(pipeline_deployment, "IDLE_STREAM_S", 0.01)
+    monkeypatch.setattr(pipeline_deployment, "LOAD_PERIOD_S", 0.0)
+    pipeline = make_pipeline(engine := FakeEngine())
+    engine.is_ready = False
+    stream = pipeline.events("ingress", replica_id="replica")
+    for version in (VERSION, None, None, None):
+        batch = await asyncio.wait_for(anext(stream), 5)
+        assert msgspec.msgpack.decode(batch, type=list[LoadEvent]) == [LoadEvent(False, 0.0, version)]
+    engine.is_ready = True
+    assert [item async for item in stream] == []
+    assert not pipeline._outboxes
+
+
 async def test_a_pipeline_that_is_full_says_so() -> None:
     pipeline = make_pipeline(engine := FakeEngine())
     engine.refusal = OverloadedError("too full", 2.5)
