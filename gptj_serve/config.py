@@ -128,6 +128,13 @@ class IngressConfig(_Part):
         description="The longest that a request is worked on, and the default of X-Request-Timeout; then 504, or an "
         "error event in a stream. Default: no limit.",
     )
+    replay_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A request that has lost its pipeline, and gets no further on any other for this time, has failed. "
+        "Long enough for a new pipeline to start and load.",
+    )
     api_keys_file: str | None = Field(
         None,
         description="YAML or JSON file of API keys (docs/access.md), on each ingress's node; looked at again within a "
