@@ -56,9 +56,7 @@ class Ingress:
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         metrics = RequestMetrics(config.served_name)
         self._request_log = RequestLog(metrics)
-        engine = ServeEngineClient(
-            pipelines, metrics.replayed, replay_timeout_s=config.ingress.replay_timeout_s
-        )
+        engine = ServeEngineClient(pipelines, metrics.replayed, replay_timeout_s=config.ingress.replay_timeout_s)
         named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
         chat_template = ChatTemplate.open(config, checkpoint.config, tokenizer)
         self._service = Service(
