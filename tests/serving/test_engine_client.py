@@ -39,6 +39,7 @@ class Call:
 
     def __init__(self, stream: AsyncGenerator[Any]) -> None:
         self._stream = stream
+        self.is_cancelled = False
 
     def __aiter__(self) -> "Call":
         return self
@@ -47,15 +48,17 @@ class Call:
         return await anext(self._stream)
 
     def cancel(self) -> None:
-        pass
+        self.is_cancelled = True
 
 
 class Method:
     def __init__(self, stream: Callable[..., AsyncGenerator[Any]]) -> None:
         self._stream = stream
+        self.calls: list[Call] = []
 
     def remote(self, *args: Any, **kwargs: Any) -> Call:
-        return Call(self._stream(*args, **kwargs))
+        self.calls.append(Call(self._stream(*args, **kwargs)))
+        return self.calls[-1]
 
 
 class FakePipelines:
@@ -361,3 +364,50 @@ async def test_a_refusal_comes_back_as_it_was_raised() -> None:
 
     with pytest.raises(InvalidRequestError, match=r"grammar='a\(': does not end"):
         await asyncio.wait_for(collect(Refusing()), 10)
+
+
+class Queued(FakePipelines):
+    """No replica takes the request yet."""
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        self.stalled.set()
+        await asyncio.Event().wait()
+        yield ""
+
+
+class Taken(FakePipelines):
+    """A replica has the request, and computes its prompt."""
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        self.outboxes["0"] = asyncio.Queue()
+        yield "0"
+        self.stalled.set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("phase", ["queued", "taken", "tokens", "before a replay", "replayed"])
+async def test_a_client_who_leaves_leaves_nothing_behind(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "REPLAY_DELAY_S", 60.0 if phase == "before a replay" else 0.001)
+    pipelines = {"queued": Queued, "taken": Taken}.get(phase, FakePipelines)(*[2] if "replay" in phase else [])
+    pipelines.stall_after = {"tokens": {"0": 2}, "replayed": {"1": 2}}.get(phase, {})
+    replayed = asyncio.Event()
+    replicas = Replicas()
+    replicas.set_running({"0", "1"})
+    client = make_client(pipelines, replayed.set, replicas)
+
+    async def read() -> None:
+        async for _ in client.submit(REQUEST):
+            pass
+
+    reader = asyncio.create_task(read())
+    await asyncio.wait_for((replayed if phase == "before a replay" else pipelines.stalled).wait(), 5)
+    await asyncio.sleep(0.01)
+    assert not reader.done()
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert client._inboxes == {}
+    assert client._watchers == set()
+    assert not any(client._requests_at.values())
+    assert len(pipelines.run.calls) == (2 if phase == "replayed" else 1)
+    assert pipelines.run.calls[-1].is_cancelled
