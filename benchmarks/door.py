@@ -157,6 +157,9 @@ async def leave_unread(target: Target, until: float) -> str:
         head = target.head("POST", "/generate_stream", target.key, f"Content-Length: {len(LONGEST)}")
         await loop.sock_sendall(connection, head + b"\r\n\r\n" + LONGEST)
         await asyncio.sleep(until - loop.time())
+        with suppress(*LOST):
+            await loop.sock_sendall(connection, b"\r\n")  # who is no longer there says so only when asked
+        await asyncio.sleep(SETTLE_S)
         return "closed" if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) else "still open"
 
 
