@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import json
 import multiprocessing
+import socket
 import statistics
 import time
 from collections import Counter
@@ -19,16 +20,21 @@ from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlsplit
 
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 
 SMALL = json.dumps({"inputs": "The President said", "parameters": {"max_new_tokens": 1}}).encode()
+LONGEST = json.dumps(
+    {"inputs": "The", "parameters": {"max_new_tokens": 1000, "top_n_tokens": 20, "min_new_tokens": 1000}}
+).encode()
 OVERSIZED_BYTES = 64 << 20
 PIECE = b" " * 65536
 NUM_RUSHING = 8  # connections that ask as fast as they are answered
 NUM_DRIBBLING = 200
 NUM_IDLE = 500
+NUM_STREAMS = 100
 DRIBBLE_PERIOD_S = 0.5
 SETTLE_S = 1.0  # for the attackers to be there
 WRONG_KEY = "surely-not-a-key-0000"
@@ -129,6 +135,34 @@ async def dribble_body(target: Target, until: float) -> str:
     return await _dribble(target, until, target.head("POST", "/generate", target.key, "Content-Length: 1000\r\n\r\n"))
 
 
+async def read_stream(target: Target, until: float) -> str:
+    """The longest streamed answer, taken as it comes: what `leave_unread` would cost if it were read."""
+    connection = await Connection.open(target)
+    try:
+        async with asyncio.timeout_at(until):
+            return str(await connection.ask(target.head("POST", "/generate_stream", target.key), LONGEST))
+    except TimeoutError:
+        return "still open"
+    finally:
+        connection.close()
+
+
+async def leave_unread(target: Target, until: float) -> str:
+    """The same, of which nothing is ever read."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # what the system would take for us
+        connection.setblocking(False)
+        await loop.sock_connect(connection, (target.host, target.port))
+        head = target.head("POST", "/generate_stream", target.key, f"Content-Length: {len(LONGEST)}")
+        await loop.sock_sendall(connection, head + b"\r\n\r\n" + LONGEST)
+        await asyncio.sleep(until - loop.time())
+        with suppress(*LOST):
+            await loop.sock_sendall(connection, b"\r\n")  # who is no longer there says so only when asked
+        await asyncio.sleep(SETTLE_S)
+        return "closed" if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) else "still open"
+
+
 async def idle(target: Target, until: float) -> str:
     connection = await Connection.open(target)
     await asyncio.sleep(until - asyncio.get_running_loop().time())
@@ -159,6 +193,8 @@ ATTACKS: dict[str, tuple[Attack, int, bool]] = {  # how, on how many connections
     "headers dribbled": (dribble_headers, NUM_DRIBBLING, True),
     "bodies dribbled": (dribble_body, NUM_DRIBBLING, True),
     "idle connections": (idle, NUM_IDLE, False),
+    "streams read": (read_stream, NUM_STREAMS, False),
+    "streams left unread": (leave_unread, NUM_STREAMS, False),
 }
 
 
@@ -215,6 +251,17 @@ async def measure(target: Target, num_workers: int, duration_s: float) -> Measur
     return Measured(latencies, statuses)
 
 
+def listener_mib(port: int) -> float | None:
+    """Resident memory of the process of this user that listens on a port of this machine, if there is one."""
+    for process in psutil.process_iter():
+        try:
+            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp")):
+                return process.memory_info().rss / 2**20
+        except psutil.Error:
+            continue
+    return None
+
+
 async def needs_key(target: Target) -> bool:
     connection = await Connection.open(target)
     status = await connection.ask(target.head("GET", "/status", None))
@@ -227,6 +274,7 @@ def main(
     key: Annotated[str | None, typer.Option(help="An API key, if the service needs one.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Honest clients.")] = 4,
     seconds: Annotated[float, typer.Option(min=1, help="Of each measurement.")] = 10.0,
+    only: Annotated[list[str] | None, typer.Option(help="One of the attacks; may be repeated. Default: all.")] = None,
     any_host: Annotated[bool, typer.Option("--any-host", help="Also another machine: ask its owner first.")] = False,
 ) -> None:
     parts = urlsplit(url)
@@ -234,6 +282,8 @@ def main(
         raise typer.BadParameter(f"{url}: must be http://host:port")
     if not any_host and not _is_loopback(parts.hostname):
         raise typer.BadParameter(f"{url}: is not on loopback; --any-host attacks it nevertheless")
+    if unknown := set(only or ()) - set(ATTACKS):
+        raise typer.BadParameter(f"--only {sorted(unknown)}: must be of {list(ATTACKS)}")
     target = Target(parts.hostname, parts.port or 80, key)
     is_closed = asyncio.run(needs_key(target))
     if is_closed != (key is not None):
@@ -241,26 +291,32 @@ def main(
             "needs a key: give one with --key" if is_closed else "takes no key: is it the service you mean to attack?"
         )
         raise typer.BadParameter(f"{url}: the service {needs}")
-    table = Table("beside", "p50 ms", "p99 ms", "requests/s", "honest got", "attackers got")
+    table = Table("beside", "p50 ms", "p99 ms", "requests/s", "honest got", "attackers got", "listener MiB")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        for name in ATTACKS:
+        for name in only or ATTACKS:
             if name == "wrong keys" and not is_closed:
                 continue  # an open service takes any key
+            before_mib = listener_mib(target.port)
             alone = asyncio.run(measure(target, workers, seconds))
             ongoing = process.submit(attack, name, target, seconds + 2 * SETTLE_S)
             time.sleep(SETTLE_S)
             beside = asyncio.run(measure(target, workers, seconds))
+            after_mib = listener_mib(target.port)
             outcomes = ongoing.result()
             cells = [
                 f"{was:.1f} → {now:.1f} ({now / was:.2f})"
                 for was, now in zip(alone.figures(seconds), beside.figures(seconds), strict=True)
             ]
-            table.add_row(name, *cells, _listed(beside.statuses), _listed(outcomes))
+            table.add_row(name, *cells, _listed(beside.statuses), _listed(outcomes), _change(before_mib, after_mib))
     Console(width=140).print(f"{workers} clients; without → beside the attack (ratio)", table)
 
 
 def _listed(counts: Counter[str] | Counter[int]) -> str:
     return ", ".join(f"{count} x {what}" for what, count in counts.most_common())
+
+
+def _change(before_mib: float | None, after_mib: float | None) -> str:
+    return "?" if before_mib is None or after_mib is None else f"{before_mib:.0f} → {after_mib:.0f}"
 
 
 def _is_loopback(host: str) -> bool:

@@ -95,7 +95,11 @@ class PipelineConfig(_Part):
     engine_num_cpus: PositiveFloat = Field(0.1, description="CPUs that Ray reserves for the engine's process.")
     startup_timeout_s: PositiveFloat = Field(600.0, description="Longest time for all stages to load their weights.")
     step_timeout_s: PositiveFloat = Field(
-        120.0, description="Without a step's result for this time, while one is due, a stage counts as lost."
+        120.0,
+        description="Without a step's result for this time, while one is due, a stage counts as lost. Only one that "
+        "hangs is found by it: of one that dies or fails the engine hears at once. It must exceed the longest step, "
+        "of max_microbatch_tokens on the slowest stage: milliseconds for a small model, many seconds for a large one "
+        "on CPUs. So it does not follow from the steps so far: after a thousand tokens one by one comes a long prompt.",
     )
     max_queued_requests: PositiveInt = Field(
         4096, description="Requests on their way from each ingress to a pipeline; more are refused with 503."
@@ -132,6 +136,13 @@ class IngressConfig(_Part):
         allow_inf_nan=False,
         description="The longest that a request is worked on, and the default of X-Request-Timeout; then 504, or an "
         "error event in a stream. Default: no limit.",
+    )
+    replay_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A request that has lost its pipeline, and gets no further on any other for this time, has failed. "
+        "Long enough for a new pipeline to start and load.",
     )
     api_keys_file: str | None = Field(
         None,

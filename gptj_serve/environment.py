@@ -1,9 +1,29 @@
 """The environment variables that the package reads, all of them."""
 
+import math
 import os
+
+from gptj_serve.errors import ConfigError
 
 API_KEYS = "GPTJ_SERVE_API_KEYS"  # that a service accepts
 API_KEY = "GPTJ_SERVE_API_KEY"  # that `gptj-serve status` presents; its option reads it
+SLOW_CLIENT_TIMEOUT_S = "GPTJ_SERVE_SLOW_CLIENT_TIMEOUT_S"  # of Serve's HTTP proxies, see `serving.proxy`
+DEFAULT_SLOW_CLIENT_TIMEOUT_S = 60.0
+MAX_SLOW_CLIENT_TIMEOUT_S = 86400.0
+
+
+def slow_client_timeout_s() -> float:
+    """Raises `ConfigError` for what is no time."""
+    text = os.environ.get(SLOW_CLIENT_TIMEOUT_S, str(DEFAULT_SLOW_CLIENT_TIMEOUT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_SLOW_CLIENT_TIMEOUT_S:
+        raise ConfigError(
+            f"{SLOW_CLIENT_TIMEOUT_S}={text!r}: must be seconds, above 0 and at most {MAX_SLOW_CLIENT_TIMEOUT_S:g}"
+        )
+    return seconds
 
 
 def api_keys() -> str | None:

@@ -345,6 +345,7 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     num_requests_finished: int
     num_requests_aborted: int
     num_requests_failed: int
+    num_requests_not_finite: int  # of these, those whose numbers were NaN or infinite
     num_recoveries: int
 
     def as_dict(self) -> dict[str, Any]:

@@ -139,6 +139,7 @@ class Engine:
             num_requests_finished=self._num_finished,
             num_requests_aborted=self._num_aborted,
             num_requests_failed=self._num_failed,
+            num_requests_not_finite=scheduler.num_not_finite,
             num_recoveries=self._num_recoveries,
         )
 

@@ -17,7 +17,7 @@ from gptj_serve.engine.warpers import Knobs, narrowed
 from gptj_serve.steps import RowResult, SampledToken, SampleSpec
 from gptj_serve.types import TokenLogprob
 
-NOT_FINITE = "the model's logits hold NaN or infinity"
+NOT_FINITE = "the model's numbers are not finite: NaN or infinity"
 NOT_FINITE_AFTER_EDITS = "the request's biases, penalties or guidance turn scores into NaN or infinity"
 NOTHING_POSSIBLE = "no token is possible: the request's constraints, taken together, forbid all of them"
 

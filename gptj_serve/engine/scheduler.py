@@ -138,6 +138,7 @@ class Scheduler:
         self.num_prefix_tokens_reused = 0
         self.num_tokens_drafted = 0
         self.num_draft_tokens_accepted = 0
+        self.num_not_finite = 0  # requests whose numbers went wrong
 
     @property
     def num_running(self) -> int:
@@ -489,6 +490,7 @@ class Scheduler:
         failed = next((result for result in results if result.failure is not None), None)
         if failed is not None and failed.failure is not None:
             if failed.is_kv_suspect:
+                self.num_not_finite += 1
                 self.blocks.withdraw(block for sequence in job.sequences for block in sequence.block_table)
             level = logging.WARNING if failed.is_kv_suspect else logging.INFO  # else its own constraints did it
             _log_failure(level, job, f"failed on the last stage: {failed.failure}")

@@ -3,8 +3,10 @@
 import asyncio
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 
 from llguidance import LLTokenizer
@@ -41,33 +43,51 @@ class GrammarCompiler:
         self._max_cached = max_cached
         self._max_cached_chars = max_cached_chars
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._lock = threading.Lock()  # of the two below
+        self._lock = threading.Lock()  # of the three below
         self._cached: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._pending: dict[Grammar, Future[CompiledGrammar]] = {}
+        self._num_waiting: Counter[Grammar] = Counter()
 
     def compile(self, grammar: Grammar) -> TokenMatcher:
         """Blocks for as long as it takes: milliseconds, or seconds for a grammar that takes too much.
 
         Raises `InvalidRequestError` if the grammar can't be used, `RequestFailedError` if that can't be told.
         """
-        return TokenMatcher(self._compiled(grammar).result())
+        with self._waiting_for(grammar) as future:
+            return TokenMatcher(future.result())
 
     async def compile_async(self, grammar: Grammar) -> TokenMatcher:
         """`compile` for an event loop. Whoever is cancelled here leaves the grammar to others who wait for it."""
-        future = asyncio.wrap_future(self._compiled(grammar))
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
-        return TokenMatcher(await asyncio.shield(future))
+        with self._waiting_for(grammar) as compiling:
+            future = asyncio.wrap_future(compiling)
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
+            return TokenMatcher(await asyncio.shield(future))
+
+    @contextmanager
+    def _waiting_for(self, grammar: Grammar) -> Iterator[Future[CompiledGrammar]]:
+        """A grammar that all leave before its turn has come is not compiled."""
+        with self._lock:
+            self._num_waiting[grammar] += 1
+            future = self._compiled(grammar)
+        try:
+            yield future
+        finally:
+            with self._lock:
+                self._num_waiting[grammar] -= 1
+                if not self._num_waiting[grammar]:
+                    del self._num_waiting[grammar]
+                    if future.cancel():
+                        del self._pending[grammar]
 
     def _compiled(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        with self._lock:
-            if grammar in self._cached:
-                self._cached.move_to_end(grammar)
-                done: Future[CompiledGrammar] = Future()
-                done.set_result(self._cached[grammar])
-                return done
-            if grammar not in self._pending:
-                self._pending[grammar] = self._thread.submit(self._compile, grammar)
-            return self._pending[grammar]
+        if grammar in self._cached:
+            self._cached.move_to_end(grammar)
+            done: Future[CompiledGrammar] = Future()
+            done.set_result(self._cached[grammar])
+            return done
+        if grammar not in self._pending:
+            self._pending[grammar] = self._thread.submit(self._compile, grammar)
+        return self._pending[grammar]
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         compiled: CompiledGrammar | None = None

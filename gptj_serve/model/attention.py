@@ -108,6 +108,10 @@ class PagedAttention:
         keys, values = self._cache.keys[index], self._cache.values[index]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if v.dtype == torch.float16:
+                # An overflow in q or k may make all scores -infinity, and attention over nothing gives zeros. 0 times
+                # infinity is NaN: so v carries it on to where it is seen.
+                v = v + (0 * q + 0 * k)
             keys[self._begun_blocks] = 0
             values[self._begun_blocks] = 0
             keys.view(-1, *k.shape[1:])[self._slots] = k

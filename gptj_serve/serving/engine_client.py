@@ -51,9 +51,6 @@ from gptj_serve.wire import WireDecoder
 
 logger = logging.getLogger(__name__)
 
-REPLAY_TIMEOUT_S = 120.0
-"""A request that loses its replica is given up when it gets no further on any other for this time."""
-
 MAX_REPLICA_LOSSES = 5
 """A request that so many replicas in a row died with, without a token in between, is taken for the cause."""
 
@@ -108,14 +105,19 @@ class ServeEngineClient:
         pipelines: DeploymentHandle,
         on_replay: Callable[[], None] = lambda: None,
         replicas: Replicas = REPLICAS,
+        *,
+        replay_timeout_s: float,
         max_queue_wait_s: float | None = None,
         text_version: str = "",
     ) -> None:
-        """`on_replay` is called when a request is sent again; `max_queue_wait_s` is the pipelines' own limit, and
-        `text_version` the ingress's own (`ModelVersion`)."""
+        """`on_replay` is called when a request is sent again. One that gets no further for `replay_timeout_s` after
+        the loss of its replica is given up. `max_queue_wait_s` is the pipelines' own limit, `text_version` the
+        ingress's own (`ModelVersion`).
+        """
         self._max_queue_wait_s = max_queue_wait_s
         self._on_replay = on_replay
         self._replicas = replicas
+        self._replay_timeout_s = replay_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         replicas.subscribe(self._on_left)
         self._answers = Answers(text_version, replicas)
@@ -182,7 +184,7 @@ class ServeEngineClient:
                     message = f"{num_losses} pipelines in a row were lost while they had this request"
                     yield FailureEvent(request.request_id, message)
                     return
-                if clock() - last_progress_at > REPLAY_TIMEOUT_S:
+                if clock() - last_progress_at > self._replay_timeout_s:
                     break
                 logger.warning(
                     "request %s is sent again after %d tokens: %s", request.request_id, len(tokens), lost,
@@ -193,7 +195,8 @@ class ServeEngineClient:
                     delay_s = max(delay_s, REPLAY_DELAY_S)
                 await asyncio.sleep(delay_s)
                 delay_s = min(max(2 * delay_s, REPLAY_DELAY_S), MAX_REPLAY_DELAY_S)
-        yield FailureEvent(request.request_id, f"no pipeline took the request further for {REPLAY_TIMEOUT_S:.0f} s")
+        message = f"no pipeline took the request further for {self._replay_timeout_s:g} s"
+        yield FailureEvent(request.request_id, message)
 
     def queue_wait_s(self) -> float:
         return self._replicas.shortest_wait_s()

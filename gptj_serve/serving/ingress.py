@@ -65,6 +65,7 @@ class Ingress:
         engine = ServeEngineClient(
             pipelines,
             metrics.replayed,
+            replay_timeout_s=config.ingress.replay_timeout_s,
             max_queue_wait_s=config.pipeline.scheduler.max_queue_wait_s,
             text_version=text_version,
         )

@@ -13,6 +13,7 @@ from outputs import TOKENIZERS, accepts, matcher_of, random_output
 
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.grammar import GrammarCompiler, TokenMatcher, library
+from gptj_serve.grammar.matcher import CompiledGrammar
 from gptj_serve.types import Grammar, GrammarKind
 
 TOKENIZER = TOKENIZERS["small"]
@@ -170,6 +171,37 @@ async def test_the_event_loop_goes_on_and_a_cancelled_request_takes_nothing_alon
     assert compiled(await tasks[1]) is compiled(await tasks[2])
     with pytest.raises(InvalidRequestError, match="unclosed group"):
         await compiler.compile_async(Grammar(GrammarKind.REGEX, "("))
+
+
+async def test_a_grammar_that_all_have_left_before_its_turn_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
+    """Else a client could queue up seconds of work for everybody, one abandoned request after the other."""
+    compiler = new_compiler()
+    begun: list[str] = []
+    goes_on = threading.Event()
+    tried = compiler._tried
+
+    def slowly(grammar: Grammar) -> CompiledGrammar:
+        begun.append(grammar.text)
+        assert goes_on.wait(10)
+        return tried(grammar)
+
+    monkeypatch.setattr(compiler, "_tried", slowly)
+
+    def ask(text: str) -> asyncio.Task[TokenMatcher]:
+        return asyncio.create_task(compiler.compile_async(Grammar(GrammarKind.REGEX, text)))
+
+    running, left, half_left, stays = (ask(text) for text in ("running", "left", "shared", "shared"))
+    while not begun:
+        await asyncio.sleep(0.001)
+    for task in (running, left, half_left):
+        task.cancel()
+    await asyncio.gather(running, left, half_left, return_exceptions=True)
+    later = ask("left, and asked for again")
+    goes_on.set()
+    assert accepts(await stays, "shared", TOKENIZER)
+    await later
+    assert begun == ["running", "shared", "left, and asked for again"]
+    assert (compiler._pending, compiler._num_waiting) == ({}, {})
 
 
 def test_matchers_of_one_grammar_outlive_the_lexer_they_share(monkeypatch: pytest.MonkeyPatch):

@@ -40,6 +40,7 @@ class Call:
 
     def __init__(self, stream: AsyncGenerator[Any]) -> None:
         self._stream = stream
+        self.is_cancelled = False
 
     def __aiter__(self) -> "Call":
         return self
@@ -48,15 +49,17 @@ class Call:
         return await anext(self._stream)
 
     def cancel(self) -> None:
-        pass
+        self.is_cancelled = True
 
 
 class Method:
     def __init__(self, stream: Callable[..., AsyncGenerator[Any]]) -> None:
         self._stream = stream
+        self.calls: list[Call] = []
 
     def remote(self, *args: Any, **kwargs: Any) -> Call:
-        return Call(self._stream(*args, **kwargs))
+        self.calls.append(Call(self._stream(*args, **kwargs)))
+        return self.calls[-1]
 
 
 class FakePipelines:
@@ -116,10 +119,29 @@ class FakePipelines:
             yield item
 
 
+def make_client(
+    pipelines: FakePipelines,
+    on_replay: Callable[[], None] = lambda: None,
+    replicas: Replicas | None = None,
+    replay_timeout_s: float = 120.0,
+    max_queue_wait_s: float | None = None,
+) -> ServeEngineClient:
+    return ServeEngineClient(
+        pipelines,  # type: ignore[arg-type]
+        on_replay,
+        Replicas() if replicas is None else replicas,
+        replay_timeout_s=replay_timeout_s,
+        max_queue_wait_s=max_queue_wait_s,
+    )
+
+
 async def collect(
-    pipelines: FakePipelines, request: EngineRequest = REQUEST, replicas: Replicas | None = None
+    pipelines: FakePipelines,
+    request: EngineRequest = REQUEST,
+    replicas: Replicas | None = None,
+    replay_timeout_s: float = 120.0,
 ) -> list[Any]:
-    client = ServeEngineClient(pipelines, replicas=replicas or Replicas())  # type: ignore[arg-type]
+    client = make_client(pipelines, replicas=replicas, replay_timeout_s=replay_timeout_s)
     return [event async for event in client.submit(request)]
 
 
@@ -135,7 +157,7 @@ async def test_a_request_that_can_not_be_sent_leaves_nothing_behind() -> None:
     grammar = Grammar(GrammarKind.REGEX, "\ud800")
     sampling = SamplingParams(max_new_tokens=NUM_TOKENS, grammar=grammar)
     pipelines = FakePipelines()
-    client = ServeEngineClient(pipelines, replicas=Replicas())  # type: ignore[arg-type]
+    client = make_client(pipelines)
     with pytest.raises(UnicodeEncodeError):
         await anext(client.submit(msgspec.structs.replace(REQUEST, sampling=sampling)))
     assert (client._inboxes, pipelines.attempts) == ({}, [])
@@ -155,12 +177,10 @@ async def test_another_attempt_owes_only_the_rest() -> None:
     assert 50 < second.max_time_s < 60 - engine_client.REPLAY_DELAY_S / 2
 
 
-async def test_request_that_gets_no_further_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_client, "REPLAY_TIMEOUT_S", 0.3)
+async def test_request_that_gets_no_further_is_given_up() -> None:
     pipelines = FakePipelines(is_reachable=False)
-    events = await asyncio.wait_for(collect(pipelines), 20)
-    assert [type(event) for event in events] == [FailureEvent]
-    assert "0 s" in events[0].message
+    events = await asyncio.wait_for(collect(pipelines, replay_timeout_s=0.3), 20)
+    assert events == [FailureEvent("r", "no pipeline took the request further for 0.3 s")]
 
 
 async def test_request_that_replicas_die_of_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +255,7 @@ async def test_what_may_have_cost_a_stage_does_not_go_on_to_the_next() -> None:
     replicas.set_running({"0", "1", "2"})
     pipelines = FakePipelines(0)
     pipelines.stall_after["1"] = 0
-    client = ServeEngineClient(pipelines, replicas=replicas)  # type: ignore[arg-type]
+    client = make_client(pipelines, replicas=replicas)
     stream = client.submit(REQUEST)
     first = asyncio.create_task(anext(stream))
     while len(pipelines.attempts) < 2:
@@ -280,7 +300,7 @@ class Answer:
 async def test_a_silent_pipeline_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_client, "STATUS_TIMEOUT_S", 0.1)
     pipelines = Asked("c", "a", "b")
-    client = ServeEngineClient(pipelines)  # type: ignore[arg-type]
+    client = make_client(pipelines)
     assert await client.status() == ([{"replica_id": "a"}, {"replica_id": "b"}, {"replica_id": "c"}], [])
     pipelines.silent = {"b"}
     for _ in range(2):  # it is remembered who it was
@@ -297,13 +317,13 @@ async def test_a_silent_pipeline_does_not_hide_the_others(monkeypatch: pytest.Mo
 
 
 async def test_no_pipeline_at_all_is_a_problem_too() -> None:
-    client = ServeEngineClient(Asked())  # type: ignore[arg-type]
+    client = make_client(Asked())
     assert await client.status() == ([], ["no pipeline can be asked: no replica is running"])
 
 
 async def test_each_replay_is_told() -> None:
     replays: list[None] = []
-    client = ServeEngineClient(FakePipelines(2, 3), lambda: replays.append(None))  # type: ignore[arg-type]
+    client = make_client(FakePipelines(2, 3), lambda: replays.append(None))
     assert len([event async for event in client.submit(REQUEST)]) == NUM_TOKENS
     assert len(replays) == 2
 
@@ -314,10 +334,9 @@ async def test_what_is_given_up_is_no_replay(
 ) -> None:
     """Neither counted nor logged as one, whichever limit it is given up by."""
     monkeypatch.setattr(engine_client, "REPLAY_DELAY_S", 0.001)
-    monkeypatch.setattr(engine_client, "REPLAY_TIMEOUT_S", timeout_s)
     replays: list[None] = []
     pipelines = FakePipelines(*[0] * 50)
-    client = ServeEngineClient(pipelines, lambda: replays.append(None))  # type: ignore[arg-type]
+    client = make_client(pipelines, lambda: replays.append(None), replay_timeout_s=timeout_s)
     (failure,) = [event async for event in client.submit(REQUEST)]
     assert isinstance(failure, FailureEvent)
     assert len(pipelines.attempts) == (1 if timeout_s < 0 else engine_client.MAX_REPLICA_LOSSES)
@@ -350,6 +369,53 @@ async def test_a_refusal_comes_back_as_it_was_raised() -> None:
         await asyncio.wait_for(collect(Refusing()), 10)
 
 
+class Queued(FakePipelines):
+    """No replica takes the request yet."""
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        self.stalled.set()
+        await asyncio.Event().wait()
+        yield ""
+
+
+class Taken(FakePipelines):
+    """A replica has the request, and computes its prompt."""
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        self.outboxes["0"] = asyncio.Queue()
+        yield "0"
+        self.stalled.set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("phase", ["queued", "taken", "tokens", "before a replay", "replayed"])
+async def test_a_client_who_leaves_leaves_nothing_behind(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "REPLAY_DELAY_S", 60.0 if phase == "before a replay" else 0.001)
+    pipelines = {"queued": Queued, "taken": Taken}.get(phase, FakePipelines)(*[2] if "replay" in phase else [])
+    pipelines.stall_after = {"tokens": {"0": 2}, "replayed": {"1": 2}}.get(phase, {})
+    replayed = asyncio.Event()
+    replicas = Replicas()
+    replicas.set_running({"0", "1"})
+    client = make_client(pipelines, replayed.set, replicas)
+
+    async def read() -> None:
+        async for _ in client.submit(REQUEST):
+            pass
+
+    reader = asyncio.create_task(read())
+    await asyncio.wait_for((replayed if phase == "before a replay" else pipelines.stalled).wait(), 5)
+    await asyncio.sleep(0.01)
+    assert not reader.done()
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert client._inboxes == {}
+    assert client._watchers == set()
+    assert not any(client._requests_at.values())
+    assert len(pipelines.run.calls) == (2 if phase == "replayed" else 1)
+    assert pipelines.run.calls[-1].is_cancelled
+
+
 async def test_a_full_pipeline_is_not_asked_twice() -> None:
     """Its refusal is the request's end; it is not sent again."""
 
@@ -371,7 +437,7 @@ async def test_where_all_queues_are_too_long_no_pipeline_is_asked() -> None:
 
     async def attempt(**changes: Any) -> FakePipelines:
         pipelines = FakePipelines()
-        client = ServeEngineClient(pipelines, replicas=replicas, max_queue_wait_s=60.0)  # type: ignore[arg-type]
+        client = make_client(pipelines, replicas=replicas, max_queue_wait_s=60.0)
         request = msgspec.structs.replace(REQUEST, **changes)
         assert len([event async for event in client.submit(request)]) == NUM_TOKENS
         return pipelines

@@ -296,3 +296,51 @@ async def test_request_that_ends_while_its_client_leaves() -> None:
     assert engine.aborted == ["r"]
     assert not pipeline._outbox_of
     assert not pipeline._finished
+
+
+async def test_a_client_who_leaves_while_its_grammar_is_compiled_leaves_nothing_behind() -> None:
+    compiling, compiled = asyncio.Event(), asyncio.Event()
+
+    class SlowGrammars:
+        async def compile_async(self, grammar: Grammar) -> None:
+            compiling.set()
+            await compiled.wait()
+
+    class CountingEngine(FakeEngine):
+        num_added = 0
+
+        def add(self, request: EngineRequest, matcher: object = None) -> None:
+            self.num_added += 1
+
+    pipeline = make_pipeline(engine := CountingEngine())
+    pipeline._grammars = SlowGrammars()  # type: ignore[assignment]
+    sampling = SamplingParams(max_new_tokens=1, grammar=Grammar(GrammarKind.REGEX, "a"))
+    request = msgspec.structs.replace(REQUEST, sampling=sampling)
+
+    async def call() -> None:
+        async for _ in pipeline.run("ingress", msgspec.msgpack.encode(request)):
+            pass
+
+    task = asyncio.create_task(call())
+    await compiling.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    compiled.set()
+    await asyncio.sleep(0)
+    assert engine.num_added == 0
+    assert (pipeline._outboxes, pipeline._outbox_of, pipeline._finished) == ({}, {}, {})
+
+
+async def test_events_of_a_request_that_is_gone_are_kept_for_nobody() -> None:
+    """A step that was in flight when its client left brings one more token."""
+    pipeline = make_pipeline(FakeEngine())
+    stream = pipeline.events("ingress", replica_id="replica")
+    await anext(stream)
+    call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
+    await anext(call)
+    await call.aclose()
+    pipeline._distribute([TokenEvent("r", 0, 5, -1.0)])
+    (outbox,) = pipeline._outboxes.values()  # of the stream, which other requests may use
+    assert (outbox.events, outbox.num_requests) == ([], 0)
+    await stream.aclose()
+    assert (pipeline._outboxes, pipeline._outbox_of, pipeline._finished) == ({}, {}, {})

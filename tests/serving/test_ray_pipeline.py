@@ -2,9 +2,11 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -13,9 +15,11 @@ from gptj_serve.config import KVCacheConfig, PipelineConfig, StageConfig
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.errors import PipelineError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.serving.pipeline_deployment import stage_settings
 from gptj_serve.serving.ray_pipeline import RayPipeline
+from gptj_serve.steps import MicroBatch, Row, SampleSpec
 from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
 from tests.chaos import links
 
@@ -47,6 +51,77 @@ async def engine_over_actors(checkpoint: Checkpoint, num_stages: int) -> AsyncIt
     finally:
         pipeline.close()
         remove_placement_group(group)
+
+
+STEP_TIMEOUT_S = 4.0
+
+
+async def test_a_lost_stage_is_noticed_at_once_and_one_that_hangs_in_time(cluster: None, demo: Path) -> None:
+    """However it is lost; then it is brought back, and answers as before."""
+    checkpoint = Checkpoint.open(demo)
+    config = PipelineConfig(
+        num_stages=2,
+        stage=StageConfig(num_cpus=0.01, num_threads=1),
+        kv_cache=KVCacheConfig(block_size=BLOCK_SIZE, num_tokens=NUM_KV_BLOCKS * BLOCK_SIZE),
+        step_timeout_s=STEP_TIMEOUT_S,
+    )
+    group = placement_group([{"CPU": 0.01}] * 3)
+    await group.ready()
+    pipeline = RayPipeline("test-faults", config, group)
+    row = Row([5, 6, 7], 0, [0], samples=[SampleSpec()])
+    clock = asyncio.get_running_loop().time
+    noticed_after_s: dict[str, float] = {}
+    try:
+        await pipeline.start(stage_settings(config, checkpoint, checkpoint.config.vocab_size))
+        sound = await pipeline.run(MicroBatch(0, [row]))
+        for fault in ("killed while idle", "killed", "exits", "raises", "out of memory", "hangs"):
+            victim = pipeline._stages[len(noticed_after_s) % 2]
+            watch = asyncio.create_task(pipeline.watch())
+            if fault.startswith("killed"):
+                began_at = clock()
+                os.kill(victim.description["pid"], signal.SIGKILL)
+            else:
+                await victim.actor.__ray_call__.remote(break_next_step(fault))
+                began_at = clock()
+            step = None if "idle" in fault else asyncio.create_task(pipeline.run(MicroBatch(1, [row])))
+            await asyncio.wait([watch] if step is None else [watch, step], return_when=asyncio.FIRST_COMPLETED)
+            noticed_after_s[fault] = clock() - began_at
+            with pytest.raises(PipelineError, match="step_timeout_s" if fault == "hangs" else "was lost"):
+                await (watch if step is None or watch.done() else step)
+            watch.cancel()
+            await asyncio.gather(watch, *([] if step is None else [step]), return_exceptions=True)
+            await pipeline.recover()
+            assert (await pipeline.run(MicroBatch(0, [row]))).rows == sound.rows
+    finally:
+        pipeline.close()
+        remove_placement_group(group)
+    assert STEP_TIMEOUT_S <= noticed_after_s.pop("hangs") < 2 * STEP_TIMEOUT_S
+    assert max(noticed_after_s.values()) < STEP_TIMEOUT_S / 2, noticed_after_s
+    assert [stage.num_restarts for stage in pipeline._stages] == [2, 2]  # who raised is kept, with its weights
+
+
+def break_next_step(fault: str) -> Callable[[Any], None]:
+    """For a stage's actor, to be called in its process."""
+
+    def arm(stage: Any) -> None:
+        import os
+        import time
+
+        import torch
+
+        run = stage._runner.run
+
+        def broken(*_: object) -> None:
+            stage._runner.run = run
+            if fault == "exits":
+                os._exit(1)
+            if fault == "hangs":
+                time.sleep(3600)
+            raise torch.OutOfMemoryError("out of memory") if fault == "out of memory" else ZeroDivisionError("a bug")
+
+        stage._runner.run = broken
+
+    return arm
 
 
 async def generate_all(engine: LocalEngine, num_requests: int) -> list[list[int]]:

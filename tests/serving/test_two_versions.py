@@ -76,7 +76,12 @@ class Pipelines:
 
 
 async def token_ids(pipelines: Pipelines, request: EngineRequest = REQUEST) -> list[int]:
-    client = ServeEngineClient(pipelines, replicas=pipelines.replicas, text_version="text")  # type: ignore[arg-type]
+    client = ServeEngineClient(
+        pipelines,  # type: ignore[arg-type]
+        replicas=pipelines.replicas,
+        replay_timeout_s=60.0,
+        text_version="text",
+    )
     return [event.token_id async for event in client.submit(request) if isinstance(event, TokenEvent)]
 
 
