@@ -24,10 +24,10 @@ from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
-from gptj_serve.serving.capacity import Resources, num_that_fit
+from gptj_serve.serving.capacity import Resources, num_that_fit, surge_percent
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
-from gptj_serve.serving.serve_run import anything_is_served, end_serve_run, foreign_listener
+from gptj_serve.serving.serve_run import anything_is_served, end_serve_run, foreign_listener, num_alive
 from gptj_serve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _ingress(config: ServiceConfig) -> serve.Deployment:
         max_queued_requests=config.ingress.max_queued_requests,
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
         max_surge_percent=_max_surge_percent(
-            config, [{"CPU": config.ingress.num_cpus}], config.ingress.num_replicas, _free_resources()
+            config, "Ingress", [{"CPU": config.ingress.num_cpus}], config.ingress.num_replicas, _free_resources()
         ),
         graceful_shutdown_timeout_s=config.rollout.drain_timeout_s,
         max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
@@ -159,7 +159,7 @@ def _pipeline(config: ServiceConfig) -> serve.Deployment:
         placement_group_bundles=bundles,
         placement_group_strategy=pipeline.placement_strategy,
         request_router_config=RequestRouterConfig(request_router_class="gptj_serve.serving.router.PipelineRouter"),
-        max_surge_percent=_max_surge_percent(config, bundles, config.num_pipelines, free),
+        max_surge_percent=_max_surge_percent(config, "Pipeline", bundles, config.num_pipelines, free),
         graceful_shutdown_timeout_s=config.rollout.drain_timeout_s,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
@@ -174,17 +174,17 @@ def _free_resources() -> list[dict[str, float]]:
 
 
 def _max_surge_percent(
-    config: ServiceConfig, bundles: Sequence[Resources], num_replicas: int, free: Sequence[Resources]
+    config: ServiceConfig, deployment: str, bundles: Sequence[Resources], num_replicas: int, free: Sequence[Resources]
 ) -> int:
     """How many replicas, in percent of all, may run beside those that they replace; 0 stops the old ones first."""
     if config.rollout.surge == "never":
         return 0
     if config.rollout.surge == "always" or not free:
         return 100
-    num_fitting = num_that_fit(bundles, config.pipeline.placement_strategy, free, num_replicas)
+    num_fitting = num_that_fit(bundles, config.pipeline.placement_strategy, free, 2 * num_replicas)
     if num_fitting == 0:
         logger.warning(
             "there is no room for one more replica that needs %s: old ones are stopped before new ones start",
             ", ".join(str(dict(bundle)) for bundle in bundles),
         )
-    return 100 * num_fitting // num_replicas or min(num_fitting, 1)
+    return surge_percent(num_fitting, num_replicas, num_alive(deployment))

@@ -19,6 +19,15 @@ def num_that_fit(bundles: Sequence[Resources], strategy: str, nodes: Sequence[Re
     return at_most
 
 
+def surge_percent(num_fitting: int, num_replicas: int, num_running: int) -> int:
+    """Serve's `max_surge_percent`, such that no more than `num_fitting` replicas are started beside the old ones.
+
+    Serve counts those that it starts since `num_replicas` has grown on top.
+    """
+    surge = min(max(0, num_fitting - max(0, num_replicas - num_running)), num_replicas)
+    return 100 * surge // num_replicas or min(surge, 1)  # Serve rounds up to whole replicas
+
+
 def _placed(bundles: Sequence[Resources], strategy: str, free: list[dict[str, float]]) -> list[dict[str, float]] | None:
     """What is left free after one group, or None if it does not fit."""
     if strategy == "STRICT_PACK":

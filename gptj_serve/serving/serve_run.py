@@ -69,7 +69,16 @@ def _is_serve_run(process: psutil.Process) -> bool:
 
 def anything_is_served() -> bool:
     """Whether any replica is alive. Serve's own status knows none of an application whose update is being built."""
+    return bool(_replica_names())
+
+
+def num_alive(deployment: str) -> int:
+    """Replicas of the deployment of that name."""
+    return sum(f"#{deployment}#" in name for name in _replica_names())
+
+
+def _replica_names() -> list[str]:
     if not ray.is_initialized():
-        return False
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return any(actor["name"].startswith(REPLICA_PREFIX) for actor in actors)
+        return []
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return [name for name in names if name.startswith(REPLICA_PREFIX)]

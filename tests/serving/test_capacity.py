@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptj_serve.serving.capacity import num_that_fit
+from gptj_serve.serving.capacity import num_that_fit, surge_percent
 
 PIPELINE = [{"CPU": 0.1}, {"GPU": 1.0, "CPU": 1.0}, {"GPU": 1.0, "CPU": 1.0}]
 
@@ -24,3 +24,21 @@ PIPELINE = [{"CPU": 0.1}, {"GPU": 1.0, "CPU": 1.0}, {"GPU": 1.0, "CPU": 1.0}]
 def test_how_many_fit(strategy: str, nodes: list[dict[str, float]], num: int) -> None:
     assert num_that_fit(PIPELINE, strategy, nodes, 3) == num
     assert num_that_fit(PIPELINE, strategy, nodes, 1) == min(num, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_fitting", "num_replicas", "num_running", "percent"),
+    [
+        (1, 1, 1, 100),
+        (0, 1, 1, 0),
+        (1, 2, 1, 0),
+        (2, 2, 1, 50),
+        (1, 2, 2, 50),
+        (1, 3, 3, 33),
+        (9, 3, 3, 100),
+        (1, 200, 200, 1),
+    ],
+)
+def test_surge(num_fitting: int, num_replicas: int, num_running: int, percent: int) -> None:
+    """With what more replicas need on top, it never exceeds the room."""
+    assert surge_percent(num_fitting, num_replicas, num_running) == percent
