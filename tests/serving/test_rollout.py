@@ -24,7 +24,7 @@ pytestmark = pytest.mark.serve
 ROLLOUT_TIMEOUT_S = 60.0
 
 STREAMED = [
-    {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 300, "seed": n, "do_sample": n > 0}} for n in range(2)
+    {"inputs": f"Chapter {n}.", "parameters": {"max_new_tokens": 200, "seed": n, "do_sample": n > 0}} for n in range(2)
 ]
 WHOLE = [
     {"inputs": f"Part {n}.", "parameters": {"max_new_tokens": 24, "do_sample": True, "best_of": 2, "seed": n}}
@@ -117,7 +117,7 @@ class Load:
                 self.texts[index].append(await ask(http, body))
             except (AssertionError, KeyError, httpx.HTTPError) as error:
                 self.failures.append(repr(error))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.3)
 
     async def stop(self) -> None:
         self._is_stopped = True
