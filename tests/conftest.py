@@ -77,8 +77,8 @@ def _save_random_gptj(config: dict[str, Any], directory: Path) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `large` or `clients` run only when asked for: `pytest -m large`."""
-    for marker in ("large", "clients"):
+    """Tests marked `large`, `clients` or `faults` run only when asked for: `pytest -m large`."""
+    for marker in ("large", "clients", "faults"):
         if marker not in config.option.markexpr:
             for item in items:
                 if item.get_closest_marker(marker):

@@ -14,7 +14,7 @@ from tests.chaos.report import leaks
 from tests.chaos.traffic import Outcome, calls, undisturbed_answers
 from tests.serving.service import ServeRun
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.faults]
 
 PORT = 8013
 

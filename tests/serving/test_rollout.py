@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.serving.service import ServeRun, eventually
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.faults]
 
 ROLLOUT_TIMEOUT_S = 60.0
 
