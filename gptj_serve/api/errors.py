@@ -1,5 +1,6 @@
 """From errors to HTTP: one table of statuses, one error object per surface, the handlers that apply them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def error_response(request: Request, error: GPTJServeError) -> JSONResponse:
     status = http_status(error)
     headers = {}
     if isinstance(error, OverloadedError):
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
     if route_path(request.scope).startswith(OPENAI_PREFIX):

@@ -193,15 +193,16 @@ class Service:
         A failure is raised, and `RequestTimeoutError` when the time of the request that is being answered is over.
         """
         context = current_request()
+        record = context.record
         request = EngineRequest(
             request_id=context.new_sequence_id(),
             task=task,
             prompt_token_ids=token_ids,
             priority=context.priority if priority is None else priority,
+            is_resumed=record.num_sequences > 0,
             time_left_s=_time_left_s(context, options.get("sampling")),
             **options,
         )
-        record = context.record
         record.add_sequence(request)
         num_unpaid = len(token_ids) + len(request.continuation_token_ids)  # until the engine has taken it
         last_token_at: float | None = None

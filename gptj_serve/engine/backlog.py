@@ -83,6 +83,10 @@ class WorkRate:
         self._marked_at = now
         self._is_saturated = is_saturated
 
+    def pause(self) -> None:
+        """What follows until the next mark says nothing of how fast the engine is."""
+        self._is_saturated = False
+
     def seconds_for(self, work: Work, cost: float) -> float:
         """How long so much work takes, at this cost of a generated token; 0 as long as that is not known."""
         if work == NO_WORK or self._observed_s < MIN_OBSERVED_S:

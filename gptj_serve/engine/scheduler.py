@@ -283,6 +283,7 @@ class Scheduler:
         """
         in_flight = {id(entry): entry for step in self._in_flight.values() for entry, _ in step.riders}
         self._in_flight.clear()
+        self._work_rate.pause()
         for entry in reversed(self._running.copy()):
             self._preempt(entry)
         self.blocks.withdraw_all()
@@ -441,14 +442,19 @@ class Scheduler:
         if request.is_resumed:
             return
         wait_s = self._wait_s(rank)
-        for limit_s, whose in ((self.limits.max_queue_wait_s, "the service's"), (_time_left_s(request), "its own")):
+        limits = (
+            (self.limits.max_queue_wait_s, "the service's limit of {:g} s"),
+            (_time_left_s(request), "the time of {:.3g} s that it has"),
+        )
+        for limit_s, name in limits:
             if wait_s > limit_s:
-                message = f"the request would wait for about {wait_s:.0f} s, longer than {whose} limit of {limit_s:g} s"
+                message = f"the request would wait for about {wait_s:.0f} s, longer than {name.format(limit_s)}"
                 raise OverloadedError(message, wait_s - limit_s)
 
     def _give_up_the_late(self) -> None:
         """Those that wait for their first turn, and have no time left for it."""
         now = self._clock()
+        retry_after_s = self.queue_wait_s()
         self._next_deadline = math.inf
         for entry in self._waiting.copy():
             if entry.was_preempted or entry.deadline > now:
@@ -457,7 +463,7 @@ class Scheduler:
             self._drop(entry)
             request_id, waited_s = entry.job.request.request_id, now - entry.waits_since
             message = f"it was not the request's turn yet when its time was over, after {waited_s:.1f} s"
-            self._failures.append(FailureEvent(request_id, message, retry_after_s=self.queue_wait_s()))
+            self._failures.append(FailureEvent(request_id, message, retry_after_s=retry_after_s))
 
     def _start(self, entry: _Entry) -> None:
         entry.is_running = True

@@ -42,7 +42,7 @@ def _message(path: str, body: Any, openai_type: str, hugging_face_type: str) -> 
 
 
 @pytest.mark.parametrize(("path", "body"), CALLS)
-@pytest.mark.parametrize(("retry_after_s", "header"), [(7.4, "7"), (0.1, "1")])
+@pytest.mark.parametrize(("retry_after_s", "header"), [(7.4, "8"), (7.0, "7"), (0.1, "1")])
 async def test_overload(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, body: Any, retry_after_s: float, header: str
 ) -> None:

@@ -172,7 +172,7 @@ async def test_a_full_ingress_says_how_long_the_queue_is(
     engine.pause_at = 0
     async with Call(app, "/generate", GENERATE):
         await _until(lambda: engine.num_running == 1)
-        for engine.wait_s, retry_after in ((0.0, "1"), (12.4, "12")):
+        for engine.wait_s, retry_after in ((0.0, "1"), (12.4, "13")):
             response = await client_of(app).post("/generate", json=GENERATE)
             assert response.status_code == 503
             assert response.headers["retry-after"] == retry_after
@@ -356,3 +356,19 @@ async def test_a_full_service_refuses_before_it_reads(
     engine.resumed.set()
     assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
     assert (await client.post(path, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "num_sequences"),
+    [
+        ("/generate", {"inputs": "The fox", "parameters": {"do_sample": True, "best_of": 3, "max_new_tokens": 1}}, 3),
+        ("/classify", {"inputs": ["a", "b"]}, 2),
+        ("/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 1}, 2),
+    ],
+)
+async def test_one_sequence_asks_for_room_for_all(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, body: Any, num_sequences: int
+) -> None:
+    """A request's own sequences are no queue before it."""
+    assert (await client.post(path, json=body)).status_code == 200
+    assert [request.is_resumed for request in engine.requests] == [False, *[True] * (num_sequences - 1)]

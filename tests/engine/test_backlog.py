@@ -48,6 +48,16 @@ def test_a_rate_follows_what_the_engine_does_now():
     assert 1000 / rate_after(*steps).seconds_for(Work(1000), FIRST_COST) == pytest.approx(10 + 990 / 16, rel=0.01)
 
 
+def test_an_outage_says_nothing_of_the_rate():
+    rate = rate_after((2.0, 200, True))
+    rate.add(Work(3))
+    rate.pause()
+    rate.mark(60.0, is_saturated=True)
+    rate.add(Work(100))
+    rate.mark(61.0, is_saturated=True)
+    assert rate.seconds_for(Work(1000), FIRST_COST) == pytest.approx(10)
+
+
 def test_an_engine_that_does_nothing_has_an_endless_queue():
     assert rate_after((60.0, 0, True)).seconds_for(Work(10), FIRST_COST) > 500
 
@@ -177,7 +187,7 @@ def test_who_would_wait_too_long_is_refused():
 def test_who_has_no_time_to_wait_is_refused():
     scheduler, _ = busy_scheduler(Clock())
     late = generate_request("late", [1])
-    with pytest.raises(OverloadedError, match=r"longer than its own limit of 1\.5 s"):
+    with pytest.raises(OverloadedError, match=r"longer than the time of 1\.5 s that it has"):
         scheduler.add(msgspec.structs.replace(late, time_left_s=1.5))
     scheduler.add(msgspec.structs.replace(late, time_left_s=60.0))
 
@@ -188,6 +198,17 @@ def test_an_empty_queue_refuses_nobody():
     assert not scheduler.has_work
     scheduler.add(msgspec.structs.replace(generate_request("a", [1]), time_left_s=0.01))
     assert scheduler.num_waiting == 1
+
+
+def test_the_wait_after_an_outage_is_foretold_as_before():
+    scheduler, stages = busy_scheduler(clock := Clock())
+    before_s = scheduler.queue_wait_s()
+    scheduler.schedule()
+    scheduler.reset()
+    stages.restart()
+    clock.now += 30
+    run(scheduler, stages, clock, 3)
+    assert scheduler.queue_wait_s() == pytest.approx(before_s, rel=0.2)
 
 
 def test_who_is_late_is_not_begun():
