@@ -40,6 +40,7 @@ CLOSED_LOOP_REQUESTS = 32
 SLACK_S = 5.0
 PRIORITY, PRIORITY_SHARE = -10, 0.05
 DRAIN_TIMEOUT_S = 120.0
+END_MARKER = b"data: [DONE]"
 console = Console(width=130)
 
 
@@ -198,7 +199,7 @@ async def offer(
     return Result(
         load=load,
         is_bounded=is_bounded,
-        offered_requests=rate,
+        offered_requests=len(chosen) / seconds,
         goodput_tokens=num_tokens / (window[1] - window[0]),
         num_calls=len(calls),
         num_good=len(good),
@@ -245,14 +246,16 @@ async def request(shape: Shape, *, has_priority: bool) -> Call:
                 name, _, value = header.partition(b":")
                 if name.lower() == b"retry-after":
                     call.retry_after_s = int(value)
+            end = b""
             while chunk := await reader.read(65536):
                 now = time.monotonic()
                 num_events = chunk.count(b"data: {")
                 if call.status == 200 and num_events:
                     call.first_at = call.first_at or now
                     call.arrivals.append((now, num_events))
-                if b"data: [DONE]" in chunk:
+                if END_MARKER in end + chunk:
                     call.ended_at = now
+                end = chunk[-len(END_MARKER) :]
         finally:
             writer.close()
     return call
@@ -287,7 +290,7 @@ def resident_bytes(service: psutil.Process) -> int:
 def show(results: Sequence[Result]) -> None:
     columns = ("load", "requests/s", "good tokens/s", "of peak", "good", "refused", "broken", "first token p50, p99 s")
     table = Table(*columns, "priority: refused, p99 s", "Retry-After", "longest queue", "memory MiB")
-    peak = max(result.goodput_tokens for result in results)
+    peak = max(1e-9, *(result.goodput_tokens for result in results))
     for r in results:
         table.add_row(
             f"{r.load:g}x" + " unbounded" * (not r.is_bounded),

@@ -175,8 +175,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     (where ALL is not allowed) and EMBED, `num_top_logprobs` to SCORE.
 
     `is_resumed` says that a pipeline took it before, or another sequence of the same answer: it is not refused for want
-    of room. It is not begun later than `time_left_s` after its arrival. A pipeline of another `text_version` or `numbers_version` (of `ModelVersion`;
-    empty: any) does not take it.
+    of room. It is not begun later than `time_left_s` after its arrival. A pipeline of another `text_version` or
+    `numbers_version` (of `ModelVersion`; empty: any) does not take it.
 
     A smaller `priority` is served sooner: one step of it counts as much as arriving `PRIORITY_STEP` requests earlier,
     so nothing waits for ever. Requests share computed blocks of a common prefix exactly if their `cache_salt` is equal.
