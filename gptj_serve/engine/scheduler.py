@@ -25,18 +25,20 @@ import math
 import time
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 from gptj_serve.engine.admission import check_fits, make_job, max_blocks
-from gptj_serve.engine.backlog import NO_WORK, StepCosts, Work, WorkRate
+from gptj_serve.engine.backlog import NO_WORK
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.milestones import Milestone, OnMilestone, ignore
 from gptj_serve.engine.sequence import Sequence
-from gptj_serve.errors import InvalidRequestError, OverloadedError
-from gptj_serve.steps import MicroBatch, Row, RowResult, StepOutput
+from gptj_serve.engine.step import MAX_LOSSES_TOGETHER, Entry, Step
+from gptj_serve.engine.waiting_queue import WaitingQueue
+from gptj_serve.errors import InvalidRequestError
+from gptj_serve.steps import MicroBatch, RowResult, StepOutput
 from gptj_serve.types import PRIORITY_STEP, EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
 
 
@@ -51,56 +53,8 @@ class SchedulerLimits:
 
 logger = logging.getLogger(__name__)
 
-MAX_LOSSES_TOGETHER = 2
-"""Losses of the pipeline in a row, while it computed a request, after which the request is computed alone."""
-
 MAX_LOSSES = 4
-"""And so many after which it is given up here."""
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A job and its place in the order of service."""
-
-    job: Job
-    rank: tuple[int, int]
-    waits_since: float
-    work_left: Work  # as last counted
-    deadline: float  # it is not begun after that
-    is_running: bool = False
-    was_preempted: bool = False
-    num_losses: int = 0  # of the pipeline, since it last got further
-
-    @property
-    def is_suspect(self) -> bool:
-        return self.num_losses >= MAX_LOSSES_TOGETHER
-
-
-@dataclass(slots=True)
-class _Step:
-    """A microbatch in the making; afterwards, what is known of it while it is in flight."""
-
-    budget: int  # tokens that still fit
-    rows: list[Row] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    riders: list[tuple[_Entry, list[Ride]]] = field(default_factory=list)  # in the order of the rows
-    booked: set[_Entry] = field(default_factory=set)  # those that have a row, or blocks for one
-    work: Work = NO_WORK  # its tokens; those of decode rows as new ones
-
-    def carries(self, entry: _Entry) -> bool:
-        return entry in self.booked
-
-    def add(self, entry: _Entry, ride: Ride) -> None:
-        if not self.riders or self.riders[-1][0] is not entry:
-            self.riders.append((entry, []))
-            self.booked.add(entry)
-        self.riders[-1][1].append(ride)
-        self.rows.append(ride.row)
-
-    def remove(self, entry: _Entry) -> None:
-        """Take back the rows of the entry that was added last, if it has any."""
-        if self.riders and self.riders[-1][0] is entry:
-            del self.rows[-len(self.riders.pop()[1]) :]
+"""Losses of the pipeline in a row, while it computed a request, after which the request is given up here."""
 
 
 class Scheduler:
@@ -119,15 +73,12 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._on_milestone = on_milestone
-        self._entries: dict[str, _Entry] = {}  # all unfinished ones
-        self._waiting: list[_Entry] = []  # without blocks, by rank
-        self._running: list[_Entry] = []  # by rank
-        self._suspects: list[_Entry] = []
-        self._in_flight: dict[int, _Step] = {}  # by microbatch id
-        self._work_rate = WorkRate()
-        self._step_costs = StepCosts()
+        self._entries: dict[str, Entry] = {}  # all unfinished ones
+        self._waiting = WaitingQueue(limits.max_queue_wait_s)
+        self._running: list[Entry] = []  # by rank
+        self._suspects: list[Entry] = []
+        self._in_flight: dict[int, Step] = {}  # by microbatch id
         self._step_began_at = 0.0  # that of the oldest step in flight
-        self._next_deadline = math.inf  # the first of those that wait, or earlier
         self._num_arrivals = 0
         self._next_microbatch_id = 0
         self._failures: list[Event] = []
@@ -158,7 +109,7 @@ class Scheduler:
 
     def queue_wait_s(self, priority: int = 0) -> float:
         """How long a request that came now would wait for its turn, judged by what waits before it."""
-        return self._wait_s(self._rank_of_next(priority))
+        return self._waiting.wait_s(self._rank_of_next(priority))
 
     @property
     def has_work(self) -> bool:
@@ -175,14 +126,13 @@ class Scheduler:
         check_fits(request, self.limits.max_sequence_tokens, max_sequences, self.blocks)
         now = self._clock()
         rank = self._rank_of_next(request.priority)
-        self._check_wait(request, rank)
+        self._waiting.check(request, rank)
         job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
-        deadline = math.inf if request.is_resumed else now + _time_left_s(request)
-        self._next_deadline = min(self._next_deadline, deadline)
+        time_left_s = math.inf if request.is_resumed or request.time_left_s is None else request.time_left_s
         self._num_arrivals += 1
-        entry = _Entry(job, rank, now, job.work_left, deadline)
+        entry = Entry(job, rank, now, job.work_left, now + time_left_s)
         self._entries[request.request_id] = entry
-        insort(self._waiting, entry, key=_rank)
+        self._waiting.add(entry)
         self.num_prompt_tokens += request.num_prompt_tokens
         self._num_traced += bool(request.traceparent)
         self._on_milestone(Milestone.QUEUED, request, 0.0)
@@ -197,13 +147,13 @@ class Scheduler:
 
     def schedule(self) -> MicroBatch | None:
         """The next microbatch, or None if nothing can be scheduled now."""
-        step = _Step(self.limits.max_microbatch_tokens)
+        step = Step(self.limits.max_microbatch_tokens)
         if self._suspects:
             self._fill_with_suspect(step)
         else:
             self._fill(step)
         now = self._clock()
-        self._work_rate.mark(now, is_saturated=bool(self._waiting))
+        self._waiting.on_scheduled(now)
         if not step.rows:
             return None
         if not self._in_flight:
@@ -213,7 +163,7 @@ class Scheduler:
         self._next_microbatch_id += 1
         return microbatch
 
-    def _fill(self, step: _Step) -> None:
+    def _fill(self, step: Step) -> None:
         decoding = [entry for entry in self._running if entry.job.is_decoding]
         has_prompts = len(decoding) < len(self._running)
         decode_cap = -(-sum(len(entry.job.sequences) for entry in decoding) // self.limits.num_stages)
@@ -223,12 +173,11 @@ class Scheduler:
             for entry in self._running:
                 if not entry.job.is_decoding:
                     self._schedule_prompt(entry, step)
-        if self._clock() >= self._next_deadline:
-            self._give_up_the_late()
+        self._give_up_the_late()
         while step.budget > 0 and (admitted := self._admit_next()) is not None:
             self._schedule_prompt(admitted, step)
 
-    def _fill_with_suspect(self, step: _Step) -> None:
+    def _fill_with_suspect(self, step: Step) -> None:
         """Rows of the first suspect and of nobody else, once nothing is in flight."""
         if self._in_flight:
             return
@@ -252,7 +201,7 @@ class Scheduler:
         events: list[Event] = []
         results = (result or _NOTHING for result in output.rows)
         now = self._clock()
-        self._step_costs.observe(step.work, now - self._step_began_at)
+        self._waiting.on_step(step.work, now - self._step_began_at)
         self._step_began_at = now
         for entry, rides in step.riders:
             own = list(islice(results, len(rides)))
@@ -264,7 +213,7 @@ class Scheduler:
                 self._acquit(entry)
             has_ended = bool(taken) and is_terminal(taken[-1])
             before, entry.work_left = entry.work_left, NO_WORK if has_ended else entry.job.work_left
-            self._work_rate.add(before.minus(entry.work_left))
+            self._waiting.on_done(before.minus(entry.work_left))
             if has_ended:
                 self._drop(entry)
         return events
@@ -283,7 +232,7 @@ class Scheduler:
         """
         in_flight = {id(entry): entry for step in self._in_flight.values() for entry, _ in step.riders}
         self._in_flight.clear()
-        self._work_rate.pause()
+        self._waiting.on_loss()
         for entry in reversed(self._running.copy()):
             self._preempt(entry)
         self.blocks.withdraw_all()
@@ -316,9 +265,9 @@ class Scheduler:
         assert [e.rank for e in self._running] == sorted(e.rank for e in self._running)
         assert [e.rank for e in self._waiting] == sorted(e.rank for e in self._waiting)
 
-    def _schedule_decoding(self, entries: list[_Entry], max_rows: int, step: _Step) -> None:
+    def _schedule_decoding(self, entries: list[Entry], max_rows: int, step: Step) -> None:
         """One token of each sequence of these jobs; then, as far as there is room, drafts to go with them."""
-        booked: list[_Entry] = []
+        booked: list[Entry] = []
         num_rows = 0
         for entry in entries:
             if num_rows >= max_rows:
@@ -335,7 +284,7 @@ class Scheduler:
             for sequence in entry.job.sequences:
                 self._board(entry, sequence, 1, draft, step)
 
-    def _book(self, entry: _Entry, step: _Step) -> bool:
+    def _book(self, entry: Entry, step: Step) -> bool:
         """Budget and blocks for one token of each of the job's sequences, or nothing: they belong together."""
         sequences = entry.job.sequences
         if not entry.is_running or len(sequences) > step.budget:
@@ -364,7 +313,7 @@ class Scheduler:
             draft.pop()
         return draft
 
-    def _schedule_prompt(self, entry: _Entry, step: _Step) -> None:
+    def _schedule_prompt(self, entry: Entry, step: Step) -> None:
         """As much of the job's sequences as the budget allows. Of several, the last token waits for the others'."""
         for sequence in entry.job.sequences:
             reused = sequence.reuse(self.blocks, entry.job.num_reusable(sequence))
@@ -382,7 +331,7 @@ class Scheduler:
         start = sequence.num_computed
         return self.blocks.num_missing(sequence.block_table, start, start + num_tokens)
 
-    def _make_room(self, entry: _Entry, num_blocks: int, step: _Step) -> bool:
+    def _make_room(self, entry: Entry, num_blocks: int, step: Step) -> bool:
         """Preempt from the end until so many blocks are free; False if that would take the job itself or a rider."""
         while self.blocks.num_free < num_blocks:
             victim = self._running[-1]
@@ -393,7 +342,7 @@ class Scheduler:
                 return False
         return True
 
-    def _board(self, entry: _Entry, sequence: Sequence, num_tokens: int, draft: list[int], step: _Step) -> None:
+    def _board(self, entry: Entry, sequence: Sequence, num_tokens: int, draft: list[int], step: Step) -> None:
         if entry.job.request.request_id not in self._entries:
             return  # its first row failed
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
@@ -410,62 +359,34 @@ class Scheduler:
         sequence.num_computed = end
         sequence.publish(self.blocks, end)
         step.add(entry, Ride(sequence, row, sequence.num_evictions))
-        is_decoding = num_tokens == 1 and bool(row.samples)
-        step.work = step.work.plus(Work(len(draft), 1) if is_decoding else Work(num_tokens))
         self.num_tokens_drafted += len(draft)
 
-    def _admit_next(self) -> _Entry | None:
+    def _admit_next(self) -> Entry | None:
         """Move the first waiting job to running if the blocks for all its tokens are free, and some to spare."""
-        if not self._waiting:
+        entry = self._waiting.first
+        if entry is None:
             return None
-        entry = self._waiting[0]
         if self.num_running + entry.job.width > self.limits.max_num_sequences:
             return None
         if self._num_blocks_needed(entry.job) > self._num_blocks_to_give():
             return None
-        self._waiting.pop(0)
+        self._waiting.remove(entry)
         self._start(entry)
         return entry
 
     def _rank_of_next(self, priority: int) -> tuple[int, int]:
         return (self._num_arrivals + priority * PRIORITY_STEP, self._num_arrivals)
 
-    def _wait_s(self, rank: tuple[int, int]) -> float:
-        work = NO_WORK
-        for entry in self._waiting:
-            if entry.rank > rank:
-                break
-            work = work.plus(entry.work_left)
-        return self._work_rate.seconds_for(work, self._step_costs.cost)
-
-    def _check_wait(self, request: EngineRequest, rank: tuple[int, int]) -> None:
-        if request.is_resumed:
-            return
-        wait_s = self._wait_s(rank)
-        limits = (
-            (self.limits.max_queue_wait_s, "the service's limit of {:g} s"),
-            (_time_left_s(request), "the time of {:.3g} s that it has"),
-        )
-        for limit_s, name in limits:
-            if wait_s > limit_s:
-                message = f"the request would wait for about {wait_s:.0f} s, longer than {name.format(limit_s)}"
-                raise OverloadedError(message, wait_s - limit_s)
-
     def _give_up_the_late(self) -> None:
-        """Those that wait for their first turn, and have no time left for it."""
         now = self._clock()
-        retry_after_s = self.queue_wait_s()
-        self._next_deadline = math.inf
-        for entry in self._waiting.copy():
-            if entry.was_preempted or entry.deadline > now:
-                self._next_deadline = min(self._next_deadline, math.inf if entry.was_preempted else entry.deadline)
-                continue
-            self._drop(entry)
-            request_id, waited_s = entry.job.request.request_id, now - entry.waits_since
-            message = f"it was not the request's turn yet when its time was over, after {waited_s:.1f} s"
-            self._failures.append(FailureEvent(request_id, message, retry_after_s=retry_after_s))
+        retry_after_s = 0.0
+        for entry in self._waiting.remove_late(now):
+            retry_after_s = retry_after_s or self.queue_wait_s()
+            self._forget(entry)
+            message = f"it was not the request's turn yet when its time was over, after {now - entry.waits_since:.1f} s"
+            self._failures.append(FailureEvent(entry.job.request.request_id, message, retry_after_s=retry_after_s))
 
-    def _start(self, entry: _Entry) -> None:
+    def _start(self, entry: Entry) -> None:
         entry.is_running = True
         insort(self._running, entry, key=_rank)
         milestone = Milestone.RESUMED if entry.was_preempted else Milestone.SCHEDULED
@@ -510,7 +431,7 @@ class Scheduler:
             self.num_draft_tokens_accepted += max(0, sum(isinstance(event, TokenEvent) for event in events) - 1)
         return events
 
-    def _preempt(self, entry: _Entry) -> None:
+    def _preempt(self, entry: Entry) -> None:
         self._running.remove(entry)
         entry.is_running = False
         for sequence in entry.job.sequences:
@@ -518,27 +439,30 @@ class Scheduler:
         entry.work_left = entry.job.work_left
         entry.waits_since = self._clock()
         entry.was_preempted = True
-        insort(self._waiting, entry, key=_rank)
+        self._waiting.add(entry)
         self.num_preemptions += 1
         request = entry.job.request
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("request %s is preempted, to be computed again", request.request_id, extra=_of(request))
         self._on_milestone(Milestone.PREEMPTED, request, 0.0)
 
-    def _acquit(self, entry: _Entry) -> None:
+    def _acquit(self, entry: Entry) -> None:
         if entry.is_suspect:
             self._suspects.remove(entry)
         entry.num_losses = 0
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop(self, entry: Entry) -> None:
+        (self._running if entry.is_running else self._waiting).remove(entry)
+        self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
         self._acquit(entry)
         del self._entries[entry.job.request.request_id]
         for sequence in entry.job.sequences:
             self.blocks.release(sequence.block_table)
-        (self._running if entry.is_running else self._waiting).remove(entry)
         self._num_traced -= bool(entry.job.request.traceparent)
 
-    def _traceparents(self, step: _Step) -> list[str]:
+    def _traceparents(self, step: Step) -> list[str]:
         if not self._num_traced:
             return []
         return [traceparent for entry, _ in step.riders if (traceparent := entry.job.request.traceparent)]
@@ -550,12 +474,8 @@ INTERNAL_ERROR = "an internal error; the service's log has more"
 """One job's own. It must not take the others down with it."""
 
 
-def _rank(entry: _Entry) -> tuple[int, int]:
+def _rank(entry: Entry) -> tuple[int, int]:
     return entry.rank
-
-
-def _time_left_s(request: EngineRequest) -> float:
-    return math.inf if request.time_left_s is None else request.time_left_s
 
 
 def _of(request: EngineRequest) -> dict[str, str]:

@@ -8,7 +8,8 @@ from fake_stages import FakeStages, expected_events, generate_request, head_requ
 
 from gptj_serve.engine.engine import Engine
 from gptj_serve.engine.local import LocalEngine
-from gptj_serve.engine.scheduler import MAX_LOSSES_TOGETHER, Scheduler
+from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.engine.step import MAX_LOSSES_TOGETHER
 from gptj_serve.errors import PipelineError
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.types import BeamParams, EngineRequest, Event, Grammar, GrammarKind, Task, is_terminal
