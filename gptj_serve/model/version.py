@@ -12,7 +12,8 @@ from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadInfo, beginning_of_tensor
 from gptj_serve.types import ModelVersion
 
-_TEXT_FILES = ("config.json", "tokenizer.json")
+_TEXT_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+"""Those that are there: a tokenizer is read from one file, or from the others."""
 
 
 def model_version(
@@ -24,7 +25,9 @@ def model_version(
     """
     text = hashlib.sha256()
     for name in _TEXT_FILES:
-        text.update((checkpoint.directory / name).read_bytes())
+        file = checkpoint.directory / name
+        if file.exists():
+            text.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     text.update(json.dumps(checkpoint.heads).encode())
     for head, info in sorted(heads.items()):
         text.update(json.dumps([head, info.model_dump(mode="json", exclude={"figures"})], sort_keys=True).encode())

@@ -13,6 +13,7 @@ from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadInfo, HeadKind
 from gptj_serve.model.version import model_version, require_weights, weights_digest
 from gptj_serve.model.weights import verify_weights
+from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import ModelVersion
 
 DEMO = Path(__file__).parents[2] / "gptj_serve" / "demo"
@@ -63,6 +64,20 @@ def test_another_meaning_of_tokens_is_another_text(copy: Path, file: str) -> Non
     (copy / file).write_text((copy / file).read_text() + "\n")
     assert version(copy).text != version(DEMO).text
     assert version(copy).numbers == version(DEMO).numbers
+
+
+def test_a_tokenizer_in_the_files_of_the_slow_one_has_a_version_too(copy: Path) -> None:
+    model = json.loads((copy / "tokenizer.json").read_text())["model"]
+    (copy / "tokenizer.json").unlink()
+    (copy / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (copy / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    texts = {version(copy).text}
+    (copy / "added_tokens.json").write_text(json.dumps({"<|extra|>": Tokenizer.from_directory(copy).num_token_ids}))
+    texts.add(version(copy).text)
+    (copy / "merges.txt").write_text("\n".join(["#version: 0.2", *merges[:-1]]))
+    texts.add(version(copy).text)
+    assert len(texts) == 3
 
 
 def test_named_heads_are_part_of_the_text() -> None:
