@@ -80,6 +80,14 @@ class HeadCheckpoint:
             return cls(directory, info, tensors["score.weight"], None)
         return cls(directory, info, tensors["qa_outputs.weight"], tensors["qa_outputs.bias"])
 
+    @property
+    def digest(self) -> str:
+        """Of its weights, as a SHA-256 in hex."""
+        digest = hashlib.sha256(self.weight.tobytes())
+        if self.bias is not None:
+            digest.update(self.bias.tobytes())
+        return digest.hexdigest()
+
     def save(self, *, replace: bool = False) -> None:
         """Write the directory as a whole or not at all. Raises `CheckpointError` if it exists and isn't to go."""
         if self.directory.exists() and not replace:

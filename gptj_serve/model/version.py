@@ -6,10 +6,11 @@ kilobytes of each tensor are read where a checkpoint has no checksums.
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from gptj_serve.errors import CheckpointError
 from gptj_serve.model.checkpoint import Checkpoint
-from gptj_serve.model.heads import HeadInfo, beginning_of_tensor
+from gptj_serve.model.heads import HeadCheckpoint, beginning_of_tensor
 from gptj_serve.types import ModelVersion
 
 _TEXT_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
@@ -17,7 +18,7 @@ _TEXT_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "add
 
 
 def model_version(
-    checkpoint: Checkpoint, heads: dict[str, HeadInfo], dtype: str, *, deterministic: bool = False
+    checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint], dtype: str, *, deterministic: bool = False
 ) -> ModelVersion:
     """Of a model with these named heads, in this dtype, with or without bit-equal arithmetic.
 
@@ -29,25 +30,29 @@ def model_version(
         if file.exists():
             text.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     text.update(json.dumps(checkpoint.heads).encode())
-    for head, info in sorted(heads.items()):
-        text.update(json.dumps([head, info.model_dump(mode="json", exclude={"figures"})], sort_keys=True).encode())
-    numbers = hashlib.sha256(f"{weights_digest(checkpoint)} {dtype} {deterministic}".encode())
+    for name, head in sorted(heads.items()):
+        described = head.info.model_dump(mode="json", exclude={"figures"})
+        text.update(json.dumps([name, described], sort_keys=True).encode())
+    numbers = hashlib.sha256(f"{weights_digest(checkpoint, heads)} {dtype} {deterministic}".encode())
     return ModelVersion(text.hexdigest()[:16], numbers.hexdigest()[:16])
 
 
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """Of the tensors' checksums; without them, of their shapes and beginnings."""
+def weights_digest(checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint]) -> str:
+    """Of the tensors' checksums (without them, of their shapes and beginnings) and of the named heads' weights."""
     digest = hashlib.sha256()
     for name, info in sorted(checkpoint.tensors.items()):
         content = beginning_of_tensor(checkpoint, name).hex() if info.sha256 is None else info.sha256
         digest.update(json.dumps([name, info.shape, info.dtype, content]).encode())
+    for name, head in sorted(heads.items()):
+        digest.update(json.dumps(["head", name, head.digest]).encode())
     return digest.hexdigest()[:16]
 
 
-def require_weights(checkpoint: Checkpoint, digest: str) -> None:
+def require_weights(checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint], digest: str) -> None:
     """Raises `CheckpointError` if these are no longer the weights with the digest."""
-    if weights_digest(checkpoint) != digest:
+    if weights_digest(checkpoint, heads) != digest:
+        directories = ", ".join(map(str, [checkpoint.directory, *(head.directory for head in heads.values())]))
         raise CheckpointError(
-            f"{checkpoint.directory}: the weights are not those that this pipeline started with; put them back, or "
-            "deploy the new ones from a directory of their own"
+            f"{directories}: the weights are not those that this pipeline started with; put them back, or deploy the "
+            "new ones from a directory of their own"
         )

@@ -59,9 +59,10 @@ class Ingress:
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         metrics = RequestMetrics(config.served_name)
         self._request_log = RequestLog(metrics)
-        named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
+        heads = open_heads(config.head_dirs, checkpoint)
+        named_heads = {name: head.info for name, head in heads.items()}
         dtype = plan_service(config.pipeline, checkpoint).resources.dtype
-        text_version = model_version(checkpoint, named_heads, dtype).text
+        text_version = model_version(checkpoint, heads, dtype).text
         engine = ServeEngineClient(
             pipelines,
             metrics.replayed,
