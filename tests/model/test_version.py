@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from gptj_serve.errors import CheckpointError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadCheckpoint, HeadInfo, HeadKind, fingerprint, open_heads
-from gptj_serve.model.version import model_version, require_weights, weights_digest
+from gptj_serve.model.version import NUM_SAMPLES, SAMPLE_BYTES, model_version, require_weights, weights_digest
 from gptj_serve.model.weights import verify_weights
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import ModelVersion
@@ -61,6 +61,24 @@ def test_other_weights_are_other_numbers(copy: Path, has_checksums: bool) -> Non
     with pytest.raises(CheckpointError, match="not those that this pipeline started with"):
         require_weights(Checkpoint.open(copy), {}, digest)
     require_weights(Checkpoint.open(copy), {}, weights_digest(Checkpoint.open(copy), {}))
+
+
+@pytest.mark.parametrize("place", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_without_checksums_a_change_is_seen_wherever_it_lies(copy: Path, place: float) -> None:
+    """As long as it is not smaller than the gap between two samples."""
+    (copy / "checksums.json").unlink()
+    checkpoint = Checkpoint.open(copy)
+    digest = weights_digest(checkpoint, {})
+    tensors = load_file(copy / "model.safetensors")
+    name = max(tensors, key=lambda name: tensors[name].nbytes)
+    flat = tensors[name].reshape(-1)
+    assert flat.nbytes > 16 * (NUM_SAMPLES - 1) * SAMPLE_BYTES, "too small for gaps"
+    num_changed = len(flat) // (NUM_SAMPLES - 1)
+    start = int((len(flat) - num_changed) * place)
+    flat[start : start + num_changed] += 1
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not those that this pipeline started with"):
+        require_weights(Checkpoint.open(copy), {}, digest)
 
 
 def test_another_dtype_is_other_numbers() -> None:
