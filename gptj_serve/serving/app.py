@@ -25,6 +25,7 @@ from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.capacity import Resources, num_that_fit, surge_percent
+from gptj_serve.serving.handover import MAX_CONSTRUCTOR_TRIES
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
 from gptj_serve.serving.serve_run import anything_is_served, end_serve_run, foreign_listener, num_alive
@@ -32,7 +33,6 @@ from gptj_serve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_CONSTRUCTOR_TRIES = 3
 HEALTH_CHECK_PERIOD_S = 2.0
 NUM_LOOKING_REQUESTS = 256
 """Beyond the task requests that an ingress answers: room for those that it refuses, health, status and page."""
