@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gptj_serve.errors import CheckpointError
-from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.checkpoint import Checkpoint, TensorInfo
 
 INFO_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
@@ -80,6 +80,14 @@ class HeadCheckpoint:
             return cls(directory, info, tensors["score.weight"], None)
         return cls(directory, info, tensors["qa_outputs.weight"], tensors["qa_outputs.bias"])
 
+    @property
+    def digest(self) -> str:
+        """Of its weights, as a SHA-256 in hex."""
+        digest = hashlib.sha256(self.weight.tobytes())
+        if self.bias is not None:
+            digest.update(self.bias.tobytes())
+        return digest.hexdigest()
+
     def save(self, *, replace: bool = False) -> None:
         """Write the directory as a whole or not at all. Raises `CheckpointError` if it exists and isn't to go."""
         if self.directory.exists() and not replace:
@@ -120,7 +128,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     layer_parts = ("ln_1.weight", "attn.q_proj.weight", "attn.v_proj.weight", "mlp.fc_out.weight", "mlp.fc_out.bias")
     layers = sorted({0, config.n_layer - 1})
     for name in [*(f"h.{layer}.{part}" for layer in layers for part in layer_parts), "ln_f.weight", "ln_f.bias"]:
-        digest.update(beginning_of_tensor(checkpoint, name))
+        digest.update(_beginning_of_tensor(checkpoint.tensors[name]))
     return digest.hexdigest()[:16]
 
 
@@ -135,14 +143,19 @@ def open_heads(heads: dict[str, Path], checkpoint: Checkpoint) -> dict[str, Head
     return opened
 
 
-def beginning_of_tensor(checkpoint: Checkpoint, name: str) -> bytes:
-    """The first bytes of a tensor as stored, straight from its file: NumPy knows no bfloat16."""
-    info = checkpoint.tensors[name]
+def stored_span(info: TensorInfo) -> tuple[int, int]:
+    """Where a tensor's bytes lie in its file, [start, end): NumPy knows no bfloat16."""
     with info.file.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
-        first, last = json.loads(file.read(header_size))[info.stored_name]["data_offsets"]
-        file.seek(8 + header_size + first)
-        return file.read(min(last - first, FINGERPRINT_BYTES_PER_TENSOR))
+        start, end = json.loads(file.read(header_size))[info.stored_name]["data_offsets"]
+    return 8 + header_size + start, 8 + header_size + end
+
+
+def _beginning_of_tensor(info: TensorInfo) -> bytes:
+    start, end = stored_span(info)
+    with info.file.open("rb") as file:
+        file.seek(start)
+        return file.read(min(end - start, FINGERPRINT_BYTES_PER_TENSOR))
 
 
 def _read_info(file: Path) -> HeadInfo:

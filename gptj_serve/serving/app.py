@@ -5,7 +5,6 @@ Serve passes a typed argument only if the annotation is a real class at run time
 """
 
 import logging
-from collections.abc import Sequence
 from typing import Any, Self
 
 import ray
@@ -24,15 +23,21 @@ from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
-from gptj_serve.serving.capacity import Resources, num_that_fit, surge_percent
+from gptj_serve.serving.capacity import Group, surge_percent, surges
+from gptj_serve.serving.handover import MAX_CONSTRUCTOR_TRIES
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
-from gptj_serve.serving.serve_run import anything_is_served, end_serve_run, foreign_listener, num_alive
+from gptj_serve.serving.serve_run import (
+    anything_is_served,
+    application_being_built,
+    end_serve_run,
+    foreign_listener,
+    num_alive,
+)
 from gptj_serve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_CONSTRUCTOR_TRIES = 3
 HEALTH_CHECK_PERIOD_S = 2.0
 NUM_LOOKING_REQUESTS = 256
 """Beyond the task requests that an ingress answers: room for those that it refuses, health, status and page."""
@@ -75,7 +80,8 @@ def build(config: BuilderConfig) -> Application:
     if (keys_path := config.ingress.api_keys_path) is not None:
         ingress = config.ingress.model_copy(update={"api_keys_file": str(keys_path)})
         config = config.model_copy(update={"ingress": ingress})
-    return _ingress(config).bind(config, _pipeline(config).bind(config))
+    for_ingresses, for_pipelines = _max_surge_percents(config)
+    return _ingress(config, for_ingresses).bind(config, _pipeline(config, for_pipelines).bind(config))
 
 
 def verify_weights(checkpoint: Checkpoint) -> None:
@@ -124,7 +130,7 @@ def _check_port() -> None:
         )
 
 
-def _ingress(config: ServiceConfig) -> serve.Deployment:
+def _ingress(config: ServiceConfig, max_surge_percent: int) -> serve.Deployment:
     return serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",
@@ -132,23 +138,14 @@ def _ingress(config: ServiceConfig) -> serve.Deployment:
         max_ongoing_requests=config.ingress.max_ongoing_requests + NUM_LOOKING_REQUESTS,
         max_queued_requests=config.ingress.max_queued_requests,
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
-        max_surge_percent=_max_surge_percent(
-            config, "Ingress", [{"CPU": config.ingress.num_cpus}], config.ingress.num_replicas, _free_resources()
-        ),
+        max_surge_percent=max_surge_percent,
         graceful_shutdown_timeout_s=config.rollout.drain_timeout_s,
         max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
     )
 
 
-def _pipeline(config: ServiceConfig) -> serve.Deployment:
+def _pipeline(config: ServiceConfig, max_surge_percent: int) -> serve.Deployment:
     pipeline = config.pipeline
-    stage = {"CPU": pipeline.stage.num_cpus, "GPU": pipeline.stage.num_gpus}
-    stage_bundle = {resource: amount for resource, amount in stage.items() if amount > 0}
-    free = _free_resources()
-    if free:  # of which a new ingress takes a part
-        roomiest = max(free, key=lambda node: node.get("CPU", 0.0))
-        roomiest["CPU"] = roomiest.get("CPU", 0.0) - config.ingress.num_cpus
-    bundles = [{"CPU": pipeline.engine_num_cpus}] + [stage_bundle] * pipeline.num_stages
     return serve.deployment(
         Pipeline,
         name="Pipeline",
@@ -156,14 +153,20 @@ def _pipeline(config: ServiceConfig) -> serve.Deployment:
         max_ongoing_requests=pipeline.max_ongoing_requests,
         max_queued_requests=pipeline.max_queued_requests,
         ray_actor_options={"num_cpus": pipeline.engine_num_cpus},
-        placement_group_bundles=bundles,
+        placement_group_bundles=_pipeline_bundles(config),
         placement_group_strategy=pipeline.placement_strategy,
         request_router_config=RequestRouterConfig(request_router_class="gptj_serve.serving.router.PipelineRouter"),
-        max_surge_percent=_max_surge_percent(config, "Pipeline", bundles, config.num_pipelines, free),
+        max_surge_percent=max_surge_percent,
         graceful_shutdown_timeout_s=config.rollout.drain_timeout_s,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
     )
+
+
+def _pipeline_bundles(config: ServiceConfig) -> list[dict[str, float]]:
+    stage = {"CPU": config.pipeline.stage.num_cpus, "GPU": config.pipeline.stage.num_gpus}
+    stage_bundle = {resource: amount for resource, amount in stage.items() if amount > 0}
+    return [{"CPU": config.pipeline.engine_num_cpus}] + [stage_bundle] * config.pipeline.num_stages
 
 
 def _free_resources() -> list[dict[str, float]]:
@@ -173,18 +176,30 @@ def _free_resources() -> list[dict[str, float]]:
     return [dict(node) for node in ray._private.state.available_resources_per_node().values()]
 
 
-def _max_surge_percent(
-    config: ServiceConfig, deployment: str, bundles: Sequence[Resources], num_replicas: int, free: Sequence[Resources]
-) -> int:
-    """How many replicas, in percent of all, may run beside those that they replace; 0 stops the old ones first."""
+def _max_surge_percents(config: ServiceConfig) -> tuple[int, int]:
+    """How many ingresses and pipelines, in percent of all, may run beside those that they replace.
+
+    Where it is 0, old ones are stopped first.
+    """
     if config.rollout.surge == "never":
-        return 0
+        return 0, 0
+    free = _free_resources()
     if config.rollout.surge == "always" or not free:
-        return 100
-    num_fitting = num_that_fit(bundles, config.pipeline.placement_strategy, free, 2 * num_replicas)
-    if num_fitting == 0:
-        logger.warning(
-            "there is no room for one more replica that needs %s: old ones are stopped before new ones start",
-            ", ".join(str(dict(bundle)) for bundle in bundles),
-        )
-    return surge_percent(num_fitting, num_replicas, num_alive(deployment))
+        return 100, 100
+    application = application_being_built()
+    ingresses = Group(
+        [{"CPU": config.ingress.num_cpus}], config.ingress.num_replicas, num_alive("Ingress", application)
+    )
+    pipelines = Group(_pipeline_bundles(config), config.num_pipelines, num_alive("Pipeline", application))
+    numbers = surges(ingresses, pipelines, config.pipeline.placement_strategy, free)
+    for group, num_surging in zip((ingresses, pipelines), numbers, strict=True):
+        if num_surging == 0:
+            logger.warning(
+                "there is no room for one more replica that needs %s: old ones are stopped before new ones start",
+                ", ".join(str(dict(bundle)) for bundle in group.bundles),
+            )
+    num_ingresses, num_pipelines = numbers
+    return (
+        surge_percent(num_ingresses, ingresses.num_replicas),
+        surge_percent(num_pipelines, pipelines.num_replicas),
+    )

@@ -1,6 +1,7 @@
-"""`num_that_fit`: how many more placement groups of one shape a cluster has room for."""
+"""`surges`: how many new replicas a cluster has room for beside those that they replace."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 Resources = Mapping[str, float]
 
@@ -19,13 +20,51 @@ def num_that_fit(bundles: Sequence[Resources], strategy: str, nodes: Sequence[Re
     return at_most
 
 
-def surge_percent(num_fitting: int, num_replicas: int, num_running: int) -> int:
-    """Serve's `max_surge_percent`, such that no more than `num_fitting` replicas are started beside the old ones.
+class Group(NamedTuple):
+    """The replicas of one deployment, of one shape."""
 
-    Serve counts those that it starts since `num_replicas` has grown on top.
+    bundles: Sequence[Resources]
+    num_replicas: int  # that are to run
+    num_running: int
+
+    @property
+    def num_added(self) -> int:
+        """Serve starts those that are new in number beside its surge."""
+        return max(0, self.num_replicas - self.num_running)
+
+    def num_surging(self, num_fitting: int) -> int:
+        return min(max(0, num_fitting - self.num_added), self.num_replicas)
+
+
+def surges(ingresses: Group, pipelines: Group, strategy: str, nodes: Sequence[Resources]) -> tuple[int, int]:
+    """How many ingresses and how many pipelines may start beside the old ones, such that all have room together.
+
+    New ingresses may wait for a new pipeline, and keep their room meanwhile: if one pipeline can be placed beside one
+    ingress, then so it can beside as many as are said here. An ingress may land on any node, so its share is taken
+    from each. `strategy` is that of the pipelines.
     """
-    surge = min(max(0, num_fitting - max(0, num_replicas - num_running)), num_replicas)
-    return 100 * surge // num_replicas or min(surge, 1)  # Serve rounds up to whole replicas
+
+    def num_pipelines(num_ingresses: int) -> int:
+        taken = _sum(ingresses.bundles)
+        num_taken = ingresses.num_added + num_ingresses
+        free = [
+            {resource: amount - num_taken * taken.get(resource, 0.0) for resource, amount in node.items()}
+            for node in nodes
+        ]
+        at_most = pipelines.num_added + pipelines.num_replicas
+        return pipelines.num_surging(num_that_fit(pipelines.bundles, strategy, free, at_most))
+
+    at_most = ingresses.num_added + ingresses.num_replicas
+    most = ingresses.num_surging(num_that_fit(ingresses.bundles, "PACK", nodes, at_most))
+    for num in range(most, 0, -1):
+        if (beside := num_pipelines(num)) > 0:
+            return num, beside
+    return most, num_pipelines(most)
+
+
+def surge_percent(num_surging: int, num_replicas: int) -> int:
+    """Serve's `max_surge_percent`, which it rounds up to whole replicas."""
+    return 100 * num_surging // num_replicas or min(num_surging, 1)
 
 
 def _placed(bundles: Sequence[Resources], strategy: str, free: list[dict[str, float]]) -> list[dict[str, float]] | None:

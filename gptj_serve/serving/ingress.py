@@ -1,5 +1,6 @@
 """The `Ingress` deployment: HTTP and the Python handle, over the pipelines."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ from gptj_serve.model.heads import open_heads
 from gptj_serve.model.version import model_version
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.engine_client import ServeEngineClient
-from gptj_serve.serving.handover import own_handover
+from gptj_serve.serving.handover import MAX_CONSTRUCTOR_TRIES, own_handover
 from gptj_serve.serving.logs import IngressLines, use_serve_logging
 from gptj_serve.serving.metrics import RequestMetrics
 from gptj_serve.serving.proxy_loss import ProxyLossIsDisconnect
@@ -53,15 +54,16 @@ class Ingress:
     one.
     """
 
-    def __init__(self, config: ServiceConfig, pipelines: DeploymentHandle) -> None:
+    async def __init__(self, config: ServiceConfig, pipelines: DeploymentHandle) -> None:  # type: ignore[misc]
         use_serve_logging(IngressLines())
         checkpoint = Checkpoint.open(config.checkpoint_dir)
         tokenizer = Tokenizer.from_directory(config.checkpoint_dir)
         metrics = RequestMetrics(config.served_name)
         self._request_log = RequestLog(metrics)
-        named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
+        heads = open_heads(config.head_dirs, checkpoint)
+        named_heads = {name: head.info for name, head in heads.items()}
         dtype = plan_service(config.pipeline, checkpoint).resources.dtype
-        text_version = model_version(checkpoint, named_heads, dtype).text
+        text_version = model_version(checkpoint, heads, dtype).text
         engine = ServeEngineClient(
             pipelines,
             metrics.replayed,
@@ -73,7 +75,9 @@ class Ingress:
         self._service = Service(
             config, checkpoint.config, checkpoint.heads, tokenizer, engine, named_heads, chat_template
         )
-        own_handover(text_version).ingress_is_built()
+        # In a thread, so that Serve can stop this replica while it waits; as long as a pipeline may try to start.
+        timeout_s = MAX_CONSTRUCTOR_TRIES * config.pipeline.startup_timeout_s
+        await asyncio.to_thread(own_handover(text_version).ingress_is_built, timeout_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self._service, self._request_log, echoes_request_id=False)  # Serve's proxy does

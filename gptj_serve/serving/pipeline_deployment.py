@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.errors import InvalidRequestError, OverloadedError
 from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
-from gptj_serve.model.heads import open_heads
+from gptj_serve.model.heads import HeadCheckpoint, open_heads
 from gptj_serve.model.version import model_version, weights_digest
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.handover import own_handover
@@ -104,11 +104,11 @@ class Pipeline:
         self._finished: dict[str, asyncio.Event] = {}  # by request id
         group = ray.util.get_current_placement_group()
         self._pipeline = RayPipeline(f"{config.served_name}/{self._replica_id}", config.pipeline, group)
-        heads = {name: str(path.resolve()) for name, path in config.head_dirs.items()}
+        heads = open_heads(config.head_dirs, checkpoint)
         settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads, serve_logs_json())
-        named_heads = {name: head.info for name, head in open_heads(config.head_dirs, checkpoint).items()}
+        named_heads = {name: head.info for name, head in heads.items()}
         deterministic = config.pipeline.deterministic
-        self._version = model_version(checkpoint, named_heads, settings[0].dtype, deterministic=deterministic)
+        self._version = model_version(checkpoint, heads, settings[0].dtype, deterministic=deterministic)
         await self._pipeline.start(settings)
         blocks = KVBlocks(
             settings[0].num_kv_blocks,
@@ -279,10 +279,11 @@ def stage_settings(
     config: PipelineConfig,
     checkpoint: Checkpoint,
     num_token_ids: int,
-    heads: dict[str, str] | None = None,
+    heads: Mapping[str, HeadCheckpoint] | None = None,
     logs_json: bool = False,
 ) -> list[StageSettings]:
-    plan, digest = plan_service(config, checkpoint), weights_digest(checkpoint)
+    heads = heads or {}
+    plan, digest = plan_service(config, checkpoint), weights_digest(checkpoint, heads)
     return [
         StageSettings(
             checkpoint_dir=str(Path(checkpoint.directory).resolve()),
@@ -294,7 +295,7 @@ def stage_settings(
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
             uses_gpu=config.stage.num_gpus > 0,
-            heads=heads or {},
+            heads={name: str(head.directory.resolve()) for name, head in heads.items()},
             deterministic=config.deterministic,
             logs_json=logs_json,
             weights_digest=digest,

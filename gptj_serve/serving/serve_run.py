@@ -10,6 +10,8 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Iterable
+from types import FrameType
 
 import psutil
 import ray
@@ -72,9 +74,29 @@ def anything_is_served() -> bool:
     return bool(_replica_names())
 
 
-def num_alive(deployment: str) -> int:
-    """Replicas of the deployment of that name."""
-    return sum(f"#{deployment}#" in name for name in _replica_names())
+def application_being_built() -> str | None:
+    """The name of the application that Serve calls the builder for; None where somebody else does.
+
+    Serve tells a builder the arguments, but not the name: that is in the call from which the builder is called.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "build_serve_application":
+            name: str = frame.f_locals["name"]
+            return name
+        frame = frame.f_back
+    return None
+
+
+def num_alive(deployment: str, application: str | None) -> int:
+    """Replicas of that deployment of that application; None: of all applications."""
+    return num_replicas(_replica_names(), deployment, application)
+
+
+def num_replicas(actor_names: Iterable[str], deployment: str, application: str | None) -> int:
+    if application is None:
+        return sum(f"#{deployment}#" in name for name in actor_names)
+    return sum(name.startswith(f"{REPLICA_PREFIX}{application}#{deployment}#") for name in actor_names)
 
 
 def _replica_names() -> list[str]:

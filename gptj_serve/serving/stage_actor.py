@@ -38,7 +38,7 @@ class StageSettings(NamedTuple):
     heads: dict[str, str]  # name → directory
     deterministic: bool
     logs_json: bool = False
-    weights_digest: str = ""  # of the checkpoint that the pipeline started with; empty: any
+    weights_digest: str = ""  # of checkpoint and heads that the pipeline started with; empty: any
 
 
 class StageReport(NamedTuple):
@@ -86,9 +86,9 @@ class GPTJStage:
             deterministic=settings.deterministic,
         )
         checkpoint = Checkpoint.open(Path(settings.checkpoint_dir))
-        if settings.weights_digest:
-            require_weights(checkpoint, settings.weights_digest)
         heads = open_heads({name: Path(directory) for name, directory in settings.heads.items()}, checkpoint)
+        if settings.weights_digest:
+            require_weights(checkpoint, heads, settings.weights_digest)
         first, end = settings.layers
         progress = ProgressLines(lambda line: logger.info("layers %d to %d: %s", first, end - 1, line))
         self._runner = StageRunner.load(checkpoint, spec, heads, progress)

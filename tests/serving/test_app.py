@@ -68,7 +68,7 @@ def test_tokenizer_larger_than_the_model(tmp_path: Path, demo: Path, said: list[
 
 
 def test_an_ingress_has_room_for_what_it_refuses_and_for_probes() -> None:
-    deployment = app._ingress(ServiceConfig(ingress=IngressConfig(max_ongoing_requests=7)))
+    deployment = app._ingress(ServiceConfig(ingress=IngressConfig(max_ongoing_requests=7)), 100)
     assert deployment.max_ongoing_requests == 7 + app.NUM_LOOKING_REQUESTS
 
 
