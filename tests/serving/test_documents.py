@@ -22,6 +22,10 @@ ELSEWHERE = {
     "lm_eval ": "needs a data set from the network; tests/serving/clients does the same with files at hand",
     "guidellm ": "tests/serving/clients does it",
     "python -m benchmarks.": "takes minutes; its figures are in the document",
+    "python -m tests.": "takes minutes to hours; `pytest -m faults` has the short form",
+    "ray start ": "it would be another cluster on this machine",
+    "RAY_AUTH_MODE=token serve deploy": "tests/serving/test_rollout.py makes the call that it makes",
+    "gptj-serve convert DOWNLOADED": "tests/test_convert.py does it",
     "python benchmarks/": "takes minutes; its figures are in the document",
 }
 """By the beginning of a block: why it is not run here."""
