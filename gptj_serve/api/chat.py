@@ -16,7 +16,7 @@ from gptj_serve.api.openai_responses import (
     ChatDelta,
     ChatLogprobs,
 )
-from gptj_serve.api.openai_streams import stream_chunks, usage_of
+from gptj_serve.api.openai_streams import choices_and_usage, usage_of
 from gptj_serve.api.pieces import Piece, stream_choices, whole_choices
 from gptj_serve.api.resumption import AnswerStream, ChoiceEvent
 from gptj_serve.api.service import MAX_CHARACTERS_ON_LOOP, Service, off_loop
@@ -113,13 +113,24 @@ async def complete_chat(service: Service, plan: Plan) -> ChatCompletion:
     return answer
 
 
-def stream_chat(
+async def stream_chat(
     service: Service, plan: Plan, answer: AnswerStream | None = None
 ) -> AsyncGenerator[ChatCompletionChunk]:
     """Of each choice first the role, then its pieces as they come; the usage, if wanted, after all of them. What was
     sent is not."""
-    events = _choice_events(service, plan)
-    return stream_chunks(service, plan, answer or AnswerStream(), events, "chat.completion.chunk", "chatcmpl")
+    answer = answer or AnswerStream()
+    async with aclosing(choices_and_usage(plan, answer, _choice_events(service, plan))) as parts:
+        async for choices, usage in parts:
+            chunk: ChatCompletionChunk = {
+                "id": f"chatcmpl-{answer.key}",
+                "object": "chat.completion.chunk",
+                "created": answer.created,
+                "model": service.config.served_name,
+                "choices": choices,
+            }
+            if plan.body.includes_usage:
+                chunk["usage"] = usage
+            yield chunk
 
 
 async def _choice_events(service: Service, plan: Plan) -> AsyncGenerator[ChoiceEvent[ChatChunkChoice]]:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from gptj_serve.api.completion_plan import Plan
 from gptj_serve.api.logprobs import openai_logprobs, vllm_prompt_logprobs
 from gptj_serve.api.openai_responses import Completion, CompletionChoice, CompletionChunk, FinishReasonName
-from gptj_serve.api.openai_streams import stream_chunks, usage_of
+from gptj_serve.api.openai_streams import choices_and_usage, usage_of
 from gptj_serve.api.pieces import Piece, said, stream_choices, whole_choices
 from gptj_serve.api.resumption import AnswerStream, ChoiceEvent
 from gptj_serve.api.service import Service
@@ -34,12 +34,23 @@ async def complete(service: Service, plan: Plan) -> Completion:
     }
 
 
-def stream_completion(
+async def stream_completion(
     service: Service, plan: Plan, answer: AnswerStream | None = None
 ) -> AsyncGenerator[CompletionChunk]:
     """A chunk per piece of any choice, as they come; the usage, if wanted, after all of them. What was sent is not."""
-    events = _choice_events(service, plan)
-    return stream_chunks(service, plan, answer or AnswerStream(), events, "text_completion", "cmpl")
+    answer = answer or AnswerStream()
+    async with aclosing(choices_and_usage(plan, answer, _choice_events(service, plan))) as parts:
+        async for choices, usage in parts:
+            chunk: CompletionChunk = {
+                "id": f"cmpl-{answer.key}",
+                "object": "text_completion",
+                "created": answer.created,
+                "model": service.config.served_name,
+                "choices": choices,
+            }
+            if plan.body.includes_usage:
+                chunk["usage"] = usage
+            yield chunk
 
 
 def new_id(prefix: str) -> str:

@@ -110,8 +110,8 @@ class PagedAttention:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if v.dtype == torch.float16:
                 # An overflow in q or k may make all scores -infinity, and attention over nothing gives zeros. 0 times
-                # infinity is NaN: so v carries it on to where it is seen.
-                v = v + (0 * q + 0 * k)
+                # infinity is NaN: so v + 0 * q * k carries it on to where it is seen, computed in one pass and in fp32.
+                v = torch.addcmul(v, q, k, value=0)
             keys[self._begun_blocks] = 0
             values[self._begun_blocks] = 0
             keys.view(-1, *k.shape[1:])[self._slots] = k

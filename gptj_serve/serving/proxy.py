@@ -1,5 +1,5 @@
-"""ASGI middleware for Serve's HTTP proxies, outside the application: against clients who don't read, and for lost
-ingresses.
+"""ASGI middleware for Serve's HTTP proxies, outside the application: against clients who don't read or who speak to
+Serve itself, and for lost ingresses.
 
 A proxy is a process of the cluster's, not of the application's: it takes these from a variable of its environment,
 `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=gptj_serve.serving.proxy:middlewares`.
@@ -19,6 +19,9 @@ from gptj_serve.errors import OverloadedError
 
 logger = logging.getLogger("ray.serve")  # the one that a proxy shows
 
+SERVES_OWN_HEADERS = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds"})
+"""With the first a request outlives its client; the second is a time limit that the application knows nothing of."""
+
 INGRESS_LOST = OverloadedError("the process that was answering this request was lost; send it again", 1.0)
 
 
@@ -26,7 +29,11 @@ def middlewares() -> list[Middleware]:
     """What Serve asks for once, when a proxy starts."""
     timeout_s = slow_client_timeout_s()
     logger.info("clients who read nothing for %g s are cut off", timeout_s)
-    return [Middleware(LostIngressIsError), Middleware(SlowClientsLeave, timeout_s=timeout_s)]
+    return [
+        Middleware(AnswersForLostIngress),
+        Middleware(DropsServesOwnHeaders),
+        Middleware(SlowClientsLeave, timeout_s=timeout_s),
+    ]
 
 
 class SlowClientsLeave:
@@ -60,7 +67,20 @@ class SlowClientsLeave:
         await self._app(scope, receive, send_in_time)
 
 
-class LostIngressIsError:
+class DropsServesOwnHeaders:
+    """Serve obeys headers of its own, whoever sends them: clients have no say in that."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            kept = [(name, value) for name, value in scope["headers"] if name not in SERVES_OWN_HEADERS]
+            scope = {**scope, "headers": kept}
+        await self._app(scope, receive, send)
+
+
+class AnswersForLostIngress:
     """An answer that has not begun when its ingress is lost becomes an error in the shape of its route.
 
     One that has begun breaks off, as any stream does whose connection is lost.

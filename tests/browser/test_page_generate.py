@@ -4,12 +4,16 @@ import json
 import re
 import shlex
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
+import httpx
 import pytest
 from live_app import LiveApp, OpenPage
 from playwright.sync_api import Locator, Page, Request, Route, expect
 
 from gptj_serve.api.huggingface_schemas import ClassifyParameters, GenerateParameters, QAParameters
+from gptj_serve.config import IngressConfig
 
 pytestmark = pytest.mark.browser
 
@@ -19,6 +23,8 @@ RECORD_COUNTS = """() => {
     new MutationObserver(() => counts.push(answers.querySelectorAll(".token").length))
         .observe(answers, {childList: true, subtree: true});
 }"""
+
+REMEMBER_KEY = "sessionStorage.setItem('gptj_serve key /', %s)"
 
 
 def tokens(page: Page) -> Locator:
@@ -318,6 +324,80 @@ def test_a_stream_that_breaks_is_taken_up_again(open_page: OpenPage, live: LiveA
     assert asked_from[0] is None
     assert asked_from[2] == asked_from[3]
     assert asked_from[1] != asked_from[2]
+
+
+def test_the_rest_is_asked_for_again_after_the_time_that_the_service_says(open_page: OpenPage) -> None:
+    """429: the broken stream still counts for the key."""
+    page = open_page(prepare=lambda page: page.clock.install())
+    token = {"id": 1, "text": " then", "logprob": -0.5, "special": False}
+    details = {"finish_reason": "length", "generated_tokens": 2, "seed": 1}
+    first = {"index": 1, "token": token, "generated_text": None, "details": None}
+    last = {"index": 2, "token": token, "generated_text": " then then", "details": details}
+    limit = {"error": "this API key may have 1 requests at a time", "error_type": "rate_limit"}
+    answers = [
+        {"content_type": "text/event-stream", "body": f"data: {json.dumps(first)}\nid: 1\n\n"},
+        {"status": 429, "json": limit, "headers": {"Retry-After": "30"}},
+        {"status": 429, "json": limit, "headers": {"Retry-After": "30"}},
+        {"content_type": "text/event-stream", "body": f"data: {json.dumps(last)}\nid: 2\n\n"},
+    ]
+    asked = []
+
+    def fulfill(route: Route) -> None:
+        asked.append(route.request.headers.get("last-event-id"))
+        route.fulfill(**answers.pop(0))
+
+    page.route("**/generate", fulfill)
+    start(page)
+    said = page.locator("#panel-generate [role=status]")
+    expect(said).to_have_text("The connection was lost. Reconnecting.")
+    for num_asked in (2, 3):
+        with page.expect_response("**/generate"):
+            page.clock.run_for(1000 if num_asked == 2 else 30_000)
+        page.clock.run_for(20_000)
+        assert asked == [None, *["1"] * (num_asked - 1)]
+    page.clock.run_for(10_000)
+    expect(said).to_have_text("Finished: 2 tokens, ended by its length.")
+    assert asked == [None, "1", "1", "1"]
+    assert tokens(page).all_text_contents() == [" then", " then"]
+
+
+def test_a_key_for_one_request_at_a_time_gets_the_rest_too(open_page: OpenPage, tmp_path: Path) -> None:
+    """A real service, which takes the key for busy until another client has left."""
+    key = "sk-limited-0001"
+    (tmp_path / "keys.yaml").write_text(f"keys: [{{name: web, key: {key}, max_concurrent_requests: 1}}]\n")
+    headers = {"Authorization": f"Bearer {key}"}
+    parameters = {"max_new_tokens": 12, "seed": 3, "temperature": 1, "top_n_tokens": 5}
+    body = {"inputs": "The ship", "parameters": parameters}
+    endless = {"inputs": "The ship", "parameters": {"max_new_tokens": 900, "ignore_eos": True}, "stream": True}
+    with (
+        LiveApp(IngressConfig(api_keys_file=str(tmp_path / "keys.yaml"))) as app,
+        httpx.Client(base_url=app.url, headers=headers, timeout=60) as client,
+        ExitStack() as other_client,
+    ):
+        expected = client.post("generate", json=body).json()["generated_text"]
+        page = open_page(app=app, prepare=lambda page: page.add_init_script(REMEMBER_KEY % json.dumps(key)))
+        expect(page.locator("#state")).to_have_text("ready")
+        statuses = []
+
+        def cut(route: Route) -> None:
+            response = route.fetch()
+            statuses.append(response.status)
+            if len(statuses) == 1:
+                other_client.enter_context(client.stream("POST", "generate", json=endless))
+                text = "\n\n".join(response.text().split("\n\n")[:4]) + "\n\n"
+                route.fulfill(status=200, headers={"content-type": "text/event-stream"}, body=text)
+                return
+            other_client.close()
+            route.fulfill(response=response)
+
+        page.route("**/generate", cut)
+        fill(page, inputs="The ship", max_new_tokens=12, seed=3, temperature=1)
+        start(page)
+        status = page.locator("#panel-generate [role=status]")
+        expect(status).to_have_text("Finished: 12 tokens, ended by its length.", timeout=20_000)
+        assert "".join(tokens(page).all_text_contents()) == expected
+        assert statuses[:2] == [200, 429]
+        assert statuses[-1] == 200
 
 
 def test_a_stream_that_stays_broken_says_so(open_page: OpenPage) -> None:

@@ -7,6 +7,9 @@ import yaml
 
 from tests.serving.service import ROOT
 
+REPLAY_TIMEOUT_S = 60.0
+"""A request that gets no further for this time is refused. No fault that the service recovers from lasts so long."""
+
 
 def chaos_config(directory: Path, port: int = 8000, **changes: Any) -> Path:
     """Its Serve config file; `changes` are those of the application's arguments."""
@@ -17,7 +20,7 @@ def chaos_config(directory: Path, port: int = 8000, **changes: Any) -> Path:
     pipeline["stage"]["num_cpus"] = 0.2
     config["applications"][0]["args"] |= {
         "num_pipelines": 2,
-        "ingress": {"num_replicas": 2, "num_cpus": 0.05},
+        "ingress": {"num_replicas": 2, "num_cpus": 0.05, "replay_timeout_s": REPLAY_TIMEOUT_S},
     } | changes
     path = directory / "chaos.yaml"
     path.write_text(yaml.safe_dump(config))

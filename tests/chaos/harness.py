@@ -10,12 +10,18 @@ from typing import Any
 import httpx
 
 from tests.chaos.faults import CUTS_CONNECTIONS, FaultKind, Processes
-from tests.chaos.repair import observe_repair, whole_again
+from tests.chaos.repair import observe_downtimes, observe_repair, whole_again
 from tests.chaos.report import Report
 from tests.chaos.traffic import Call, Outcome, Record, is_same, perform
 
 CALL_TIMEOUT_S = 90.0
-"""Longer than any request may wait for a new replica: what takes longer hangs."""
+"""Longer than `REPLAY_TIMEOUT_S`, so than any request may wait for a new replica: what takes longer hangs."""
+
+PAUSE_S = 0.2
+"""After a call that came to nothing."""
+
+UNREACHABLE_PAUSE_S = 1.0
+"""After a connection that was refused: figures are to be about answers, not about how often one can knock."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,13 @@ async def run(url: str, processes: Processes, wanted: Sequence[Call], expected: 
         while not is_over.is_set():
             index = own.randrange(len(wanted))
             record = await call_once(url, wanted[index], expected[index], report.records)
-            if record.outcome is not Outcome.EQUAL:
-                await asyncio.sleep(0.2)
+            if record.outcome is Outcome.UNREACHABLE:
+                await asyncio.sleep(UNREACHABLE_PAUSE_S)
+            elif record.outcome is not Outcome.EQUAL:
+                await asyncio.sleep(PAUSE_S)
 
     async with asyncio.TaskGroup() as tasks:
+        downtimes = tasks.create_task(observe_downtimes(url, report.downtimes))
         for number in range(plan.concurrency):
             tasks.create_task(worker(number))
         await asyncio.sleep(plan.undisturbed_s)
@@ -67,6 +76,7 @@ async def run(url: str, processes: Processes, wanted: Sequence[Call], expected: 
                 await whole_again(url, processes, census, fault)
         await asyncio.sleep(plan.undisturbed_s)
         is_over.set()
+        downtimes.cancel()
     report.ended_at = time.monotonic()
     return report
 

@@ -7,45 +7,48 @@ import re
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 PIDFD_GETFD = 438
 """The system call's number, on every architecture; it duplicates another process's file descriptor."""
 
-CONNECTED = "03"
-
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-_LINK_PATH = re.compile(r"/gptj_serve-\d+-[^/]+/(\S+)$")
+_LINK_PATH = re.compile(r"ipc://.*/gptj_serve-\d+-[^/]+/\S+$")
 
 
 @dataclass(frozen=True)
 class Link:
-    """A receiver's end: the one that bears the socket file's name."""
+    """A receiver's end: the one that bears the address that the receiver has bound."""
 
     pid: int
     file_descriptor: int
-    name: str  # as 0-steps, 1-hidden, results
+    address: str
+
+    @property
+    def name(self) -> str:
+        """Of an ipc link, as 0-steps, 1-hidden, results."""
+        return PurePath(self.address).name
 
 
 def links_of(pids: Iterable[int]) -> list[Link]:
     """The links that stand between processes on this host, each once."""
-    names = _connected_inodes()
-    links = []
+    return [link for link in connections_of(pids) if _LINK_PATH.match(link.address)]
+
+
+def connections_of(pids: Iterable[int]) -> list[Link]:
+    """All connections of these processes, over Unix sockets with an address and over TCP."""
+    found = []
     for pid in pids:
         try:
             numbers = os.listdir(f"/proc/{pid}/fd")
         except OSError:
             continue  # it has just ended
-        for number in numbers:
-            try:
-                target = os.readlink(f"/proc/{pid}/fd/{number}")
-            except OSError:
-                continue
-            inode = target.removeprefix("socket:[").removesuffix("]")
-            if inode in names:
-                links.append(Link(pid, int(number), names[inode]))
-    return links
+        for number in map(int, numbers):
+            address = _address(pid, number)
+            if address is not None:
+                found.append(Link(pid, number, address))
+    return found
 
 
 def cut(link: Link) -> bool:
@@ -53,33 +56,62 @@ def cut(link: Link) -> bool:
 
     Raises `PermissionError` where this process must not trace the other one.
     """
-    try:
-        process = os.pidfd_open(link.pid)
-    except ProcessLookupError:
+    if _address(link.pid, link.file_descriptor) != link.address:
+        return False  # it is another thing by now
+    end = _duplicate(link.pid, link.file_descriptor)
+    if end is None:
         return False
-    try:
-        duplicate = _LIBC.syscall(PIDFD_GETFD, process, link.file_descriptor, 0)
-        if duplicate < 0:
-            if ctypes.get_errno() in (errno.EBADF, errno.ESRCH):
-                return False
-            raise OSError(ctypes.get_errno(), f"pidfd_getfd of process {link.pid}")
-    finally:
-        os.close(process)
-    try:
-        with socket.socket(fileno=duplicate) as end:
+    with end:
+        try:
             end.shutdown(socket.SHUT_RDWR)
-    except OSError as error:  # it is another thing by now
-        if error.errno in (errno.ENOTCONN, errno.ENOTSOCK):
-            return False
-        raise
+        except OSError as error:
+            if error.errno == errno.ENOTCONN:
+                return False
+            raise
     return True
 
 
-def _connected_inodes() -> dict[str, str]:
-    """The names of the links that are connected, by inode."""
-    names = {}
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        fields = line.split()
-        if len(fields) == 8 and fields[5] == CONNECTED and (match := _LINK_PATH.search(fields[7])):
-            names[fields[6]] = match[1]
-    return names
+def _address(pid: int, number: int) -> str | None:
+    """None for what is no connection."""
+    try:
+        is_socket = os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:")
+    except OSError:
+        return None
+    end = _duplicate(pid, number) if is_socket else None
+    if end is None:
+        return None
+    with end:
+        try:
+            end.getpeername()
+            name = end.getsockname()
+        except OSError:  # it only listens
+            return None
+    if end.family == socket.AF_UNIX:
+        return f"ipc://{name}" if name and isinstance(name, str) else None
+    return f"tcp://{name[0]}:{name[1]}" if end.family in (socket.AF_INET, socket.AF_INET6) else None
+
+
+def _duplicate(pid: int, number: int) -> socket.socket | None:
+    """None if it is there no longer. This process's own needs no rights."""
+    try:
+        duplicate = os.dup(number) if pid == os.getpid() else _duplicate_of_other(pid, number)
+    except OSError as error:
+        if error.errno in (errno.EBADF, errno.ESRCH):
+            return None
+        raise
+    try:
+        return socket.socket(fileno=duplicate)
+    except OSError:  # no socket by now
+        os.close(duplicate)
+        return None
+
+
+def _duplicate_of_other(pid: int, number: int) -> int:
+    process = os.pidfd_open(pid)
+    try:
+        duplicate: int = _LIBC.syscall(PIDFD_GETFD, process, number, 0)
+        if duplicate < 0:
+            raise OSError(ctypes.get_errno(), f"pidfd_getfd of process {pid}")
+        return duplicate
+    finally:
+        os.close(process)

@@ -11,6 +11,8 @@ from tests.chaos.faults import ROLES, Fault, FaultKind, Processes
 
 PROBE_INTERVAL_S = 0.2
 
+READINESS_INTERVAL_S = 1.0
+
 NOTICING_S = 0.5
 """By then a pipeline knows that it was cut."""
 
@@ -31,6 +33,25 @@ async def observe_repair(url: str, processes: Processes, census: dict[str, int],
             return
         assert time.monotonic() < deadline, f"not repaired after {REPAIR_TIMEOUT_S} s: {fault}"
         await asyncio.sleep(PROBE_INTERVAL_S)
+
+
+async def observe_downtimes(
+    url: str, downtimes: list[tuple[float, float]], interval_s: float = READINESS_INTERVAL_S
+) -> None:
+    """Until it is cancelled, add the spans in which `GET /ready` said each time that no pipeline is ready.
+
+    Nobody's answer says nothing about the pipelines, and ends a span.
+    """
+    was_down = False
+    while True:
+        asked_at = time.monotonic()
+        is_down = await _has_no_pipeline(url)
+        if is_down and was_down:
+            downtimes[-1] = (downtimes[-1][0], time.monotonic())
+        elif is_down:
+            downtimes.append((asked_at, time.monotonic()))
+        was_down = is_down
+        await asyncio.sleep(interval_s)
 
 
 async def whole_again(url: str, processes: Processes, census: dict[str, int], fault: Fault) -> None:
@@ -65,6 +86,14 @@ async def settle(
             return pipelines
         assert time.monotonic() < deadline, f"not settled after {timeout_s} s: {now} for {census}, {engines}"
         await asyncio.sleep(PROBE_INTERVAL_S)
+
+
+async def _has_no_pipeline(url: str) -> bool:
+    async with httpx.AsyncClient(base_url=url, timeout=5) as client:
+        try:
+            return (await client.get("/ready")).json().get("is_ready") is False
+        except (httpx.TransportError, ValueError):
+            return False
 
 
 async def _is_answering(url: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tests.chaos.deployment import REPLAY_TIMEOUT_S
 from tests.chaos.faults import CUTS_CONNECTIONS, Fault, FaultKind, Resources
 from tests.chaos.traffic import Outcome, Record
 
@@ -32,6 +33,7 @@ class Report:
     ended_at: float = 0.0
     records: list[Record] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    downtimes: list[tuple[float, float]] = field(default_factory=list)  # in which no pipeline was ready
 
     @property
     def outcomes(self) -> Counter[Outcome]:
@@ -43,17 +45,24 @@ class Report:
         return sum(record.outcome is Outcome.EQUAL and record.num_resumptions > 0 for record in self.records)
 
     def unexcused(self) -> list[Record]:
-        """Calls that neither were answered alike nor ended in one clear error, without a cut connection to blame.
+        """Calls that were not answered alike, without anything to blame.
 
-        To blame is a process that clients are connected to, from its end until its successor was seen to answer.
+        To blame is the loss of a process that clients are connected to, from its end until its successor was seen to
+        answer; and of a refusal also that no pipeline was ready for longer than a request waits for one.
         """
         outages = [(fault.at, fault.repaired_at) for fault in self.faults if fault.kind in CUTS_CONNECTIONS]
+        too_long = [(begin, end) for begin, end in self.downtimes if end - begin > REPLAY_TIMEOUT_S]
 
         def is_excused(record: Record) -> bool:
-            if record.outcome in (Outcome.EQUAL, Outcome.REFUSED):
-                return True
-            was_cut = any(record.started_at <= end and begin <= record.ended_at for begin, end in outages)
-            return record.outcome is Outcome.BROKEN and was_cut
+            match record.outcome:
+                case Outcome.EQUAL:
+                    return True
+                case Outcome.BROKEN | Outcome.UNREACHABLE:
+                    return _falls_into(record, outages)
+                case Outcome.REFUSED:
+                    return _falls_into(record, outages + too_long)
+                case Outcome.CHANGED | Outcome.HANGING:
+                    return False
 
         return [record for record in self.records if not is_excused(record)]
 
@@ -91,6 +100,7 @@ class Report:
             "outcomes": {str(outcome): count for outcome, count in sorted(self.outcomes.items())},
             "num_resumed": self.num_resumed,
             "num_unexcused": len(self.unexcused()),
+            "downtimes_s": sorted(end - begin for begin, end in self.downtimes),
             "num_faults": len(self.faults),
             "undisturbed_events_per_s": undisturbed,
             "kinds": {
@@ -128,6 +138,10 @@ class Report:
             ratios = of_kind["events_ratio_around"].items()
             lines.append("  events/s: " + " ".join(f"{second:+d}s {ratio:.0%}" for second, ratio in ratios))
         return lines
+
+
+def _falls_into(record: Record, spans: Sequence[tuple[float, float]]) -> bool:
+    return any(record.started_at <= end and begin <= record.ended_at for begin, end in spans)
 
 
 def leaks(before: dict[str, Resources], after: dict[str, Resources]) -> list[str]:

@@ -1,5 +1,6 @@
 """What the judge of a service under faults says, and that it can do what it says it does."""
 
+import asyncio
 import json
 import os
 import time
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import zmq
 
 from tests.chaos import links
+from tests.chaos.deployment import REPLAY_TIMEOUT_S
 from tests.chaos.faults import Fault, FaultKind, Resources
+from tests.chaos.repair import observe_downtimes
 from tests.chaos.report import Report, leaks
 from tests.chaos.traffic import Call, Outcome, Patience, Record, perform
 
@@ -48,7 +52,7 @@ class Service:
     async def call(self, resuming_s: float = 60.0) -> tuple[Any, Record]:
         record = Record(CALL, time.monotonic())
         async with httpx.AsyncClient(transport=httpx.MockTransport(self._handle), base_url="http://service") as client:
-            return await perform(client, CALL, record, Patience(resuming_s, retry_delay_s=0.0)), record
+            return await perform(client, CALL, record, Patience(resuming_s, 0.0, 0.0)), record
 
     def _handle(self, request: httpx.Request) -> httpx.Response:
         assert json.loads(request.content) == CALL.body
@@ -75,6 +79,21 @@ async def test_a_cut_stream_is_taken_up_after_its_last_whole_event() -> None:
     assert len(record.arrivals) == 4
 
 
+async def test_only_line_feeds_end_a_line() -> None:
+    """JSON need not escape U+2028 and U+0085."""
+    texts = ["a\u2028data: b", "c\u0085\u0085d"]
+    events = [EVENTS[0] | {"token": texts[0]}, EVENTS[-1] | {"token": texts[1]}]
+    data = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+    answer, record = await Service(httpx.Response(200, content=data.encode())).call()
+    assert answer is not None, record
+    assert answer["tokens"] == texts
+
+
+async def test_who_gets_no_connection_asked_nothing() -> None:
+    answer, record = await Service(httpx.ConnectError("refused")).call()
+    assert (answer, record.outcome) == (None, Outcome.UNREACHABLE)
+
+
 async def test_a_cut_stream_without_ids_is_broken() -> None:
     service = Service(httpx.Response(200, stream=Cut(as_bytes(0, False) + as_bytes(1, False))))
     answer, record = await service.call()
@@ -95,15 +114,63 @@ async def test_resuming_ends_some_time() -> None:
     assert (answer, record.outcome) == (None, Outcome.BROKEN)
 
 
-def test_only_a_seen_outage_excuses_a_broken_call() -> None:
+@pytest.mark.parametrize("outcome", [Outcome.BROKEN, Outcome.UNREACHABLE, Outcome.REFUSED])
+def test_only_a_seen_outage_excuses_a_call_without_an_answer(outcome: Outcome) -> None:
     report = Report(0.0, 1.0, faults=[Fault(FaultKind.KILL_PROXY, 1, 100.0, repaired_at=107.0)])
     report.records = [
-        Record(CALL, started_at, Outcome.BROKEN, ended_at)
+        Record(CALL, started_at, outcome, ended_at)
         for started_at, ended_at in [(90, 99), (99, 101), (106, 106.1), (107.5, 108)]
     ]
     assert [record.started_at for record in report.unexcused()] == [90, 107.5]
     report.faults = [Fault(FaultKind.KILL_STAGE, 1, 100.0)]
     assert len(report.unexcused()) == 4
+
+
+@pytest.mark.parametrize("outcome", [Outcome.CHANGED, Outcome.HANGING])
+def test_nothing_excuses_another_answer_or_none_at_all(outcome: Outcome) -> None:
+    report = Report(0.0, 1.0, faults=[Fault(FaultKind.KILL_PROXY, 1, 100.0)])
+    report.records = [Record(CALL, 99, outcome, 101)]
+    report.downtimes = [(0, 1000)]
+    assert report.unexcused() == report.records
+
+
+def test_without_any_pipeline_for_too_long_a_call_may_be_refused() -> None:
+    report = Report(0.0, 1.0, downtimes=[(100, 100 + REPLAY_TIMEOUT_S - 1), (300, 300 + REPLAY_TIMEOUT_S + 1)])
+    report.records = [
+        Record(CALL, 90, Outcome.REFUSED, 100 + REPLAY_TIMEOUT_S),
+        Record(CALL, 290, Outcome.REFUSED, 300 + REPLAY_TIMEOUT_S),
+        Record(CALL, 290, Outcome.BROKEN, 300 + REPLAY_TIMEOUT_S),
+    ]
+    assert report.unexcused() == [report.records[0], report.records[2]]
+
+
+async def test_downtimes_are_what_the_service_says_of_its_pipelines() -> None:
+    """Two in a row make one; where nobody answers, nothing is known."""
+    says = [{"is_ready": ready} for ready in (True, False, False, True, False)] + [None, {"is_ready": False}]
+    all_asked = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /ready ")
+        said = says.pop(0) if says else {"is_ready": True}
+        if said is not None:
+            body = json.dumps(said).encode()
+            writer.write(b"HTTP/1.1 503 -\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        writer.close()
+        if not says:
+            all_asked.set()
+
+    downtimes: list[tuple[float, float]] = []
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        began_at = time.monotonic()
+        observing = asyncio.create_task(observe_downtimes(f"http://127.0.0.1:{port}", downtimes, 0.0))
+        await asyncio.wait_for(all_asked.wait(), 30)
+        while len(downtimes) < 3:
+            await asyncio.sleep(0.01)
+        observing.cancel()
+    assert len(downtimes) == 3
+    moments = [began_at, *(moment for span in downtimes for moment in span), time.monotonic()]
+    assert moments == sorted(moments)
 
 
 def test_throughput_and_recovery_are_told_by_kind() -> None:

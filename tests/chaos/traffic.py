@@ -23,6 +23,7 @@ class Outcome(StrEnum):
     CHANGED = "changed"  # another answer than undisturbed, or a stream with a gap or a repeat
     REFUSED = "refused"  # one clear error: a status with an error object, or a last event with one
     BROKEN = "broken"  # the connection ended without an end of the answer
+    UNREACHABLE = "unreachable"  # no connection came about, so nothing was asked
     HANGING = "hanging"
 
 
@@ -55,6 +56,7 @@ class Patience:
 
     resuming_s: float = 60.0
     retry_delay_s: float = 0.2
+    unreachable_delay_s: float = 1.0
 
 
 def calls(rng: random.Random, count: int) -> list[Call]:
@@ -124,6 +126,8 @@ async def perform(client: httpx.AsyncClient, call: Call, record: Record, patienc
         return _refused(record, response.status_code, response.text)
     except httpx.TimeoutException as error:
         record.outcome, record.detail = Outcome.HANGING, repr(error)
+    except httpx.ConnectError as error:
+        record.outcome, record.detail = Outcome.UNREACHABLE, repr(error)
     except httpx.TransportError as error:
         record.outcome, record.detail = Outcome.BROKEN, repr(error)
     finally:
@@ -135,6 +139,7 @@ async def _perform_stream(client: httpx.AsyncClient, call: Call, record: Record,
     stream = _Stream(call, record)
     give_up_at = math.inf
     while True:
+        delay_s = patience.retry_delay_s
         headers = {"Last-Event-ID": stream.last_id} if stream.last_id is not None else {}
         try:
             async with client.stream("POST", call.path, json=call.body, headers=headers) as response:
@@ -150,6 +155,8 @@ async def _perform_stream(client: httpx.AsyncClient, call: Call, record: Record,
             if stream.last_id is None or isinstance(error, httpx.TimeoutException):
                 raise
             record.outcome, record.detail = Outcome.BROKEN, repr(error)
+            if isinstance(error, httpx.ConnectError):
+                delay_s = patience.unreachable_delay_s
         if stream.is_complete:
             return stream.answer()
         if stream.is_refused or stream.last_id is None:
@@ -158,7 +165,7 @@ async def _perform_stream(client: httpx.AsyncClient, call: Call, record: Record,
         if time.monotonic() > give_up_at:
             return None
         record.num_resumptions += 1
-        await asyncio.sleep(patience.retry_delay_s)
+        await asyncio.sleep(delay_s)
 
 
 class _Stream:
@@ -175,17 +182,14 @@ class _Stream:
     async def read(self, response: httpx.Response) -> None:
         """Sets the record's outcome where the answer does not end. An event counts when its empty line is there."""
         self._record.outcome, self._record.detail = Outcome.BROKEN, f"ended after {len(self._events)} events"
-        data, event_id = "", None
-        async for line in response.aiter_lines():
-            if line.startswith("data:"):
-                data = line.removeprefix("data:").strip()
-            elif line.startswith("id:"):
-                event_id = line.removeprefix("id:").strip()
-            elif not line:
-                self.last_id = self.last_id if event_id is None else event_id
-                if data:
-                    self._take(data)
-                data, event_id = "", None
+        buffer = b""
+        async for part in response.aiter_bytes():
+            *events, buffer = (buffer + part).split(b"\n\n")
+            for event in events:
+                # By bytes: str.splitlines, as in httpx's aiter_lines, also splits where JSON has U+2028 or U+0085.
+                fields = dict(line.split(": ", 1) for line in event.decode().split("\n"))
+                self.last_id = fields.get("id", self.last_id)
+                self._take(fields["data"])
 
     def _take(self, data: str) -> None:
         self._record.arrivals.append(time.monotonic())

@@ -139,3 +139,17 @@ def test_copies_are_made_in_every_layer_as_if_one_after_the_other(copies: list[t
         expected.values[:, target] = expected.values[:, source].clone()
     assert torch.equal(cache.keys, expected.keys)
     assert torch.equal(cache.values, expected.values)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_an_overflow_of_float16_reaches_its_own_sequence_alone(part: int, value: float):
+    """In q or k of the second of three tokens; the largest finite numbers are no overflow."""
+    largest = torch.finfo(torch.float16).max
+    qkv = [tensor.half() for tensor in random_qkv(4, seed=0)]
+    qkv[0][:, :, 0], qkv[1][:, :, 0] = largest, -largest
+    rows = [PagedRow(0, 3, [0]), PagedRow(0, 1, [1])]
+    assert PagedAttention(rows, make_cache(2, 4, torch.float16)).layer(0)(*qkv).isfinite().all()
+    qkv[part][1, 0, 2] = value
+    is_nan = PagedAttention(rows, make_cache(2, 4, torch.float16)).layer(0)(*qkv).isnan().flatten(1).any(1)
+    assert is_nan[1:].tolist() == [True, True, False]

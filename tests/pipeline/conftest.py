@@ -10,13 +10,15 @@ from tests.pipeline.linked import LinkedPipeline
 
 
 @pytest.fixture(params=["ipc", "tcp"])
-def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Sequence[StageRunner]], LinkedPipeline]:
+def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., LinkedPipeline]:
     """Makes pipelines over ipc sockets, or over TCP with keys."""
     numbers = itertools.count()
 
-    def make(runners: Sequence[StageRunner]) -> LinkedPipeline:
+    def make(runners: Sequence[StageRunner], step_timeout_s: float = 20.0) -> LinkedPipeline:
         if request.param == "ipc":
-            return LinkedPipeline(runners, lambda name: f"ipc://{tmp_path}/{next(numbers)}-{name}", lambda: None)
-        return LinkedPipeline(runners, lambda _: "tcp://127.0.0.1", CurveKeys.generate)
+            where, new_keys = lambda name: f"ipc://{tmp_path}/{next(numbers)}-{name}", lambda: None
+        else:
+            where, new_keys = lambda _: "tcp://127.0.0.1", CurveKeys.generate
+        return LinkedPipeline(runners, where, new_keys, step_timeout_s)
 
     return make

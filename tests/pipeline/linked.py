@@ -38,18 +38,23 @@ class LinkedPipeline:
     """`where` gives the address to bind for a name, each time it is asked."""
 
     def __init__(
-        self, runners: Sequence[StageRunner], where: Callable[[str], str], new_keys: Callable[[], CurveKeys | None]
+        self,
+        runners: Sequence[StageRunner],
+        where: Callable[[str], str],
+        new_keys: Callable[[], CurveKeys | None],
+        step_timeout_s: float = 20.0,
     ) -> None:
         self._runners = runners
         self._where = where
         self._new_keys = new_keys
+        self._step_timeout_s = step_timeout_s
         self.num_recoveries = 0
         self.num_steps = 0
         self._link()
 
     def _link(self) -> None:
         keys = self._new_keys()
-        self.links = StepLinks(keys, step_timeout_s=20)
+        self.links = StepLinks(keys, self._step_timeout_s)
         self.loops = [StageLoop(runner, keys) for runner in self._runners]
         self.addresses = [loop.bind(self._where(str(index))) for index, loop in enumerate(self.loops)]
         self.results_address = self.links.bind(self._where("results"))

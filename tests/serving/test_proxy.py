@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager, suppress
 import httpx
 import pytest
 import uvicorn
-from starlette.responses import PlainTextResponse, StreamingResponse
+from ray.serve._private.http_util import parse_disconnect_disabled_header, parse_request_timeout_header
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gptj_serve.environment import DEFAULT_SLOW_CLIENT_TIMEOUT_S, SLOW_CLIENT_TIMEOUT_S, slow_client_timeout_s
@@ -20,7 +21,8 @@ FAR_TOO_MUCH = 256 << 20  # more than any kernel buffers for a connection
 
 
 class App:
-    """Streams without end at /stream, answers with very much at /whole and with little at /, and is lost at others."""
+    """Streams without end at /stream, answers with very much at /whole, with little at / and with the headers that it
+    got at /headers, and is lost at others."""
 
     def __init__(self) -> None:
         self.num_sent = 0
@@ -31,6 +33,9 @@ class App:
             await PlainTextResponse("here")(scope, receive, send)
         elif scope["path"] == "/whole":
             await PlainTextResponse(bytes(FAR_TOO_MUCH))(scope, receive, send)
+        elif scope["path"] == "/headers":
+            headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+            await JSONResponse(headers)(scope, receive, send)
         elif scope["path"] == "/stream":
             try:
                 await StreamingResponse(self._pieces())(scope, receive, send)
@@ -95,16 +100,24 @@ async def test_a_client_who_does_not_read_its_stream_is_cut_off() -> None:
         assert (await http.get(f"http://127.0.0.1:{port}/")).text == "here"
 
 
-async def test_a_client_who_reads_slowly_but_steadily_is_not_cut_off() -> None:
+async def test_a_client_who_reads_slowly_but_steadily_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that is put forward each time that nothing more can be sent."""
+    timeout_s, ahead_s = 60.0, 0.0
+    monkeypatch.setenv(SLOW_CLIENT_TIMEOUT_S, str(timeout_s))
     app = App()
     loop = asyncio.get_running_loop()
+    true_time = loop.time
+    monkeypatch.setattr(loop, "time", lambda: true_time() + ahead_s)
     async with serving(app) as port, reader_of(port, "/stream") as client:
-        began_at = loop.time()
-        while loop.time() - began_at < 1.5:  # three times as long as nothing may be read
-            num_read = 0
-            while num_read < 1 << 20:
-                num_read += len(await loop.sock_recv(client, 1 << 20))
-            await asyncio.sleep(0.05)
+        for _ in range(10):
+            num_sent = -1
+            while num_sent < app.num_sent or app.num_sent == 0:
+                num_sent = app.num_sent
+                await asyncio.sleep(0.1)
+            ahead_s += 0.6 * timeout_s
+            await asyncio.sleep(0.1)
+            while app.num_sent == num_sent:
+                assert await loop.sock_recv(client, 1 << 20), "cut off"
         assert not app.stream_has_ended.is_set()
 
 
@@ -119,6 +132,18 @@ async def test_what_is_left_of_a_whole_answer_is_dropped_by_the_kernel() -> None
             while piece := await asyncio.wait_for(loop.sock_recv(client, 1 << 20), 10):
                 num_read += len(piece)
         assert 0 < num_read < FAR_TOO_MUCH
+
+
+async def test_clients_have_no_say_in_what_serve_does_with_their_requests() -> None:
+    """Serve's own code reads the headers here."""
+    headers = {"X-Request-Disconnect-Disabled": "?1", "X-Request-Timeout-Seconds": "0.01", "X-Request-Timeout": "5"}
+    sent = {name.lower().encode(): value.encode() for name, value in headers.items()}
+    assert (parse_disconnect_disabled_header(sent), parse_request_timeout_header(sent, None)) == (True, 0.01)
+    async with serving(App()) as port, httpx.AsyncClient() as http:
+        answer = (await http.get(f"http://127.0.0.1:{port}/headers", headers=headers)).json()
+    got = {name.encode(): value.encode() for name, value in answer.items()}
+    assert (parse_disconnect_disabled_header(got), parse_request_timeout_header(got, None)) == (False, None)
+    assert got[b"x-request-timeout"] == b"5"
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])

@@ -19,7 +19,7 @@ from gptj_serve.errors import PipelineError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.serving.pipeline_deployment import stage_settings
 from gptj_serve.serving.ray_pipeline import RayPipeline
-from gptj_serve.steps import MicroBatch, Row, SampleSpec
+from gptj_serve.steps import MicroBatch, Row, SampleSpec, StepOutput
 from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
 from tests.chaos import links
 
@@ -53,51 +53,64 @@ async def engine_over_actors(checkpoint: Checkpoint, num_stages: int) -> AsyncIt
         remove_placement_group(group)
 
 
-STEP_TIMEOUT_S = 4.0
+ROW = Row([5, 6, 7], 0, [0], samples=[SampleSpec()])
 
 
-async def test_a_lost_stage_is_noticed_at_once_and_one_that_hangs_in_time(cluster: None, demo: Path) -> None:
-    """However it is lost; then it is brought back, and answers as before."""
-    checkpoint = Checkpoint.open(demo)
+@asynccontextmanager
+async def pipeline_of_two(checkpoint: Checkpoint, step_timeout_s: float) -> AsyncIterator[RayPipeline]:
     config = PipelineConfig(
         num_stages=2,
         stage=StageConfig(num_cpus=0.01, num_threads=1),
         kv_cache=KVCacheConfig(block_size=BLOCK_SIZE, num_tokens=NUM_KV_BLOCKS * BLOCK_SIZE),
-        step_timeout_s=STEP_TIMEOUT_S,
+        step_timeout_s=step_timeout_s,
     )
     group = placement_group([{"CPU": 0.01}] * 3)
     await group.ready()
     pipeline = RayPipeline("test-faults", config, group)
-    row = Row([5, 6, 7], 0, [0], samples=[SampleSpec()])
-    clock = asyncio.get_running_loop().time
-    noticed_after_s: dict[str, float] = {}
     try:
         await pipeline.start(stage_settings(config, checkpoint, checkpoint.config.vocab_size))
-        sound = await pipeline.run(MicroBatch(0, [row]))
-        for fault in ("killed while idle", "killed", "exits", "raises", "out of memory", "hangs"):
-            victim = pipeline._stages[len(noticed_after_s) % 2]
-            watch = asyncio.create_task(pipeline.watch())
-            if fault.startswith("killed"):
-                began_at = clock()
-                os.kill(victim.description["pid"], signal.SIGKILL)
-            else:
-                await victim.actor.__ray_call__.remote(break_next_step(fault))
-                began_at = clock()
-            step = None if "idle" in fault else asyncio.create_task(pipeline.run(MicroBatch(1, [row])))
-            await asyncio.wait([watch] if step is None else [watch, step], return_when=asyncio.FIRST_COMPLETED)
-            noticed_after_s[fault] = clock() - began_at
-            with pytest.raises(PipelineError, match="step_timeout_s" if fault == "hangs" else "was lost"):
-                await (watch if step is None or watch.done() else step)
-            watch.cancel()
-            await asyncio.gather(watch, *([] if step is None else [step]), return_exceptions=True)
-            await pipeline.recover()
-            assert (await pipeline.run(MicroBatch(0, [row]))).rows == sound.rows
+        yield pipeline
     finally:
         pipeline.close()
         remove_placement_group(group)
-    assert STEP_TIMEOUT_S <= noticed_after_s.pop("hangs") < 2 * STEP_TIMEOUT_S
-    assert max(noticed_after_s.values()) < STEP_TIMEOUT_S / 2, noticed_after_s
-    assert [stage.num_restarts for stage in pipeline._stages] == [2, 2]  # who raised is kept, with its weights
+
+
+async def noticed_and_recovered(pipeline: RayPipeline, *steps: asyncio.Task[StepOutput]) -> str:
+    """What the pipeline says of the loss of a stage; then it is as before."""
+    watch = asyncio.create_task(pipeline.watch())
+    done, _ = await asyncio.wait([watch, *steps], return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(PipelineError) as raised:
+        await done.pop()
+    watch.cancel()
+    await asyncio.gather(watch, *steps, return_exceptions=True)
+    await pipeline.recover()
+    return str(raised.value)
+
+
+async def test_a_lost_stage_is_noticed_however_it_is_lost(cluster: None, demo: Path) -> None:
+    """Not by `step_timeout_s`: that does not pass here. Then it is brought back, and answers as before."""
+    async with pipeline_of_two(Checkpoint.open(demo), step_timeout_s=3600) as pipeline:
+        sound = await pipeline.run(MicroBatch(0, [ROW]))
+        for number, fault in enumerate(("killed while idle", "killed", "exits", "raises", "out of memory")):
+            victim = pipeline._stages[number % 2]
+            if fault.startswith("killed"):
+                os.kill(victim.description["pid"], signal.SIGKILL)
+            else:
+                await victim.actor.__ray_call__.remote(break_next_step(fault))
+            steps = [] if "idle" in fault else [asyncio.create_task(pipeline.run(MicroBatch(1, [ROW])))]
+            assert "was lost" in await noticed_and_recovered(pipeline, *steps)
+            assert (await pipeline.run(MicroBatch(0, [ROW]))).rows == sound.rows
+        assert [stage.num_restarts for stage in pipeline._stages] == [2, 1]  # who raised is kept, with its weights
+
+
+async def test_a_stage_that_hangs_is_noticed_by_the_step_timeout(cluster: None, demo: Path) -> None:
+    async with pipeline_of_two(Checkpoint.open(demo), step_timeout_s=8.0) as pipeline:
+        sound = await pipeline.run(MicroBatch(0, [ROW]))
+        await pipeline._stages[1].actor.__ray_call__.remote(break_next_step("hangs"))
+        step = asyncio.create_task(pipeline.run(MicroBatch(1, [ROW])))
+        assert "microbatch 1 is not back after step_timeout_s=8.0" in await noticed_and_recovered(pipeline, step)
+        assert (await pipeline.run(MicroBatch(0, [ROW]))).rows == sound.rows
+        assert [stage.num_restarts for stage in pipeline._stages] == [0, 1]
 
 
 def break_next_step(fault: str) -> Callable[[Any], None]:
