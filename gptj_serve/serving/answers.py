@@ -27,11 +27,11 @@ class Answers:
         """`text_version` is this ingress's own; empty: it goes with any pipeline."""
         self.text_version = text_version
         self._replicas = replicas
-        self._open: dict[str, Answer] = {}  # by the id of the HTTP request or call
+        self._open: dict[str, Answer] = {}  # by what the ids of their sequences begin with
 
     @contextmanager
     def sequence(self, sequence_id: str) -> Iterator[Answer]:
-        """The answer that a sequence (`<request id>-<its own>`) is part of."""
+        """The answer that a sequence (`<the answer's>-<its own>`) is part of."""
         name = sequence_id.rsplit("-", 1)[0]
         answer = self._open.setdefault(name, Answer())
         answer.num_sequences += 1

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from ray.exceptions import ActorDiedError
 
+from gptj_serve.api.request_context import RequestContext
 from gptj_serve.errors import OverloadedError
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import Replicas
@@ -75,13 +76,23 @@ class Pipelines:
             yield item
 
 
-async def token_ids(pipelines: Pipelines, request: EngineRequest = REQUEST) -> list[int]:
-    client = ServeEngineClient(
+def named(request_id: str, **changes: Any) -> EngineRequest:
+    return msgspec.structs.replace(REQUEST, request_id=request_id, **changes)
+
+
+def make_client(pipelines: Pipelines) -> ServeEngineClient:
+    return ServeEngineClient(
         pipelines,  # type: ignore[arg-type]
         replicas=pipelines.replicas,
         replay_timeout_s=60.0,
         text_version="text",
     )
+
+
+async def token_ids(
+    pipelines: Pipelines, request: EngineRequest = REQUEST, client: ServeEngineClient | None = None
+) -> list[int]:
+    client = client or make_client(pipelines)
     return [event.token_id async for event in client.submit(request) if isinstance(event, TokenEvent)]
 
 
@@ -134,3 +145,24 @@ async def test_new_requests_take_any_version() -> None:
     pipelines.replicas.set_running({"b", "c"})
     assert await asyncio.wait_for(token_ids(pipelines), 5) == tokens_of(NEW)
     assert pipelines.asked == ["b"]
+
+
+async def test_requests_of_one_id_are_different_answers() -> None:
+    """Clients choose the ids of their requests; the sequences of one answer belong together all the same."""
+    pipelines = Pipelines(Replicas(), a=OLD, b=NEW)
+    pipelines.replicas.set_running({"a"})
+    client = make_client(pipelines)
+    first, second = RequestContext(request_id="mine"), RequestContext(request_id="mine")
+
+    async def ask(request: RequestContext) -> list[int]:
+        return await token_ids(pipelines, named(request.new_sequence_id()), client)
+
+    begun = asyncio.create_task(ask(first))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    pipelines.replicas.set_version("b", NEW)
+    pipelines.replicas.set_running({"b"})
+    assert await asyncio.wait_for(ask(second), 5) == tokens_of(NEW)
+    with pytest.raises(OverloadedError, match="replaced by another version"):
+        await asyncio.wait_for(ask(first), 5)
+    pipelines.goes_on.set()
+    assert await asyncio.wait_for(begun, 5) == tokens_of(OLD)
