@@ -14,6 +14,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -89,12 +90,32 @@ class _ReplicaLeftError(_ReplicaLostError):
     """It is not gone, but stops or has lost a stage, and another one is ready."""
 
 
-class _OtherVersionError(Exception):
-    """The replica serves another version of the model than the one that the answer is made by."""
+class _AskElsewhereError(Exception):
+    """By what is known now, not this replica but another one may take the request, if any."""
+
+
+class _FullError(_AskElsewhereError):
+    """The replica has no room for it."""
+
+    def __init__(self, refusal: Overload) -> None:
+        super().__init__(refusal)
+        self.replica_id = refusal.replica_id
+        self.overload = OverloadedError(refusal.message, refusal.retry_after_s)
 
 
 class _Leaves:
     """In an inbox: the pipeline is bringing a stage back, and others could go on at once."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A request on its way to a replica, none of those to `avoid`, or there."""
+
+    request_id: str  # of its own
+    answer: Answer
+    avoid: frozenset[str]
+    inbox: asyncio.Queue[Event | Exception | _Leaves] = field(default_factory=asyncio.Queue)
+    has_ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ServeEngineClient:
@@ -127,8 +148,8 @@ class ServeEngineClient:
         self._pipeline_ids: set[str] = set()  # of those that answered the last question for their status
         self._pipelines = pipelines.options(stream=True)
         self._ingress_id = secrets.token_hex(8)
-        self._inboxes: dict[str, asyncio.Queue[Event | Exception | _Leaves]] = {}  # by request id
-        self._requests_at: defaultdict[str, set[str]] = defaultdict(set)  # request ids by replica id
+        self._attempts: dict[str, _Attempt] = {}  # by their request ids
+        self._requests_at: defaultdict[str, set[str]] = defaultdict(set)  # these ids by replica id
         self._event_streams: dict[str, asyncio.Task[None]] = {}  # by replica id
         self._watchers: set[asyncio.Task[None]] = set()  # so that none is collected before its end
 
@@ -147,22 +168,27 @@ class ServeEngineClient:
         began_at = last_progress_at = clock()
         delay_s = 0.0  # after the next loss, at least
         num_losses = num_given_up = 0
-        for attempt in itertools.count():
-            unfit = self._answers.unfit(answer)
+        refusals: dict[str, OverloadedError] = {}  # by replica id, since the last loss
+        for number in itertools.count():
+            self._answers.check_not_stranded(answer)
+            avoid = self._answers.unfit(answer) | refusals.keys()
+            if refusals and not self._replicas.running - self._replicas.recovering - avoid:
+                raise min(refusals.values(), key=lambda refusal: refusal.retry_after_s)
             # Each attempt has an id of its own, so that nothing late from a lost replica is taken for this one's.
             attempt_request = msgspec.structs.replace(
                 request,
-                request_id=f"{request.request_id}-{attempt}",
+                request_id=f"{request.request_id}-{number}",
                 output_token_ids=tokens.copy(),
-                is_resumed=request.is_resumed or attempt > 0,
+                is_resumed=request.is_resumed or number > 0,
                 sampling=_rest_of(request.sampling, clock() - began_at, has_prompt_scores),
                 text_version=self._answers.text_version,
                 numbers_version=answer.numbers_version,
             )
+            attempt = _Attempt(attempt_request.request_id, answer, avoid)
             try:
                 # What was lost once with a request in it may be lost by it: there the scheduler finds out, elsewhere
                 # it would start anew.
-                async with aclosing(self._attempt(attempt_request, unfit, may_leave=num_losses == 0)) as events:
+                async with aclosing(self._events_of(attempt, attempt_request, may_leave=num_losses == 0)) as events:
                     async for event in events:
                         if isinstance(event, FailureEvent) and event.is_pipeline_at_fault:
                             num_given_up += 1
@@ -176,9 +202,13 @@ class ServeEngineClient:
                         yield event
                         if is_terminal(event):
                             return
-            except _OtherVersionError:
-                continue  # now it is known which one that replica serves
+            except _FullError as full:
+                self._refuse_if_full(attempt_request)
+                refusals[full.replica_id] = full.overload
+            except _AskElsewhereError:
+                pass
             except _ReplicaLostError as lost:
+                refusals.clear()
                 num_losses += lost.is_suspicious
                 if num_losses >= MAX_REPLICA_LOSSES:
                     message = f"{num_losses} pipelines in a row were lost while they had this request"
@@ -215,12 +245,10 @@ class ServeEngineClient:
         problems = [f"pipeline {n} does not answer: {_first_line(e)}" for n, e in zip(names, errors, strict=True)]
         return sorted(pipelines, key=lambda pipeline: str(pipeline["replica_id"])), problems
 
-    async def _attempt(
-        self, request: EngineRequest, unfit: frozenset[str], *, may_leave: bool
-    ) -> AsyncGenerator[Event]:
-        """The request's events from one replica, and none of the `unfit`.
+    async def _events_of(self, attempt: _Attempt, request: EngineRequest, *, may_leave: bool) -> AsyncGenerator[Event]:
+        """The request's events from one replica.
 
-        Raises `_ReplicaLostError` if it doesn't stay.
+        Raises `_AskElsewhereError` if that does not take it, `_ReplicaLostError` if it doesn't stay.
         """
         # Calls made inside one HTTP request share its internal id, by which Serve's router tells waiting calls apart
         # (Ray 2.60): of several at once all but one would wait for ever. In a context of its own each has its own.
@@ -228,16 +256,15 @@ class ServeEngineClient:
         if self._is_traced:  # the span that the call belongs to is in the request's context
             context = contextvars.copy_context()
             context.run(ray.serve.context._serve_request_context.set, None)
-        avoid = {"avoid": unfit} if unfit else {}
+        avoid = {"avoid": attempt.avoid} if attempt.avoid else {}
         call = context.run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request), **avoid)
-        inbox = self._inboxes[request.request_id] = asyncio.Queue()  # from here on nothing is left behind
-        has_ended = asyncio.Event()
-        watcher = asyncio.create_task(self._watch(call, request.request_id, inbox, has_ended))
+        self._attempts[attempt.request_id] = attempt  # from here on nothing is left behind
+        watcher = asyncio.create_task(self._watch(call, attempt))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
         try:
-            while not has_ended.is_set():
-                item = await inbox.get()
+            while not attempt.has_ended.is_set():
+                item = await attempt.inbox.get()
                 if isinstance(item, Exception):
                     raise item
                 if isinstance(item, _Leaves):
@@ -245,42 +272,31 @@ class ServeEngineClient:
                         raise _ReplicaLeftError("its pipeline has lost a stage")
                     continue
                 if is_terminal(item):
-                    has_ended.set()
+                    attempt.has_ended.set()
                 yield item
         finally:
-            del self._inboxes[request.request_id]
+            del self._attempts[attempt.request_id]
             for replica_id, requests in self._requests_at.items():
-                if request.request_id in requests:
-                    requests.discard(request.request_id)
+                if attempt.request_id in requests:
+                    requests.discard(attempt.request_id)
                     if not requests and replica_id not in self._replicas.running:
                         self._close_event_stream(replica_id)
-            if not has_ended.is_set():  # else it ends by itself; Serve logs a line for each call that is cancelled
+            if not attempt.has_ended.is_set():  # else it ends by itself; Serve logs each call that is cancelled
                 watcher.cancel()
                 call.cancel()
 
-    async def _watch(
-        self,
-        call: DeploymentResponseGenerator[str | bytes],
-        request_id: str,
-        inbox: asyncio.Queue[Event | Exception | _Leaves],
-        has_ended: asyncio.Event,
-    ) -> None:
+    async def _watch(self, call: DeploymentResponseGenerator[str | bytes], attempt: _Attempt) -> None:
         """Follow the call of one request to its end, and report an end that is not the request's own."""
-        replica_id = None
+        request_id, inbox, replica_id = attempt.request_id, attempt.inbox, None
         try:
             async for item in call:
                 if isinstance(item, bytes):
-                    refusal = _REFUSALS.decode(item)
-                    if isinstance(refusal, OtherVersion):
-                        self._on_version(refusal.replica_id, refusal.version)
-                        inbox.put_nowait(_OtherVersionError())
-                    else:
-                        inbox.put_nowait(_error_of(refusal))
+                    inbox.put_nowait(self._error_of(_REFUSALS.decode(item)))
                     return
                 replica_id = item
                 self._requests_at[replica_id].add(request_id)
                 self._ensure_event_stream(replica_id)
-            await asyncio.wait_for(has_ended.wait(), EVENTS_TIMEOUT_S)
+            await asyncio.wait_for(attempt.has_ended.wait(), EVENTS_TIMEOUT_S)
         except TimeoutError:
             inbox.put_nowait(_ReplicaLostError("the request ended there, but its events did not come"))
         except BackPressureError:
@@ -295,6 +311,15 @@ class ServeEngineClient:
         except Exception as error:
             logger.exception("request %s: its call failed", request_id, extra={"request_id": request_id})
             inbox.put_nowait(RequestFailedError(f"the call to the pipeline failed: {error!r}"))
+
+    def _error_of(self, refusal: Refusal | Overload | OtherVersion) -> Exception:
+        if isinstance(refusal, OtherVersion):
+            self._on_version(refusal.replica_id, refusal.version)
+            return _AskElsewhereError(refusal)
+        if isinstance(refusal, Overload):
+            self._replicas.refused(refusal.replica_id, refusal.queue_wait_s)
+            return _FullError(refusal)
+        return InvalidRequestError(refusal.field, refusal.value, refusal.reason)
 
     def _refuse_if_full(self, request: EngineRequest) -> None:
         """As a pipeline would, without asking one, if all have told that their queues are too long.
@@ -329,17 +354,17 @@ class ServeEngineClient:
         Else they go on there: Serve gives a stopping replica some time.
         """
         for replica_id in replica_ids:
-            request_ids = self._requests_at.get(replica_id, set())
-            leaving = {request_id for request_id in request_ids if self._answers.others(request_id, replica_id)}
-            for request_id in leaving:
-                if (inbox := self._inboxes.get(request_id)) is not None:
-                    inbox.put_nowait(_ReplicaLeftError("its pipeline is being stopped", is_suspicious=False))
-            if leaving == request_ids:
+            attempts = self._attempts_at(replica_id)
+            leaving = [attempt for attempt in attempts if self._answers.others(attempt.answer, replica_id)]
+            for attempt in leaving:
+                attempt.inbox.put_nowait(_ReplicaLeftError("its pipeline is being stopped", is_suspicious=False))
+            if len(leaving) == len(attempts):
                 self._close_event_stream(replica_id)
-        on_their_way = self._inboxes.keys() - set[str]().union(*self._requests_at.values())
-        for request_id in on_their_way:
-            if self._answers.is_stranded(request_id):
-                self._inboxes[request_id].put_nowait(_ReplicaLeftError("no pipeline is left for it"))
+        running = self._replicas.running
+        on_their_way = self._attempts.keys() - set[str]().union(*self._requests_at.values())
+        for attempt in map(self._attempts.__getitem__, on_their_way):
+            if running and running <= attempt.avoid | self._answers.unfit(attempt.answer):
+                attempt.inbox.put_nowait(_AskElsewhereError("no pipeline is left for it"))
 
     def _on_arrived(self, replica_ids: frozenset[str]) -> None:
         if self._loop is not None:
@@ -362,9 +387,13 @@ class ServeEngineClient:
         self._replicas.set_load(replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s)
         if load.is_ready:
             return
-        for request_id in self._requests_at.get(replica_id, ()):
-            if (inbox := self._inboxes.get(request_id)) is not None and self._answers.others(request_id, replica_id):
-                inbox.put_nowait(_Leaves())
+        for attempt in self._attempts_at(replica_id):
+            if self._answers.others(attempt.answer, replica_id):
+                attempt.inbox.put_nowait(_Leaves())
+
+    def _attempts_at(self, replica_id: str) -> list[_Attempt]:
+        request_ids = self._requests_at.get(replica_id, ())
+        return [self._attempts[request_id] for request_id in request_ids if request_id in self._attempts]
 
     async def _read_events(self, replica_id: str) -> None:
         """Deliver a replica's events until its stream ends; it ends by itself when no request is left there."""
@@ -377,16 +406,16 @@ class ServeEngineClient:
                 for event in decoder.decode(batch):
                     if isinstance(event, LoadEvent):
                         self._on_load(replica_id, event)
-                    elif (inbox := self._inboxes.get(event.request_id)) is not None:
-                        is_taken = self._answers.takes(event.request_id, replica_id)
-                        inbox.put_nowait(event if is_taken else _OtherVersionError())
+                    elif (attempt := self._attempts.get(event.request_id)) is not None:
+                        is_fit = self._answers.takes(attempt.answer, replica_id)
+                        attempt.inbox.put_nowait(event if is_fit else _AskElsewhereError("it is of another version"))
                 batch = await anext(stream, None)
         except (Exception, asyncio.CancelledError) as error:
             if not isinstance(error, RayError | RayServeException | TimeoutError | asyncio.CancelledError):
                 logger.exception("the event stream of pipeline %s failed", replica_id)
-            for request_id in self._requests_at.pop(replica_id, ()):
-                if (inbox := self._inboxes.get(request_id)) is not None:
-                    inbox.put_nowait(_ReplicaLostError(_first_line(error)))
+            for attempt in self._attempts_at(replica_id):
+                attempt.inbox.put_nowait(_ReplicaLostError(_first_line(error)))
+            self._requests_at.pop(replica_id, None)
         finally:
             stream.cancel()
             self._replicas.forget(replica_id)
@@ -405,12 +434,6 @@ async def _all_answers(call: DeploymentBroadcastResponse, timeout_s: float) -> l
     replicas = await asyncio.wait_for(call._fetch_replica_results_async(), timeout_s)
     waits = [asyncio.wait_for(replica.get_async(), timeout_s) for replica in replicas]
     return await asyncio.gather(*waits, return_exceptions=True)
-
-
-def _error_of(refusal: Refusal | Overload) -> GPTJServeError:
-    if isinstance(refusal, Overload):
-        return OverloadedError(refusal.message, refusal.retry_after_s)
-    return InvalidRequestError(refusal.field, refusal.value, refusal.reason)
 
 
 def _what_went_wrong(cause: BaseException) -> Exception:

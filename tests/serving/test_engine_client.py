@@ -1,6 +1,7 @@
 """`ServeEngineClient` over a handle that misbehaves as replicas do; no cluster."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 from gptj_serve.errors import InvalidRequestError, OverloadedError, RequestFailedError, WireError
 from gptj_serve.serving import engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
-from gptj_serve.serving.replicas import Replicas
+from gptj_serve.serving.replicas import REFUSAL_COUNTS_S, Replicas
 from gptj_serve.types import (
     EngineRequest,
     FailureEvent,
@@ -160,7 +161,7 @@ async def test_a_request_that_can_not_be_sent_leaves_nothing_behind() -> None:
     client = make_client(pipelines)
     with pytest.raises(UnicodeEncodeError):
         await anext(client.submit(msgspec.structs.replace(REQUEST, sampling=sampling)))
-    assert (client._inboxes, pipelines.attempts) == ({}, [])
+    assert (client._attempts, pipelines.attempts) == ({}, [])
 
 
 async def test_another_attempt_owes_only_the_rest() -> None:
@@ -409,25 +410,111 @@ async def test_a_client_who_leaves_leaves_nothing_behind(phase: str, monkeypatch
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     await asyncio.sleep(0)
-    assert client._inboxes == {}
+    assert client._attempts == {}
     assert client._watchers == set()
     assert not any(client._requests_at.values())
     assert len(pipelines.run.calls) == (2 if phase == "replayed" else 1)
     assert pipelines.run.calls[-1].is_cancelled
 
 
-async def test_a_full_pipeline_is_not_asked_twice() -> None:
-    """Its refusal is the request's end; it is not sent again."""
+class Full(FakePipelines):
+    """Each call goes where the router would send it; the replicas in `waits_s` refuse it with these queues."""
 
-    class Full(FakePipelines):
-        async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[bytes]:
-            self.attempts.append(msgspec.msgpack.decode(encoded, type=EngineRequest))
-            yield msgspec.msgpack.encode(Overload("would wait for about 90 s", 30.0))
+    def __init__(self, replicas: Replicas, **waits_s: float) -> None:
+        super().__init__()
+        self.replicas = replicas
+        self.waits_s = waits_s
+        self.asked: list[str] = []
 
+    async def _run(
+        self, _ingress: str, encoded: bytes, *, avoid: frozenset[str] = frozenset()
+    ) -> AsyncGenerator[str | bytes]:
+        replica_id = min(self.replicas.best(self.replicas.running - avoid))
+        self.asked.append(replica_id)
+        if (wait_s := self.waits_s.get(replica_id)) is not None:
+            message = f"would wait for about {wait_s:g} s"
+            yield msgspec.msgpack.encode(Overload(message, wait_s - 60.0, replica_id, wait_s))
+            return
+        request = msgspec.msgpack.decode(encoded, type=EngineRequest)
+        self.attempts.append(request)
+        outbox = self.outboxes.setdefault(replica_id, asyncio.Queue())
+        yield replica_id
+        for index in range(NUM_TOKENS):
+            reason = FinishReason.LENGTH if index == NUM_TOKENS - 1 else None
+            event = TokenEvent(request.request_id, index, 100 + index, -1.0, reason)
+            outbox.put_nowait(msgspec.msgpack.encode([event]))
+            await asyncio.sleep(0.001)
+
+
+def ready(*replica_ids: str, clock: Callable[[], float] = time.monotonic) -> Replicas:
+    replicas = Replicas(clock)
+    replicas.set_running(replica_ids)
+    return replicas
+
+
+async def test_a_request_that_a_full_pipeline_refuses_goes_to_another() -> None:
+    """At once, and first as any request does: it is neither replayed nor resumed. Later ones go there directly."""
+    replicas = ready("a", "b")
+    replicas.set_load("b", is_ready=True, queue_wait_s=20.0)  # of "a" nothing is known, so it is preferred
+    pipelines = Full(replicas, a=90.0)
+    replays: list[None] = []
+    client = make_client(pipelines, lambda: replays.append(None), replicas, max_queue_wait_s=60.0)
+    for _ in range(2):
+        assert len([event async for event in client.submit(REQUEST)]) == NUM_TOKENS
+    assert pipelines.asked == ["a", "b", "b"]
+    assert replays == []
+
+
+async def test_where_all_are_full_each_is_asked_once() -> None:
+    """The refusal is the one of the shortest queue; nobody is asked in vain while that is known."""
+    now = 0.0
+    replicas = ready("a", "b", "c", clock=lambda: now)
+    pipelines = Full(replicas, a=90.0, b=70.0, c=80.0)
+    client = make_client(pipelines, replicas=replicas)  # knows no limit of its own
+
+    async def refusal(client: ServeEngineClient, **changes: Any) -> OverloadedError:
+        with pytest.raises(OverloadedError) as refusal:
+            await anext(client.submit(msgspec.structs.replace(REQUEST, **changes)))
+        return refusal.value
+
+    error = await refusal(client)
+    assert (str(error), error.retry_after_s) == ("would wait for about 70 s", 10.0)
+    assert pipelines.asked == ["a", "b", "c"]
+    client = make_client(pipelines, replicas=replicas, max_queue_wait_s=60.0)
+    error = await refusal(client)
+    assert ("about 70 s" in str(error), error.retry_after_s) == (True, 10.0)
+    assert len(pipelines.asked) == 3
+    await refusal(client, priority=-1)
+    assert sorted(pipelines.asked[3:]) == ["a", "b", "c"]
+    now = REFUSAL_COUNTS_S  # nobody is locked out by what was true a while ago
+    pipelines.waits_s = {}
+    assert len([event async for event in client.submit(REQUEST)]) == NUM_TOKENS
+
+
+async def test_a_full_pipeline_whose_others_are_gone_or_not_ready_has_the_last_word() -> None:
+    replicas = ready("a", "b")
+    replicas.set_load("b", is_ready=False, queue_wait_s=0.0)
+    pipelines = Full(replicas, a=90.0)
     with pytest.raises(OverloadedError, match="would wait for about 90 s") as refusal:
-        await asyncio.wait_for(collect(pipelines := Full()), 10)
+        await asyncio.wait_for(collect(pipelines, replicas=replicas), 10)
     assert refusal.value.retry_after_s == 30
-    assert len(pipelines.attempts) == 1
+    assert pipelines.asked == ["a"]
+
+
+async def test_a_request_whose_last_candidate_leaves_on_the_way_is_refused() -> None:
+    """Serve's router would keep it, with all that run to be avoided."""
+
+    class Leaving(Full):
+        async def _run(self, *args: Any, **kwargs: Any) -> AsyncGenerator[str | bytes]:
+            if kwargs.get("avoid"):
+                self.replicas.set_running({"a"})
+                await asyncio.sleep(60)
+            async for item in super()._run(*args, **kwargs):
+                yield item
+
+    pipelines = Leaving(replicas := ready("a", "b"), a=90.0)
+    with pytest.raises(OverloadedError, match="would wait for about 90 s"):
+        await asyncio.wait_for(collect(pipelines, replicas=replicas), 10)
 
 
 async def test_where_all_queues_are_too_long_no_pipeline_is_asked() -> None:
