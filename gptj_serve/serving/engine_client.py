@@ -103,6 +103,10 @@ class _FullError(_AskElsewhereError):
         self.overload = OverloadedError(refusal.message, refusal.retry_after_s)
 
 
+class _NotTakenError(Exception):
+    """No replica took the request in time."""
+
+
 class _Leaves:
     """In an inbox: the pipeline is bringing a stage back, and others could go on at once."""
 
@@ -116,6 +120,11 @@ class _Attempt:
     avoid: frozenset[str]
     inbox: asyncio.Queue[Event | Exception | _Leaves] = field(default_factory=asyncio.Queue)
     has_ended: asyncio.Event = field(default_factory=asyncio.Event)
+    is_taken: bool = False  # by a replica
+
+    def end_if_not_taken(self) -> None:
+        if not self.is_taken:
+            self.inbox.put_nowait(_NotTakenError())
 
 
 class ServeEngineClient:
@@ -165,7 +174,8 @@ class ServeEngineClient:
         tokens = list(request.output_token_ids)
         has_prompt_scores = False
         clock = asyncio.get_running_loop().time
-        began_at = last_progress_at = clock()
+        began_at = clock()
+        stuck_since: float | None = None  # the first loss since the last token
         delay_s = 0.0  # after the next loss, at least
         num_losses = num_given_up = 0
         refusals: dict[str, OverloadedError] = {}  # by replica id, since the last loss
@@ -188,7 +198,9 @@ class ServeEngineClient:
             try:
                 # What was lost once with a request in it may be lost by it: there the scheduler finds out, elsewhere
                 # it would start anew.
-                async with aclosing(self._events_of(attempt, attempt_request, may_leave=num_losses == 0)) as events:
+                take_by = None if stuck_since is None else stuck_since + self._replay_timeout_s
+                stream = self._events_of(attempt, attempt_request, may_leave=num_losses == 0, take_by=take_by)
+                async with aclosing(stream) as events:
                     async for event in events:
                         if isinstance(event, FailureEvent) and event.is_pipeline_at_fault:
                             num_given_up += 1
@@ -197,7 +209,7 @@ class ServeEngineClient:
                         if isinstance(event, TokenEvent):
                             assert event.index == len(tokens), "a token was lost or repeated"
                             tokens.append(event.token_id)
-                            last_progress_at, delay_s, num_losses = clock(), 0.0, 0
+                            stuck_since, delay_s, num_losses = None, 0.0, 0
                         has_prompt_scores |= isinstance(event, PromptEvent)
                         yield event
                         if is_terminal(event):
@@ -207,14 +219,17 @@ class ServeEngineClient:
                 refusals[full.replica_id] = full.overload
             except _AskElsewhereError:
                 pass
+            except _NotTakenError:
+                break
             except _ReplicaLostError as lost:
                 refusals.clear()
+                stuck_since = clock() if stuck_since is None else stuck_since
                 num_losses += lost.is_suspicious
                 if num_losses >= MAX_REPLICA_LOSSES:
                     message = f"{num_losses} pipelines in a row were lost while they had this request"
                     yield FailureEvent(request.request_id, message)
                     return
-                if clock() - last_progress_at > self._replay_timeout_s:
+                if clock() - stuck_since > self._replay_timeout_s:
                     break
                 logger.warning(
                     "request %s is sent again after %d tokens: %s", request.request_id, len(tokens), lost,
@@ -245,10 +260,14 @@ class ServeEngineClient:
         problems = [f"pipeline {n} does not answer: {_first_line(e)}" for n, e in zip(names, errors, strict=True)]
         return sorted(pipelines, key=lambda pipeline: str(pipeline["replica_id"])), problems
 
-    async def _events_of(self, attempt: _Attempt, request: EngineRequest, *, may_leave: bool) -> AsyncGenerator[Event]:
+    async def _events_of(
+        self, attempt: _Attempt, request: EngineRequest, *, may_leave: bool, take_by: float | None
+    ) -> AsyncGenerator[Event]:
         """The request's events from one replica.
 
-        Raises `_AskElsewhereError` if that does not take it, `_ReplicaLostError` if it doesn't stay.
+        Raises `_NotTakenError` if none has taken it at `take_by`, by the loop's clock: while none runs, Serve's router
+        would keep it for ever. Raises `_AskElsewhereError` if one does not take it, `_ReplicaLostError` if it doesn't
+        stay.
         """
         # Calls made inside one HTTP request share its internal id, by which Serve's router tells waiting calls apart
         # (Ray 2.60): of several at once all but one would wait for ever. In a context of its own each has its own.
@@ -262,6 +281,8 @@ class ServeEngineClient:
         watcher = asyncio.create_task(self._watch(call, attempt))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
+        loop = asyncio.get_running_loop()
+        timer = None if take_by is None else loop.call_at(take_by, attempt.end_if_not_taken)
         try:
             while not attempt.has_ended.is_set():
                 item = await attempt.inbox.get()
@@ -275,6 +296,8 @@ class ServeEngineClient:
                     attempt.has_ended.set()
                 yield item
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._attempts[attempt.request_id]
             for replica_id, requests in self._requests_at.items():
                 if attempt.request_id in requests:
@@ -294,6 +317,7 @@ class ServeEngineClient:
                     inbox.put_nowait(self._error_of(_REFUSALS.decode(item)))
                     return
                 replica_id = item
+                attempt.is_taken = True
                 self._requests_at[replica_id].add(request_id)
                 self._ensure_event_stream(replica_id)
             await asyncio.wait_for(attempt.has_ended.wait(), EVENTS_TIMEOUT_S)
@@ -407,6 +431,7 @@ class ServeEngineClient:
                     if isinstance(event, LoadEvent):
                         self._on_load(replica_id, event)
                     elif (attempt := self._attempts.get(event.request_id)) is not None:
+                        attempt.is_taken = True
                         is_fit = self._answers.takes(attempt.answer, replica_id)
                         attempt.inbox.put_nowait(event if is_fit else _AskElsewhereError("it is of another version"))
                 batch = await anext(stream, None)

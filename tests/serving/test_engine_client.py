@@ -184,6 +184,49 @@ async def test_request_that_gets_no_further_is_given_up() -> None:
     assert events == [FailureEvent("r", "no pipeline took the request further for 0.3 s")]
 
 
+class LastOne(FakePipelines):
+    """The first replica is lost, and no other comes; the router keeps the call."""
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        if self.attempts:
+            await asyncio.sleep(60)
+        async for item in super()._run(_ingress, encoded):
+            yield item
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+async def test_request_that_no_replica_takes_again_is_given_up(num_tokens: int) -> None:
+    """Once, though the call to the router goes on."""
+    pipelines = LastOne(num_tokens)
+    events = await asyncio.wait_for(collect(pipelines, replay_timeout_s=0.3), 5)
+    assert [event.index for event in events[:-1]] == list(range(num_tokens))
+    assert events[-1] == FailureEvent("r", "no pipeline took the request further for 0.3 s")
+    assert len(pipelines.run.calls) == 2
+    assert pipelines.run.calls[-1].is_cancelled
+
+
+async def test_a_replica_that_took_the_request_again_has_its_time() -> None:
+    """It may need longer than a replica may be sought for."""
+    pipelines = FakePipelines(0)
+    pipelines.stall_after["1"] = 1
+    answer = asyncio.create_task(collect(pipelines, replay_timeout_s=0.2))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    await asyncio.sleep(0.3)
+    pipelines.goes_on.set()
+    assert [event.index for event in await asyncio.wait_for(answer, 5)] == list(range(NUM_TOKENS))
+
+
+async def test_the_time_to_find_another_replica_begins_with_the_loss() -> None:
+    """However long the first one had the request before."""
+    pipelines = FakePipelines(1)
+    pipelines.stall_after["0"] = 1
+    answer = asyncio.create_task(collect(pipelines, replay_timeout_s=0.2))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    await asyncio.sleep(0.3)
+    pipelines.goes_on.set()
+    assert [event.index for event in await asyncio.wait_for(answer, 5)] == list(range(NUM_TOKENS))
+
+
 async def test_request_that_replicas_die_of_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token counts as a new beginning."""
     monkeypatch.setattr(engine_client, "REPLAY_DELAY_S", 0.001)
