@@ -178,19 +178,22 @@ class ServeEngineClient:
         stuck_since: float | None = None  # the first loss since the last token
         delay_s = 0.0  # after the next loss, at least
         num_losses = num_given_up = 0
+        is_resumed = request.is_resumed
         refusals: dict[str, OverloadedError] = {}  # by replica id, since the last loss
         for number in itertools.count():
             self._answers.check_not_stranded(answer)
             avoid = self._answers.unfit(answer) | refusals.keys()
             if refusals and not self._replicas.running - self._replicas.recovering - avoid:
                 raise min(refusals.values(), key=lambda refusal: refusal.retry_after_s)
+            elapsed_s = clock() - began_at
             # Each attempt has an id of its own, so that nothing late from a lost replica is taken for this one's.
             attempt_request = msgspec.structs.replace(
                 request,
                 request_id=f"{request.request_id}-{number}",
                 output_token_ids=tokens.copy(),
-                is_resumed=request.is_resumed or number > 0,
-                sampling=_rest_of(request.sampling, clock() - began_at, has_prompt_scores),
+                is_resumed=is_resumed,
+                time_left_s=None if request.time_left_s is None else max(request.time_left_s - elapsed_s, 0.0),
+                sampling=_rest_of(request.sampling, elapsed_s, has_prompt_scores),
                 text_version=self._answers.text_version,
                 numbers_version=answer.numbers_version,
             )
@@ -240,6 +243,7 @@ class ServeEngineClient:
                     delay_s = max(delay_s, REPLAY_DELAY_S)
                 await asyncio.sleep(delay_s)
                 delay_s = min(max(2 * delay_s, REPLAY_DELAY_S), MAX_REPLAY_DELAY_S)
+            is_resumed |= attempt.is_taken
         message = f"no pipeline took the request further for {self._replay_timeout_s:g} s"
         yield FailureEvent(request.request_id, message)
 

@@ -591,3 +591,22 @@ async def test_what_is_sent_again_is_not_refused_for_want_of_room() -> None:
     pipelines = FakePipelines(2, 0)
     await asyncio.wait_for(collect(pipelines), 10)
     assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, True, True]
+
+
+async def test_what_no_pipeline_took_is_not_resumed() -> None:
+    """It may still be refused, and has only the rest of its time."""
+
+    class Unreachable(FakePipelines):
+        async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+            self.is_reachable = len(self.attempts) >= 2
+            async for item in super()._run(_ingress, encoded):
+                yield item
+
+    pipelines = Unreachable(0, 0, 2)
+    request = msgspec.structs.replace(REQUEST, time_left_s=0.15)
+    assert len(await asyncio.wait_for(collect(pipelines, request), 10)) == NUM_TOKENS
+    assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, False, False, True]
+    times_s = [attempt.time_left_s for attempt in pipelines.attempts[:3]]
+    assert 0.1 < times_s[0] <= 0.15
+    assert 0 < times_s[1] <= 0.15 - engine_client.REPLAY_DELAY_S
+    assert times_s[2] == 0

@@ -18,6 +18,7 @@ from gptj_serve.types import (
     LoadEvent,
     ModelVersion,
     OtherVersion,
+    Overload,
     SamplingParams,
     Task,
     TokenEvent,
@@ -39,6 +40,8 @@ class Pipelines:
         self.replicas = replicas
         self.versions = versions
         self.asked: list[str] = []
+        self.attempts: list[EngineRequest] = []
+        self.full: set[str] = set()
         self.stalled, self.goes_on, self.dies = asyncio.Event(), asyncio.Event(), False
         self._outboxes: dict[str, asyncio.Queue[bytes | Exception]] = {name: asyncio.Queue() for name in versions}
         self.run, self.events = Method(self._run), Method(self._events)
@@ -52,9 +55,13 @@ class Pipelines:
         request = msgspec.msgpack.decode(encoded, type=EngineRequest)
         replica_id = min(self.replicas.running - avoid)
         self.asked.append(replica_id)
+        self.attempts.append(request)
         version = self.versions[replica_id]
         if request.text_version != version.text or request.numbers_version not in ("", version.numbers):
             yield msgspec.msgpack.encode(OtherVersion(replica_id, version))
+            return
+        if replica_id in self.full and not request.is_resumed:
+            yield msgspec.msgpack.encode(Overload("too full", 30.0, replica_id, 90.0))
             return
         yield replica_id
         for index in range(len(request.output_token_ids), NUM_TOKENS):
@@ -137,6 +144,27 @@ async def test_a_request_that_a_pipeline_of_another_text_gets_goes_on_to_one_tha
     pipelines = Pipelines(Replicas(), b=ModelVersion("other text", "new"), c=NEW)
     pipelines.replicas.set_running({"b", "c"})
     assert await asyncio.wait_for(token_ids(pipelines), 5) == tokens_of(NEW)
+    assert pipelines.asked == ["b", "c"]
+
+
+async def test_a_request_that_only_the_other_version_refused_is_not_resumed() -> None:
+    """The next pipeline may refuse it for want of room, and the one after that takes it."""
+    pipelines = Pipelines(Replicas(), b=ModelVersion("other text", "new"), c=NEW, d=NEW)
+    pipelines.replicas.set_running({"b", "c", "d"})
+    pipelines.full = {"c"}
+    request = named("r-1", time_left_s=30.0)
+    assert await asyncio.wait_for(token_ids(pipelines, request), 5) == tokens_of(NEW)
+    assert pipelines.asked == ["b", "c", "d"]
+    assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, False, False]
+    assert pipelines.attempts[2].time_left_s < pipelines.attempts[0].time_left_s < 30
+
+
+async def test_where_only_a_full_pipeline_understands_a_request_its_refusal_counts() -> None:
+    pipelines = Pipelines(Replicas(), b=NEW, c=ModelVersion("other text", "new"))
+    pipelines.replicas.set_running({"b", "c"})
+    pipelines.full = {"b"}
+    with pytest.raises(OverloadedError, match="too full"):
+        await asyncio.wait_for(token_ids(pipelines), 5)
     assert pipelines.asked == ["b", "c"]
 
 
