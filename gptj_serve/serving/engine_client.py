@@ -66,6 +66,9 @@ at once, the first time."""
 EVENTS_TIMEOUT_S = 10.0
 """A replica whose event stream does not open, or whose last events do not come, within this time counts as lost."""
 
+VERSION_RETRY_S = 1.0
+"""After an event stream that ended before it brought the replica's version."""
+
 MIN_TIME_S = 1e-3
 """Of max_time_s that a replayed request keeps at least: it must be above 0, and one token comes in any case."""
 
@@ -151,8 +154,7 @@ class ServeEngineClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         replicas.subscribe(self._on_left)
         self._answers = Answers(text_version, replicas)
-        if text_version:
-            replicas.subscribe_arrivals(self._on_arrived)
+        replicas.subscribe_arrivals(self._on_arrived)
         self._is_traced = tracer() is not None
         self._pipeline_ids: set[str] = set()  # of those that answered the last question for their status
         self._pipelines = pipelines.options(stream=True)
@@ -170,7 +172,9 @@ class ServeEngineClient:
                     yield event
 
     async def _submit(self, request: EngineRequest, answer: Answer) -> AsyncGenerator[Event]:
-        self._loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._ask_versions(self._replicas.running)
         tokens = list(request.output_token_ids)
         has_prompt_scores = False
         clock = asyncio.get_running_loop().time
@@ -400,7 +404,9 @@ class ServeEngineClient:
 
     def _ask_versions(self, replica_ids: frozenset[str]) -> None:
         """By an event stream: it begins with the version."""
-        for replica_id in replica_ids:
+        if not self._answers.text_version:
+            return
+        for replica_id in replica_ids & self._replicas.running:
             if self._replicas.version(replica_id) is None:
                 self._ensure_event_stream(replica_id)
 
@@ -453,6 +459,7 @@ class ServeEngineClient:
             self._ensure_event_stream(replica_id)  # a request came while the stream was ending
         else:
             self._requests_at.pop(replica_id, None)
+            asyncio.get_running_loop().call_later(VERSION_RETRY_S, self._ask_versions, frozenset({replica_id}))
 
 
 async def _all_answers(call: DeploymentBroadcastResponse, timeout_s: float) -> list[Any]:

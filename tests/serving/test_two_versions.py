@@ -1,15 +1,17 @@
 """`ServeEngineClient` while pipelines of two versions run side by side; no cluster."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from gptj_serve.api.request_context import RequestContext
 from gptj_serve.errors import OverloadedError
+from gptj_serve.serving import engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import Replicas
 from gptj_serve.types import (
@@ -23,6 +25,7 @@ from gptj_serve.types import (
     Task,
     TokenEvent,
 )
+from tests.serving.service import eventually
 from tests.serving.test_engine_client import Method
 
 NUM_TOKENS = 6
@@ -42,6 +45,8 @@ class Pipelines:
         self.asked: list[str] = []
         self.attempts: list[EngineRequest] = []
         self.full: set[str] = set()
+        self.num_streams: Counter[str] = Counter()  # by replica
+        self.num_failing_streams = 0  # of each replica, the first
         self.stalled, self.goes_on, self.dies = asyncio.Event(), asyncio.Event(), False
         self._outboxes: dict[str, asyncio.Queue[bytes | Exception]] = {name: asyncio.Queue() for name in versions}
         self.run, self.events = Method(self._run), Method(self._events)
@@ -76,6 +81,9 @@ class Pipelines:
             await asyncio.sleep(0.001)
 
     async def _events(self, _ingress: str, *, replica_id: str) -> AsyncGenerator[bytes]:
+        self.num_streams[replica_id] += 1
+        if self.num_streams[replica_id] <= self.num_failing_streams:
+            raise ActorUnavailableError("not now", None)
         yield msgspec.msgpack.encode([LoadEvent(True, 0.0, self.versions[replica_id])])
         while True:
             item = await self._outboxes[replica_id].get()
@@ -194,3 +202,24 @@ async def test_requests_of_one_id_are_different_answers() -> None:
         await asyncio.wait_for(ask(first), 5)
     pipelines.goes_on.set()
     assert await asyncio.wait_for(begun, 5) == tokens_of(OLD)
+
+
+@pytest.mark.parametrize("num_failing_streams", [0, 1])
+async def test_replicas_that_came_before_the_first_request_are_asked_for_their_version(
+    num_failing_streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its tokens can move to one of them; and again where the answer did not come."""
+    monkeypatch.setattr(engine_client, "VERSION_RETRY_S", 0.01)
+    pipelines = Pipelines(Replicas(), b=OLD, c=NEW)
+    pipelines.num_failing_streams = num_failing_streams
+    pipelines.replicas.set_running({"b", "c"})
+    client = make_client(pipelines)
+    assert await asyncio.wait_for(token_ids(pipelines, client=client), 5) == tokens_of(OLD)
+
+    async def are_known() -> bool:
+        """both versions are known"""
+        return [pipelines.replicas.version(replica_id) for replica_id in "bc"] == [OLD, NEW]
+
+    await eventually(are_known, 5)
+    await asyncio.sleep(0.05)
+    assert pipelines.num_streams["c"] == num_failing_streams + 1
