@@ -326,8 +326,9 @@ class ServeEngineClient:
                     return
                 replica_id = item
                 attempt.is_taken = True
-                self._requests_at[replica_id].add(request_id)
-                self._ensure_event_stream(replica_id)
+                if request_id in self._attempts:  # else its last event has come before this
+                    self._requests_at[replica_id].add(request_id)
+                    self._ensure_event_stream(replica_id)
             await asyncio.wait_for(attempt.has_ended.wait(), EVENTS_TIMEOUT_S)
         except TimeoutError:
             inbox.put_nowait(_ReplicaLostError("the request ended there, but its events did not come"))
@@ -393,8 +394,8 @@ class ServeEngineClient:
             if len(leaving) == len(attempts):
                 self._close_event_stream(replica_id)
         running = self._replicas.running
-        on_their_way = self._attempts.keys() - set[str]().union(*self._requests_at.values())
-        for attempt in map(self._attempts.__getitem__, on_their_way):
+        on_their_way = [attempt for attempt in self._attempts.values() if not attempt.is_taken]
+        for attempt in on_their_way:
             if running and running <= attempt.avoid | self._answers.unfit(attempt.answer):
                 attempt.inbox.put_nowait(_AskElsewhereError("no pipeline is left for it"))
 

@@ -136,6 +136,10 @@ def make_client(
     )
 
 
+async def all_of(stream: AsyncGenerator[Any]) -> list[Any]:
+    return [event async for event in stream]
+
+
 async def collect(
     pipelines: FakePipelines,
     request: EngineRequest = REQUEST,
@@ -610,3 +614,35 @@ async def test_what_no_pipeline_took_is_not_resumed() -> None:
     assert 0.1 < times_s[0] <= 0.15
     assert 0 < times_s[1] <= 0.15 - engine_client.REPLAY_DELAY_S
     assert times_s[2] == 0
+
+
+class EndsFirst(FakePipelines):
+    """One replica. The last event of request "early" comes before its call says who took it."""
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        request = msgspec.msgpack.decode(encoded, type=EngineRequest)
+        outbox = self.outboxes.setdefault("0", asyncio.Queue())
+        end = msgspec.msgpack.encode([FailureEvent(request.request_id, "the end")])
+        if request.request_id.startswith("early"):
+            outbox.put_nowait(end)
+            await asyncio.sleep(0.05)
+            yield "0"
+        else:
+            yield "0"
+            self.stalled.set()
+            await self.goes_on.wait()
+            outbox.put_nowait(end)
+
+
+async def test_a_request_that_ends_before_it_is_known_to_be_taken_leaves_nothing_behind() -> None:
+    """Else the event streams to its replica would be opened again and again."""
+    client = make_client(pipelines := EndsFirst())
+    other = asyncio.create_task(all_of(client.submit(REQUEST)))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    early = client.submit(msgspec.structs.replace(REQUEST, request_id="early"))
+    assert await all_of(early) == [FailureEvent("early-0", "the end")]
+    await asyncio.sleep(0.1)
+    assert client._requests_at == {"0": {"r-0"}}
+    pipelines.goes_on.set()
+    assert await other == [FailureEvent("r-0", "the end")]
+    assert not any(client._requests_at.values())
