@@ -393,6 +393,8 @@ class ServeEngineClient:
                 attempt.inbox.put_nowait(_ReplicaLeftError("its pipeline is being stopped", is_suspicious=False))
             if len(leaving) == len(attempts):
                 self._close_event_stream(replica_id)
+            if replica_id not in self._event_streams:  # else it is forgotten when that ends
+                self._replicas.forget(replica_id)
         running = self._replicas.running
         on_their_way = [attempt for attempt in self._attempts.values() if not attempt.is_taken]
         for attempt in on_their_way:
@@ -412,7 +414,8 @@ class ServeEngineClient:
                 self._ensure_event_stream(replica_id)
 
     def _on_version(self, replica_id: str, version: ModelVersion) -> None:
-        if self._replicas.version(replica_id) is None:
+        is_here = replica_id in self._replicas.running or replica_id in self._event_streams
+        if is_here and self._replicas.version(replica_id) is None:
             self._replicas.set_version(replica_id, version)
             self._leave(frozenset(self._requests_at) - self._replicas.running)
 

@@ -45,6 +45,7 @@ class Pipelines:
         self.asked: list[str] = []
         self.attempts: list[EngineRequest] = []
         self.full: set[str] = set()
+        self.idle: set[str] = set()  # their event streams end
         self.num_streams: Counter[str] = Counter()  # by replica
         self.num_failing_streams = 0  # of each replica, the first
         self.stalled, self.goes_on, self.dies = asyncio.Event(), asyncio.Event(), False
@@ -85,7 +86,7 @@ class Pipelines:
         if self.num_streams[replica_id] <= self.num_failing_streams:
             raise ActorUnavailableError("not now", None)
         yield msgspec.msgpack.encode([LoadEvent(True, 0.0, self.versions[replica_id])])
-        while True:
+        while replica_id not in self.idle:
             item = await self._outboxes[replica_id].get()
             assert isinstance(item, bytes)
             yield item
@@ -223,3 +224,18 @@ async def test_replicas_that_came_before_the_first_request_are_asked_for_their_v
     await eventually(are_known, 5)
     await asyncio.sleep(0.05)
     assert pipelines.num_streams["c"] == num_failing_streams + 1
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+async def test_versions_of_replicas_that_have_left_are_forgotten(is_idle: bool) -> None:
+    """Whether or not an event stream was still open there."""
+    pipelines = Pipelines(Replicas(), b=OLD, c=NEW)
+    pipelines.idle = {"c"} if is_idle else set()
+    pipelines.replicas.set_running({"b", "c"})
+    client = make_client(pipelines)
+    assert await asyncio.wait_for(token_ids(pipelines, client=client), 5) == tokens_of(OLD)
+    await asyncio.sleep(0.05)
+    assert pipelines.replicas.version("c") == NEW
+    pipelines.replicas.set_running({"b"})
+    await asyncio.sleep(0.05)
+    assert [pipelines.replicas.version(replica_id) for replica_id in "bc"] == [OLD, None]
