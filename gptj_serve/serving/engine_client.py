@@ -359,11 +359,16 @@ class ServeEngineClient:
 
         Those that go before others are asked about all the same: for them only a pipeline knows.
         """
+        if request.priority < 0 or request.is_resumed:
+            return
         wait_s = self._replicas.shortest_wait_s()
-        limits_s = [limit_s for limit_s in (self._max_queue_wait_s, request.time_left_s) if limit_s is not None]
-        if request.priority >= 0 and not request.is_resumed and limits_s and wait_s > min(limits_s):
-            message = f"the request would wait for about {wait_s:.0f} s, longer than its limit of {min(limits_s):g} s"
-            raise OverloadedError(message, wait_s - min(limits_s))
+        for limit_s, words in (
+            (self._max_queue_wait_s, "the service's limit of {:g} s"),
+            (request.time_left_s, "the time of {:.3g} s that it has"),
+        ):
+            if limit_s is not None and wait_s > limit_s:
+                message = f"the request would wait for about {wait_s:.0f} s, longer than {words.format(limit_s)}"
+                raise OverloadedError(message, wait_s - limit_s)
 
     def _ensure_event_stream(self, replica_id: str) -> None:
         if replica_id not in self._event_streams:
