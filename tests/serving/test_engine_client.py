@@ -11,7 +11,7 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from gptj_serve.errors import InvalidRequestError, OverloadedError, RequestFailedError, WireError
-from gptj_serve.serving import engine_client
+from gptj_serve.serving import calls, engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import REFUSAL_COUNTS_S, Replicas
 from gptj_serve.types import (
@@ -165,7 +165,7 @@ async def test_a_request_that_can_not_be_sent_leaves_nothing_behind() -> None:
     client = make_client(pipelines)
     with pytest.raises(UnicodeEncodeError):
         await anext(client.submit(msgspec.structs.replace(REQUEST, sampling=sampling)))
-    assert (client._attempts, pipelines.attempts) == ({}, [])
+    assert (client._streams._attempts, pipelines.attempts) == ({}, [])
 
 
 async def test_another_attempt_owes_only_the_rest() -> None:
@@ -256,7 +256,7 @@ async def test_request_that_a_pipeline_gave_up_is_tried_on_one_more(num_giving_u
 
 
 async def test_request_whose_events_do_not_come_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_client, "EVENTS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(calls, "END_TIMEOUT_S", 0.2)
     pipelines = FakePipelines(loses_events=True)
     events = await asyncio.wait_for(collect(pipelines), 10)
     assert [event.index for event in events] == list(range(NUM_TOKENS))
@@ -457,9 +457,9 @@ async def test_a_client_who_leaves_leaves_nothing_behind(phase: str, monkeypatch
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     await asyncio.sleep(0)
-    assert client._attempts == {}
-    assert client._watchers == set()
-    assert not any(client._requests_at.values())
+    assert client._streams._attempts == {}
+    assert client._calls._watchers == set()
+    assert not any(client._streams._requests_at.values())
     assert len(pipelines.run.calls) == (2 if phase == "replayed" else 1)
     assert pipelines.run.calls[-1].is_cancelled
 
@@ -644,7 +644,7 @@ async def test_a_request_that_ends_before_it_is_known_to_be_taken_leaves_nothing
     early = client.submit(msgspec.structs.replace(REQUEST, request_id="early"))
     assert await all_of(early) == [FailureEvent("early-0", "the end")]
     await asyncio.sleep(0.1)
-    assert client._requests_at == {"0": {"r-0"}}
+    assert client._streams._requests_at == {"0": {"r-0"}}
     pipelines.goes_on.set()
     assert await other == [FailureEvent("r-0", "the end")]
-    assert not any(client._requests_at.values())
+    assert not any(client._streams._requests_at.values())

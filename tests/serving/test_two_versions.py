@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from gptj_serve.api.request_context import RequestContext
 from gptj_serve.errors import OverloadedError
-from gptj_serve.serving import engine_client
+from gptj_serve.serving import event_streams
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import Replicas
 from gptj_serve.types import (
@@ -210,7 +210,7 @@ async def test_replicas_that_came_before_the_first_request_are_asked_for_their_v
     num_failing_streams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that its tokens can move to one of them; and again where the answer did not come."""
-    monkeypatch.setattr(engine_client, "VERSION_RETRY_S", 0.01)
+    monkeypatch.setattr(event_streams, "VERSION_RETRY_S", 0.01)
     pipelines = Pipelines(Replicas(), b=OLD, c=NEW)
     pipelines.num_failing_streams = num_failing_streams
     pipelines.replicas.set_running({"b", "c"})
