@@ -214,10 +214,15 @@ class Refusal(Struct, frozen=True, tag="refusal"):
 
 
 class Overload(Struct, frozen=True, tag="overload"):
-    """`OverloadedError` on its way back: the pipeline has no room for the request now."""
+    """`OverloadedError` on its way back: the pipeline has no room for the request now.
+
+    `queue_wait_s` as in `LoadEvent`, whatever the priority of this one.
+    """
 
     message: str
     retry_after_s: float
+    replica_id: str
+    queue_wait_s: Annotated[float, Meta(ge=0)]
 
 
 class OtherVersion(Struct, frozen=True, tag="other_version"):

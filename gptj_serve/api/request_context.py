@@ -3,6 +3,7 @@
 It travels as a context variable: what a request starts (tasks, streams, threads) sees that request's own.
 """
 
+import itertools
 import secrets
 import time
 from collections.abc import Iterator
@@ -36,10 +37,15 @@ class RequestContext:
     priority: int = 0  # of what sets none itself
     account: Account | None = None
     record: RequestRecord = field(default_factory=RequestRecord)  # without a `RequestLog`, one that nobody reads
+    _answer_id: str = field(default_factory=lambda: secrets.token_hex(4), init=False)
+    _sequence_numbers: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False, compare=False)
 
     def new_sequence_id(self) -> str:
-        """An id for one of the request's sequences. A client may send the id of its request twice, at once even."""
-        return f"{self.request_id}-{secrets.token_hex(4)}"
+        """`<request id>-<the answer's own>-<number>`, for one of the request's sequences.
+
+        A client may send the id of its request twice, at once even: what is before the last dash is this answer's.
+        """
+        return f"{self.request_id}-{self._answer_id}-{next(self._sequence_numbers)}"
 
     @property
     def is_late(self) -> bool:

@@ -27,11 +27,11 @@ class Answers:
         """`text_version` is this ingress's own; empty: it goes with any pipeline."""
         self.text_version = text_version
         self._replicas = replicas
-        self._open: dict[str, Answer] = {}  # by the id of the HTTP request or call
+        self._open: dict[str, Answer] = {}  # by what the ids of their sequences begin with
 
     @contextmanager
     def sequence(self, sequence_id: str) -> Iterator[Answer]:
-        """The answer that a sequence (`<request id>-<its own>`) is part of."""
+        """The answer that a sequence (`<the answer's>-<its own>`) is part of."""
         name = sequence_id.rsplit("-", 1)[0]
         answer = self._open.setdefault(name, Answer())
         answer.num_sequences += 1
@@ -42,49 +42,37 @@ class Answers:
             if answer.num_sequences == 0:
                 del self._open[name]
 
-    def takes(self, attempt_id: str, replica_id: str) -> bool:
-        """Whether an event of this attempt (`<sequence id>-<number>`) may go into the answer; the first one decides."""
-        version, answer = self._replicas.version(replica_id), self._of(attempt_id)
-        if version is None or answer is None:
+    def takes(self, answer: Answer, replica_id: str) -> bool:
+        """Whether an event of this replica may go into the answer; the first one decides."""
+        version = self._replicas.version(replica_id)
+        if version is None:
             return True
         answer.numbers_version = answer.numbers_version or version.numbers
         return answer.numbers_version == version.numbers
 
     def unfit(self, answer: Answer) -> frozenset[str]:
-        """Ids of running replicas that can't go on with it. Raises `OverloadedError` if that are all there are."""
+        """Ids of running replicas that can't go on with it."""
+        return frozenset(replica_id for replica_id in self._replicas.running if not self._fits(answer, replica_id))
+
+    def check_not_stranded(self, answer: Answer) -> None:
+        """Raises `OverloadedError` if no running replica can go on with it."""
         running = self._replicas.running
-        unfit = frozenset(replica_id for replica_id in running if not self._fits(answer, replica_id))
-        if running and unfit == running:
+        if running and not any(self._fits(answer, replica_id) for replica_id in running):
             raise OverloadedError(
                 "the model was replaced by another version before the request was answered; send it again",
                 RETRY_AFTER_S,
             )
-        return unfit
 
-    def is_stranded(self, attempt_id: str) -> bool:
-        """Whether no running replica can take it."""
-        answer = self._of(attempt_id)
-        try:
-            if answer is not None:
-                self.unfit(answer)
-        except OverloadedError:
-            return True
-        return False
-
-    def others(self, attempt_id: str, replica_id: str) -> frozenset[str]:
-        """Replicas that are ready and known to give what this one would: the attempt may move there."""
+    def others(self, answer: Answer, replica_id: str) -> frozenset[str]:
+        """Replicas that are ready and known to give what this one would: its sequences may move there."""
         version = self._replicas.version(replica_id)
         others = self._replicas.others(replica_id)
-        answer = self._of(attempt_id)
-        if version is None or answer is None:
+        if version is None:
             return others
         bound = Answer(answer.numbers_version or version.numbers)
         return frozenset(
             other for other in others if self._replicas.version(other) is not None and self._fits(bound, other)
         )
-
-    def _of(self, attempt_id: str) -> Answer | None:
-        return self._open.get(attempt_id.rsplit("-", 2)[0])
 
     def _fits(self, answer: Answer, replica_id: str) -> bool:
         version: ModelVersion | None = self._replicas.version(replica_id)

@@ -166,7 +166,8 @@ class Pipeline:
             if self._tracing is not None:
                 self._tracing.end(request.request_id)
             if isinstance(error, OverloadedError):
-                yield msgspec.msgpack.encode(Overload(str(error), error.retry_after_s))
+                wait_s = self._engine.queue_wait_s()
+                yield msgspec.msgpack.encode(Overload(str(error), error.retry_after_s, self._replica_id, wait_s))
             else:
                 yield msgspec.msgpack.encode(Refusal(error.field, error.value, error.reason), enc_hook=repr)
             return

@@ -5,7 +5,9 @@ runs, the engine client by each pipeline whether it is ready and how long its qu
 are ready and have the shortest, and the client takes its requests away from those that leave or are not ready.
 """
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from gptj_serve.types import ModelVersion
@@ -13,15 +15,20 @@ from gptj_serve.types import ModelVersion
 SAME_WAIT_S = 1.0
 """Queues that differ by less than that count as equally long: what is known of them is some moments old."""
 
+REFUSAL_COUNTS_S = 2.0
+"""So long a queue is taken for as long as its replica told with a refusal. No event stream need be open there, over
+which it would tell when the queue is shorter; so after this time it is asked again."""
+
 
 class Replicas:
     """May be used from several threads: Serve's router has an event loop of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._running: frozenset[str] = frozenset()
         self._recovering: frozenset[str] = frozenset()
-        self._queue_waits_s: dict[str, float] = {}  # of those where a request would wait
+        self._queue_waits_s: dict[str, tuple[float, float]] = {}  # by id: how long, and until when that counts
         self._versions: dict[str, ModelVersion] = {}
         self._listeners: list[Callable[[frozenset[str]], None]] = []
         self._arrival_listeners: list[Callable[[frozenset[str]], None]] = []
@@ -40,14 +47,14 @@ class Replicas:
         """How long a request would wait at least; 0 where that is not known."""
         with self._lock:
             ids = self._running - self._recovering or self._running
-            return min((self._queue_waits_s.get(replica_id, 0.0) for replica_id in ids), default=0.0)
+            return min(map(self._wait_s, ids), default=0.0)
 
     def best(self, replica_ids: Iterable[str]) -> frozenset[str]:
         """Of these, those that are ready and have the shortest queues; all of them if none is ready."""
         with self._lock:
             ids = frozenset(replica_ids)
             ids = ids - self._recovering or ids
-            waits_s = {replica_id: self._queue_waits_s.get(replica_id, 0.0) for replica_id in ids}
+            waits_s = {replica_id: self._wait_s(replica_id) for replica_id in ids}
         shortest_s = min(waits_s.values(), default=0.0)
         return frozenset(replica_id for replica_id, wait_s in waits_s.items() if wait_s <= shortest_s + SAME_WAIT_S)
 
@@ -93,7 +100,13 @@ class Replicas:
     def set_load(self, replica_id: str, *, is_ready: bool, queue_wait_s: float) -> None:
         with self._lock:
             self._recovering = self._recovering - {replica_id} if is_ready else self._recovering | {replica_id}
-            self._queue_waits_s[replica_id] = queue_wait_s
+            self._queue_waits_s[replica_id] = (queue_wait_s, math.inf)
+
+    def refused(self, replica_id: str, queue_wait_s: float) -> None:
+        """It had no room for a request."""
+        with self._lock:
+            if replica_id in self._running:
+                self._queue_waits_s[replica_id] = (queue_wait_s, self._clock() + REFUSAL_COUNTS_S)
 
     def forget(self, replica_id: str) -> None:
         """What it has told of its load, and unless it runs, of its version: nobody tells it any more.
@@ -105,6 +118,10 @@ class Replicas:
             self._queue_waits_s.pop(replica_id, None)
             if replica_id not in self._running:
                 self._versions = {other: version for other, version in self._versions.items() if other != replica_id}
+
+    def _wait_s(self, replica_id: str) -> float:
+        wait_s, until = self._queue_waits_s.get(replica_id, (0.0, 0.0))
+        return wait_s if self._clock() < until else 0.0
 
 
 REPLICAS = Replicas()

@@ -1,6 +1,7 @@
 """`ServeEngineClient` over a handle that misbehaves as replicas do; no cluster."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from gptj_serve.errors import InvalidRequestError, OverloadedError, RequestFailedError, WireError
-from gptj_serve.serving import engine_client
+from gptj_serve.serving import calls, engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
-from gptj_serve.serving.replicas import Replicas
+from gptj_serve.serving.replicas import REFUSAL_COUNTS_S, Replicas
 from gptj_serve.types import (
     EngineRequest,
     FailureEvent,
@@ -135,6 +136,10 @@ def make_client(
     )
 
 
+async def all_of(stream: AsyncGenerator[Any]) -> list[Any]:
+    return [event async for event in stream]
+
+
 async def collect(
     pipelines: FakePipelines,
     request: EngineRequest = REQUEST,
@@ -160,7 +165,7 @@ async def test_a_request_that_can_not_be_sent_leaves_nothing_behind() -> None:
     client = make_client(pipelines)
     with pytest.raises(UnicodeEncodeError):
         await anext(client.submit(msgspec.structs.replace(REQUEST, sampling=sampling)))
-    assert (client._inboxes, pipelines.attempts) == ({}, [])
+    assert (client._streams._attempts, pipelines.attempts) == ({}, [])
 
 
 async def test_another_attempt_owes_only_the_rest() -> None:
@@ -181,6 +186,49 @@ async def test_request_that_gets_no_further_is_given_up() -> None:
     pipelines = FakePipelines(is_reachable=False)
     events = await asyncio.wait_for(collect(pipelines, replay_timeout_s=0.3), 20)
     assert events == [FailureEvent("r", "no pipeline took the request further for 0.3 s")]
+
+
+class LastOne(FakePipelines):
+    """The first replica is lost, and no other comes; the router keeps the call."""
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        if self.attempts:
+            await asyncio.sleep(60)
+        async for item in super()._run(_ingress, encoded):
+            yield item
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+async def test_request_that_no_replica_takes_again_is_given_up(num_tokens: int) -> None:
+    """Once, though the call to the router goes on."""
+    pipelines = LastOne(num_tokens)
+    events = await asyncio.wait_for(collect(pipelines, replay_timeout_s=0.3), 5)
+    assert [event.index for event in events[:-1]] == list(range(num_tokens))
+    assert events[-1] == FailureEvent("r", "no pipeline took the request further for 0.3 s")
+    assert len(pipelines.run.calls) == 2
+    assert pipelines.run.calls[-1].is_cancelled
+
+
+async def test_a_replica_that_took_the_request_again_has_its_time() -> None:
+    """It may need longer than a replica may be sought for."""
+    pipelines = FakePipelines(0)
+    pipelines.stall_after["1"] = 1
+    answer = asyncio.create_task(collect(pipelines, replay_timeout_s=0.2))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    await asyncio.sleep(0.3)
+    pipelines.goes_on.set()
+    assert [event.index for event in await asyncio.wait_for(answer, 5)] == list(range(NUM_TOKENS))
+
+
+async def test_the_time_to_find_another_replica_begins_with_the_loss() -> None:
+    """However long the first one had the request before."""
+    pipelines = FakePipelines(1)
+    pipelines.stall_after["0"] = 1
+    answer = asyncio.create_task(collect(pipelines, replay_timeout_s=0.2))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    await asyncio.sleep(0.3)
+    pipelines.goes_on.set()
+    assert [event.index for event in await asyncio.wait_for(answer, 5)] == list(range(NUM_TOKENS))
 
 
 async def test_request_that_replicas_die_of_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +256,7 @@ async def test_request_that_a_pipeline_gave_up_is_tried_on_one_more(num_giving_u
 
 
 async def test_request_whose_events_do_not_come_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_client, "EVENTS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(calls, "END_TIMEOUT_S", 0.2)
     pipelines = FakePipelines(loses_events=True)
     events = await asyncio.wait_for(collect(pipelines), 10)
     assert [event.index for event in events] == list(range(NUM_TOKENS))
@@ -409,25 +457,111 @@ async def test_a_client_who_leaves_leaves_nothing_behind(phase: str, monkeypatch
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     await asyncio.sleep(0)
-    assert client._inboxes == {}
-    assert client._watchers == set()
-    assert not any(client._requests_at.values())
+    assert client._streams._attempts == {}
+    assert client._calls._watchers == set()
+    assert not any(client._streams._requests_at.values())
     assert len(pipelines.run.calls) == (2 if phase == "replayed" else 1)
     assert pipelines.run.calls[-1].is_cancelled
 
 
-async def test_a_full_pipeline_is_not_asked_twice() -> None:
-    """Its refusal is the request's end; it is not sent again."""
+class Full(FakePipelines):
+    """Each call goes where the router would send it; the replicas in `waits_s` refuse it with these queues."""
 
-    class Full(FakePipelines):
-        async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[bytes]:
-            self.attempts.append(msgspec.msgpack.decode(encoded, type=EngineRequest))
-            yield msgspec.msgpack.encode(Overload("would wait for about 90 s", 30.0))
+    def __init__(self, replicas: Replicas, **waits_s: float) -> None:
+        super().__init__()
+        self.replicas = replicas
+        self.waits_s = waits_s
+        self.asked: list[str] = []
 
+    async def _run(
+        self, _ingress: str, encoded: bytes, *, avoid: frozenset[str] = frozenset()
+    ) -> AsyncGenerator[str | bytes]:
+        replica_id = min(self.replicas.best(self.replicas.running - avoid))
+        self.asked.append(replica_id)
+        if (wait_s := self.waits_s.get(replica_id)) is not None:
+            message = f"would wait for about {wait_s:g} s"
+            yield msgspec.msgpack.encode(Overload(message, wait_s - 60.0, replica_id, wait_s))
+            return
+        request = msgspec.msgpack.decode(encoded, type=EngineRequest)
+        self.attempts.append(request)
+        outbox = self.outboxes.setdefault(replica_id, asyncio.Queue())
+        yield replica_id
+        for index in range(NUM_TOKENS):
+            reason = FinishReason.LENGTH if index == NUM_TOKENS - 1 else None
+            event = TokenEvent(request.request_id, index, 100 + index, -1.0, reason)
+            outbox.put_nowait(msgspec.msgpack.encode([event]))
+            await asyncio.sleep(0.001)
+
+
+def ready(*replica_ids: str, clock: Callable[[], float] = time.monotonic) -> Replicas:
+    replicas = Replicas(clock)
+    replicas.set_running(replica_ids)
+    return replicas
+
+
+async def test_a_request_that_a_full_pipeline_refuses_goes_to_another() -> None:
+    """At once, and first as any request does: it is neither replayed nor resumed. Later ones go there directly."""
+    replicas = ready("a", "b")
+    replicas.set_load("b", is_ready=True, queue_wait_s=20.0)  # of "a" nothing is known, so it is preferred
+    pipelines = Full(replicas, a=90.0)
+    replays: list[None] = []
+    client = make_client(pipelines, lambda: replays.append(None), replicas, max_queue_wait_s=60.0)
+    for _ in range(2):
+        assert len([event async for event in client.submit(REQUEST)]) == NUM_TOKENS
+    assert pipelines.asked == ["a", "b", "b"]
+    assert replays == []
+
+
+async def test_where_all_are_full_each_is_asked_once() -> None:
+    """The refusal is the one of the shortest queue; nobody is asked in vain while that is known."""
+    now = 0.0
+    replicas = ready("a", "b", "c", clock=lambda: now)
+    pipelines = Full(replicas, a=90.0, b=70.0, c=80.0)
+    client = make_client(pipelines, replicas=replicas)  # knows no limit of its own
+
+    async def refusal(client: ServeEngineClient, **changes: Any) -> OverloadedError:
+        with pytest.raises(OverloadedError) as refusal:
+            await anext(client.submit(msgspec.structs.replace(REQUEST, **changes)))
+        return refusal.value
+
+    error = await refusal(client)
+    assert (str(error), error.retry_after_s) == ("would wait for about 70 s", 10.0)
+    assert pipelines.asked == ["a", "b", "c"]
+    client = make_client(pipelines, replicas=replicas, max_queue_wait_s=60.0)
+    error = await refusal(client)
+    assert ("about 70 s" in str(error), error.retry_after_s) == (True, 10.0)
+    assert len(pipelines.asked) == 3
+    await refusal(client, priority=-1)
+    assert sorted(pipelines.asked[3:]) == ["a", "b", "c"]
+    now = REFUSAL_COUNTS_S  # nobody is locked out by what was true a while ago
+    pipelines.waits_s = {}
+    assert len([event async for event in client.submit(REQUEST)]) == NUM_TOKENS
+
+
+async def test_a_full_pipeline_whose_others_are_gone_or_not_ready_has_the_last_word() -> None:
+    replicas = ready("a", "b")
+    replicas.set_load("b", is_ready=False, queue_wait_s=0.0)
+    pipelines = Full(replicas, a=90.0)
     with pytest.raises(OverloadedError, match="would wait for about 90 s") as refusal:
-        await asyncio.wait_for(collect(pipelines := Full()), 10)
+        await asyncio.wait_for(collect(pipelines, replicas=replicas), 10)
     assert refusal.value.retry_after_s == 30
-    assert len(pipelines.attempts) == 1
+    assert pipelines.asked == ["a"]
+
+
+async def test_a_request_whose_last_candidate_leaves_on_the_way_is_refused() -> None:
+    """Serve's router would keep it, with all that run to be avoided."""
+
+    class Leaving(Full):
+        async def _run(self, *args: Any, **kwargs: Any) -> AsyncGenerator[str | bytes]:
+            if kwargs.get("avoid"):
+                self.replicas.set_running({"a"})
+                await asyncio.sleep(60)
+            async for item in super()._run(*args, **kwargs):
+                yield item
+
+    pipelines = Leaving(replicas := ready("a", "b"), a=90.0)
+    with pytest.raises(OverloadedError, match="would wait for about 90 s"):
+        await asyncio.wait_for(collect(pipelines, replicas=replicas), 10)
 
 
 async def test_where_all_queues_are_too_long_no_pipeline_is_asked() -> None:
@@ -444,15 +578,17 @@ async def test_where_all_queues_are_too_long_no_pipeline_is_asked() -> None:
 
     assert len((await attempt()).attempts) == 1  # of "b" nothing is known
     replicas.set_load("b", is_ready=True, queue_wait_s=70.0)
-    with pytest.raises(OverloadedError, match="about 70 s, longer than its limit of 60 s") as refusal:
+    with pytest.raises(OverloadedError, match="about 70 s") as refusal:
         await attempt()
+    assert str(refusal.value) == "the request would wait for about 70 s, longer than the service's limit of 60 s"
     assert refusal.value.retry_after_s == 10
     await attempt(priority=-1)
     await attempt(is_resumed=True)
     replicas.set_load("b", is_ready=True, queue_wait_s=50.0)
     await attempt()
-    with pytest.raises(OverloadedError, match="about 50 s, longer than its limit of 2 s"):
-        await attempt(time_left_s=2.0)
+    with pytest.raises(OverloadedError, match=r"about 50 s, longer than the time of 2\.35 s that it has$") as refusal:
+        await attempt(time_left_s=2.3456)
+    assert refusal.value.retry_after_s == 50 - 2.3456
     replicas.forget("a")
     await attempt(time_left_s=2.0)
 
@@ -461,3 +597,54 @@ async def test_what_is_sent_again_is_not_refused_for_want_of_room() -> None:
     pipelines = FakePipelines(2, 0)
     await asyncio.wait_for(collect(pipelines), 10)
     assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, True, True]
+
+
+async def test_what_no_pipeline_took_is_not_resumed() -> None:
+    """It may still be refused, and has only the rest of its time."""
+
+    class Unreachable(FakePipelines):
+        async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+            self.is_reachable = len(self.attempts) >= 2
+            async for item in super()._run(_ingress, encoded):
+                yield item
+
+    pipelines = Unreachable(0, 0, 2)
+    request = msgspec.structs.replace(REQUEST, time_left_s=0.15)
+    assert len(await asyncio.wait_for(collect(pipelines, request), 10)) == NUM_TOKENS
+    assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, False, False, True]
+    times_s = [attempt.time_left_s for attempt in pipelines.attempts[:3]]
+    assert 0.1 < times_s[0] <= 0.15
+    assert 0 < times_s[1] <= 0.15 - engine_client.REPLAY_DELAY_S
+    assert times_s[2] == 0
+
+
+class EndsFirst(FakePipelines):
+    """One replica. The last event of request "early" comes before its call says who took it."""
+
+    async def _run(self, _ingress: str, encoded: bytes) -> AsyncGenerator[str]:
+        request = msgspec.msgpack.decode(encoded, type=EngineRequest)
+        outbox = self.outboxes.setdefault("0", asyncio.Queue())
+        end = msgspec.msgpack.encode([FailureEvent(request.request_id, "the end")])
+        if request.request_id.startswith("early"):
+            outbox.put_nowait(end)
+            await asyncio.sleep(0.05)
+            yield "0"
+        else:
+            yield "0"
+            self.stalled.set()
+            await self.goes_on.wait()
+            outbox.put_nowait(end)
+
+
+async def test_a_request_that_ends_before_it_is_known_to_be_taken_leaves_nothing_behind() -> None:
+    """Else the event streams to its replica would be opened again and again."""
+    client = make_client(pipelines := EndsFirst())
+    other = asyncio.create_task(all_of(client.submit(REQUEST)))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    early = client.submit(msgspec.structs.replace(REQUEST, request_id="early"))
+    assert await all_of(early) == [FailureEvent("early-0", "the end")]
+    await asyncio.sleep(0.1)
+    assert client._streams._requests_at == {"0": {"r-0"}}
+    pipelines.goes_on.set()
+    assert await other == [FailureEvent("r-0", "the end")]
+    assert not any(client._streams._requests_at.values())

@@ -145,9 +145,11 @@ async def test_while_a_stage_is_lost_its_ingresses_go_on_knowing(monkeypatch: py
 
 async def test_a_pipeline_that_is_full_says_so() -> None:
     pipeline = make_pipeline(engine := FakeEngine())
-    engine.refusal = OverloadedError("too full", 2.5)
+    engine.refusal, engine.wait_s = OverloadedError("too full", 2.5), 62.5
     items = [item async for item in pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))]
-    assert [msgspec.msgpack.decode(item, type=Refusal | Overload) for item in items] == [Overload("too full", 2.5)]
+    assert [msgspec.msgpack.decode(item, type=Refusal | Overload) for item in items] == [
+        Overload("too full", 2.5, "replica", 62.5)
+    ]
     assert not pipeline._outboxes
 
 

@@ -68,6 +68,24 @@ async def test_where_the_queues_are_longer_only_if_they_are_everywhere(monkeypat
     assert replicas.shortest_wait_s() == 0  # the new one is not the former
 
 
+def test_what_a_refusal_told_counts_for_a_while() -> None:
+    """Else one that nobody hears from any more would be kept from all requests; or, told nothing, get all of them."""
+    now = 100.0
+    replicas = Replicas(lambda: now)
+    replicas.set_running("ab")
+    replicas.set_load("b", is_ready=True, queue_wait_s=20.0)
+    assert replicas.best("ab") == {"a"}
+    replicas.refused("a", 90.0)
+    replicas.refused("gone", 5.0)
+    assert (replicas.best("ab"), replicas.best(["gone"]), replicas.shortest_wait_s()) == ({"b"}, {"gone"}, 20.0)
+    now += replicas_module.REFUSAL_COUNTS_S
+    assert (replicas.best("ab"), replicas.shortest_wait_s()) == ({"a"}, 0.0)
+    replicas.refused("a", 90.0)
+    replicas.set_load("a", is_ready=True, queue_wait_s=3.0)  # its event stream goes on telling
+    now += replicas_module.REFUSAL_COUNTS_S
+    assert (replicas.best("ab"), replicas.shortest_wait_s()) == ({"a"}, 3.0)
+
+
 def test_who_left_is_told() -> None:
     replicas, told = Replicas(), []
     replicas.subscribe(told.append)

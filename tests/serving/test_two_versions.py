@@ -1,14 +1,17 @@
 """`ServeEngineClient` while pipelines of two versions run side by side; no cluster."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from gptj_serve.api.request_context import RequestContext
 from gptj_serve.errors import OverloadedError
+from gptj_serve.serving import event_streams
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import Replicas
 from gptj_serve.types import (
@@ -17,10 +20,12 @@ from gptj_serve.types import (
     LoadEvent,
     ModelVersion,
     OtherVersion,
+    Overload,
     SamplingParams,
     Task,
     TokenEvent,
 )
+from tests.serving.service import eventually
 from tests.serving.test_engine_client import Method
 
 NUM_TOKENS = 6
@@ -38,6 +43,11 @@ class Pipelines:
         self.replicas = replicas
         self.versions = versions
         self.asked: list[str] = []
+        self.attempts: list[EngineRequest] = []
+        self.full: set[str] = set()
+        self.idle: set[str] = set()  # their event streams end
+        self.num_streams: Counter[str] = Counter()  # by replica
+        self.num_failing_streams = 0  # of each replica, the first
         self.stalled, self.goes_on, self.dies = asyncio.Event(), asyncio.Event(), False
         self._outboxes: dict[str, asyncio.Queue[bytes | Exception]] = {name: asyncio.Queue() for name in versions}
         self.run, self.events = Method(self._run), Method(self._events)
@@ -51,9 +61,13 @@ class Pipelines:
         request = msgspec.msgpack.decode(encoded, type=EngineRequest)
         replica_id = min(self.replicas.running - avoid)
         self.asked.append(replica_id)
+        self.attempts.append(request)
         version = self.versions[replica_id]
         if request.text_version != version.text or request.numbers_version not in ("", version.numbers):
             yield msgspec.msgpack.encode(OtherVersion(replica_id, version))
+            return
+        if replica_id in self.full and not request.is_resumed:
+            yield msgspec.msgpack.encode(Overload("too full", 30.0, replica_id, 90.0))
             return
         yield replica_id
         for index in range(len(request.output_token_ids), NUM_TOKENS):
@@ -68,20 +82,33 @@ class Pipelines:
             await asyncio.sleep(0.001)
 
     async def _events(self, _ingress: str, *, replica_id: str) -> AsyncGenerator[bytes]:
+        self.num_streams[replica_id] += 1
+        if self.num_streams[replica_id] <= self.num_failing_streams:
+            raise ActorUnavailableError("not now", None)
         yield msgspec.msgpack.encode([LoadEvent(True, 0.0, self.versions[replica_id])])
-        while True:
+        while replica_id not in self.idle:
             item = await self._outboxes[replica_id].get()
             assert isinstance(item, bytes)
             yield item
 
 
-async def token_ids(pipelines: Pipelines, request: EngineRequest = REQUEST) -> list[int]:
-    client = ServeEngineClient(
+def named(request_id: str, **changes: Any) -> EngineRequest:
+    return msgspec.structs.replace(REQUEST, request_id=request_id, **changes)
+
+
+def make_client(pipelines: Pipelines) -> ServeEngineClient:
+    return ServeEngineClient(
         pipelines,  # type: ignore[arg-type]
         replicas=pipelines.replicas,
         replay_timeout_s=60.0,
         text_version="text",
     )
+
+
+async def token_ids(
+    pipelines: Pipelines, request: EngineRequest = REQUEST, client: ServeEngineClient | None = None
+) -> list[int]:
+    client = client or make_client(pipelines)
     return [event.token_id async for event in client.submit(request) if isinstance(event, TokenEvent)]
 
 
@@ -129,8 +156,86 @@ async def test_a_request_that_a_pipeline_of_another_text_gets_goes_on_to_one_tha
     assert pipelines.asked == ["b", "c"]
 
 
+async def test_a_request_that_only_the_other_version_refused_is_not_resumed() -> None:
+    """The next pipeline may refuse it for want of room, and the one after that takes it."""
+    pipelines = Pipelines(Replicas(), b=ModelVersion("other text", "new"), c=NEW, d=NEW)
+    pipelines.replicas.set_running({"b", "c", "d"})
+    pipelines.full = {"c"}
+    request = named("r-1", time_left_s=30.0)
+    assert await asyncio.wait_for(token_ids(pipelines, request), 5) == tokens_of(NEW)
+    assert pipelines.asked == ["b", "c", "d"]
+    assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, False, False]
+    assert pipelines.attempts[2].time_left_s < pipelines.attempts[0].time_left_s < 30
+
+
+async def test_where_only_a_full_pipeline_understands_a_request_its_refusal_counts() -> None:
+    pipelines = Pipelines(Replicas(), b=NEW, c=ModelVersion("other text", "new"))
+    pipelines.replicas.set_running({"b", "c"})
+    pipelines.full = {"b"}
+    with pytest.raises(OverloadedError, match="too full"):
+        await asyncio.wait_for(token_ids(pipelines), 5)
+    assert pipelines.asked == ["b", "c"]
+
+
 async def test_new_requests_take_any_version() -> None:
     pipelines = Pipelines(Replicas(), b=NEW, c=OLD)
     pipelines.replicas.set_running({"b", "c"})
     assert await asyncio.wait_for(token_ids(pipelines), 5) == tokens_of(NEW)
     assert pipelines.asked == ["b"]
+
+
+async def test_requests_of_one_id_are_different_answers() -> None:
+    """Clients choose the ids of their requests; the sequences of one answer belong together all the same."""
+    pipelines = Pipelines(Replicas(), a=OLD, b=NEW)
+    pipelines.replicas.set_running({"a"})
+    client = make_client(pipelines)
+    first, second = RequestContext(request_id="mine"), RequestContext(request_id="mine")
+
+    async def ask(request: RequestContext) -> list[int]:
+        return await token_ids(pipelines, named(request.new_sequence_id()), client)
+
+    begun = asyncio.create_task(ask(first))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    pipelines.replicas.set_version("b", NEW)
+    pipelines.replicas.set_running({"b"})
+    assert await asyncio.wait_for(ask(second), 5) == tokens_of(NEW)
+    with pytest.raises(OverloadedError, match="replaced by another version"):
+        await asyncio.wait_for(ask(first), 5)
+    pipelines.goes_on.set()
+    assert await asyncio.wait_for(begun, 5) == tokens_of(OLD)
+
+
+@pytest.mark.parametrize("num_failing_streams", [0, 1])
+async def test_replicas_that_came_before_the_first_request_are_asked_for_their_version(
+    num_failing_streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its tokens can move to one of them; and again where the answer did not come."""
+    monkeypatch.setattr(event_streams, "VERSION_RETRY_S", 0.01)
+    pipelines = Pipelines(Replicas(), b=OLD, c=NEW)
+    pipelines.num_failing_streams = num_failing_streams
+    pipelines.replicas.set_running({"b", "c"})
+    client = make_client(pipelines)
+    assert await asyncio.wait_for(token_ids(pipelines, client=client), 5) == tokens_of(OLD)
+
+    async def are_known() -> bool:
+        """both versions are known"""
+        return [pipelines.replicas.version(replica_id) for replica_id in "bc"] == [OLD, NEW]
+
+    await eventually(are_known, 5)
+    await asyncio.sleep(0.05)
+    assert pipelines.num_streams["c"] == num_failing_streams + 1
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+async def test_versions_of_replicas_that_have_left_are_forgotten(is_idle: bool) -> None:
+    """Whether or not an event stream was still open there."""
+    pipelines = Pipelines(Replicas(), b=OLD, c=NEW)
+    pipelines.idle = {"c"} if is_idle else set()
+    pipelines.replicas.set_running({"b", "c"})
+    client = make_client(pipelines)
+    assert await asyncio.wait_for(token_ids(pipelines, client=client), 5) == tokens_of(OLD)
+    await asyncio.sleep(0.05)
+    assert pipelines.replicas.version("c") == NEW
+    pipelines.replicas.set_running({"b"})
+    await asyncio.sleep(0.05)
+    assert [pipelines.replicas.version(replica_id) for replica_id in "bc"] == [OLD, None]
