@@ -174,8 +174,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     `continuation_token_ids` exactly when it is SCORE. `head` matters to CLASSIFY and QA, `pooling` to CLASSIFY
     (where ALL is not allowed) and EMBED, `num_top_logprobs` to SCORE.
 
-    `is_resumed` says that a pipeline took it before, or another sequence of the same answer: it is not refused for want
-    of room. It is not begun later than `time_left_s` after its arrival. A pipeline of another `text_version` or
+    `is_admitted` says that a pipeline took it before, or another sequence of the same answer: it is not refused for
+    want of room. It is not begun later than `time_left_s` after its arrival. A pipeline of another `text_version` or
     `numbers_version` (of `ModelVersion`; empty: any) does not take it.
 
     A smaller `priority` is served sooner: one step of it counts as much as arriving `PRIORITY_STEP` requests earlier,
@@ -192,7 +192,7 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     continuation_token_ids: list[TokenId] = []  # follow the prompt; each one's log-probability is the answer
     num_top_logprobs: Annotated[int, Meta(ge=0)] = 0
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
-    is_resumed: bool = False
+    is_admitted: bool = False
     time_left_s: float | None = None
     cache_salt: str = ""
     text_version: str = ""

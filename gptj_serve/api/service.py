@@ -199,7 +199,7 @@ class Service:
             task=task,
             prompt_token_ids=token_ids,
             priority=context.priority if priority is None else priority,
-            is_resumed=record.num_sequences > 0,
+            is_admitted=record.num_sequences > 0,
             time_left_s=_time_left_s(context, options.get("sampling")),
             **options,
         )

@@ -128,7 +128,7 @@ class Scheduler:
         rank = self._rank_of_next(request.priority)
         self._waiting.check(request, rank)
         job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
-        time_left_s = math.inf if request.is_resumed or request.time_left_s is None else request.time_left_s
+        time_left_s = math.inf if request.is_admitted or request.time_left_s is None else request.time_left_s
         self._num_arrivals += 1
         entry = Entry(job, rank, now, job.work_left, now + time_left_s)
         self._entries[request.request_id] = entry

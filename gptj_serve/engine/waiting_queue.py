@@ -60,7 +60,7 @@ class WaitingQueue:
 
     def check(self, request: EngineRequest, rank: Rank) -> None:
         """Raises `OverloadedError` if a request that comes now would wait for too long."""
-        if request.is_resumed:
+        if request.is_admitted:
             return
         wait_s = self.wait_s(rank)
         limits = [(self._max_wait_s, "the service's limit of {:g} s")]

@@ -98,7 +98,7 @@ class ServeEngineClient:
         stuck_since: float | None = None  # the first loss since the last token
         delay_s = 0.0  # after the next loss, at least
         num_losses = num_given_up = 0
-        is_resumed = request.is_resumed
+        is_admitted = request.is_admitted
         refusals: dict[str, OverloadedError] = {}  # by replica id, since the last loss
         for number in itertools.count():
             self._answers.check_not_stranded(answer)
@@ -111,7 +111,7 @@ class ServeEngineClient:
                 request,
                 request_id=f"{request.request_id}-{number}",
                 output_token_ids=tokens.copy(),
-                is_resumed=is_resumed,
+                is_admitted=is_admitted,
                 time_left_s=None if request.time_left_s is None else max(request.time_left_s - elapsed_s, 0.0),
                 sampling=_rest_of(request.sampling, elapsed_s, has_prompt_scores),
                 text_version=self._answers.text_version,
@@ -163,7 +163,7 @@ class ServeEngineClient:
                     delay_s = max(delay_s, REPLAY_DELAY_S)
                 await asyncio.sleep(delay_s)
                 delay_s = min(max(2 * delay_s, REPLAY_DELAY_S), MAX_REPLAY_DELAY_S)
-            is_resumed |= attempt.is_taken
+            is_admitted |= attempt.is_taken
         message = f"no pipeline took the request further for {self._replay_timeout_s:g} s"
         yield FailureEvent(request.request_id, message)
 
@@ -189,7 +189,7 @@ class ServeEngineClient:
 
         Those that go before others are asked about all the same: for them only a pipeline knows.
         """
-        if request.priority < 0 or request.is_resumed:
+        if request.priority < 0 or request.is_admitted:
             return
         wait_s = self._replicas.shortest_wait_s()
         for limit_s, words in (

@@ -371,4 +371,4 @@ async def test_one_sequence_asks_for_room_for_all(
 ) -> None:
     """A request's own sequences are no queue before it."""
     assert (await client.post(path, json=body)).status_code == 200
-    assert [request.is_resumed for request in engine.requests] == [False, *[True] * (num_sequences - 1)]
+    assert [request.is_admitted for request in engine.requests] == [False, *[True] * (num_sequences - 1)]

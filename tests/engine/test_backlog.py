@@ -180,8 +180,8 @@ def test_who_would_wait_too_long_is_refused():
     assert e.value.retry_after_s == pytest.approx(wait_s - 2)
     scheduler.check_integrity()
     scheduler.add(generate_request("sooner", [1], priority=-1))  # does not wait for the others
-    scheduler.add(resumed := msgspec.structs.replace(generate_request("resumed", [1]), is_resumed=True))
-    assert resumed.is_resumed
+    scheduler.add(resumed := msgspec.structs.replace(generate_request("resumed", [1]), is_admitted=True))
+    assert resumed.is_admitted
 
 
 def test_who_has_no_time_to_wait_is_refused():
@@ -237,7 +237,7 @@ def test_who_was_begun_is_not_given_up_for_being_late():
     scheduler.add(msgspec.structs.replace(first, time_left_s=0.5))
     run(scheduler, stages, clock, 2)
     resumed = generate_request("resumed", [1], max_new_tokens=8, ignore_eos=True)
-    scheduler.add(msgspec.structs.replace(resumed, time_left_s=0.1, is_resumed=True))
+    scheduler.add(msgspec.structs.replace(resumed, time_left_s=0.1, is_admitted=True))
     scheduler.reset()
     clock.now += 60
     events = run(scheduler, stages, clock, 30)

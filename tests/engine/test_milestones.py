@@ -66,7 +66,7 @@ def test_the_time_in_the_queue_is_told_once() -> None:
     assert [milestone for milestone, request_id, _ in watched.told if request_id == "b"].count(Milestone.SCHEDULED) == 1
 
 
-def test_a_preempted_request_is_resumed() -> None:
+def test_a_preempted_request_is_admitted() -> None:
     watched = Watched(num_blocks=3)
     for name in "ab":
         watched.scheduler.add(generate_request(name, [1] * 4, max_new_tokens=8, ignore_eos=True))

@@ -583,7 +583,7 @@ async def test_where_all_queues_are_too_long_no_pipeline_is_asked() -> None:
     assert str(refusal.value) == "the request would wait for about 70 s, longer than the service's limit of 60 s"
     assert refusal.value.retry_after_s == 10
     await attempt(priority=-1)
-    await attempt(is_resumed=True)
+    await attempt(is_admitted=True)
     replicas.set_load("b", is_ready=True, queue_wait_s=50.0)
     await attempt()
     with pytest.raises(OverloadedError, match=r"about 50 s, longer than the time of 2\.35 s that it has$") as refusal:
@@ -596,7 +596,7 @@ async def test_where_all_queues_are_too_long_no_pipeline_is_asked() -> None:
 async def test_what_is_sent_again_is_not_refused_for_want_of_room() -> None:
     pipelines = FakePipelines(2, 0)
     await asyncio.wait_for(collect(pipelines), 10)
-    assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, True, True]
+    assert [attempt.is_admitted for attempt in pipelines.attempts] == [False, True, True]
 
 
 async def test_what_no_pipeline_took_is_not_resumed() -> None:
@@ -611,7 +611,7 @@ async def test_what_no_pipeline_took_is_not_resumed() -> None:
     pipelines = Unreachable(0, 0, 2)
     request = msgspec.structs.replace(REQUEST, time_left_s=0.15)
     assert len(await asyncio.wait_for(collect(pipelines, request), 10)) == NUM_TOKENS
-    assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, False, False, True]
+    assert [attempt.is_admitted for attempt in pipelines.attempts] == [False, False, False, True]
     times_s = [attempt.time_left_s for attempt in pipelines.attempts[:3]]
     assert 0.1 < times_s[0] <= 0.15
     assert 0 < times_s[1] <= 0.15 - engine_client.REPLAY_DELAY_S

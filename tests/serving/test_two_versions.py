@@ -66,7 +66,7 @@ class Pipelines:
         if request.text_version != version.text or request.numbers_version not in ("", version.numbers):
             yield msgspec.msgpack.encode(OtherVersion(replica_id, version))
             return
-        if replica_id in self.full and not request.is_resumed:
+        if replica_id in self.full and not request.is_admitted:
             yield msgspec.msgpack.encode(Overload("too full", 30.0, replica_id, 90.0))
             return
         yield replica_id
@@ -164,7 +164,7 @@ async def test_a_request_that_only_the_other_version_refused_is_not_resumed() ->
     request = named("r-1", time_left_s=30.0)
     assert await asyncio.wait_for(token_ids(pipelines, request), 5) == tokens_of(NEW)
     assert pipelines.asked == ["b", "c", "d"]
-    assert [attempt.is_resumed for attempt in pipelines.attempts] == [False, False, False]
+    assert [attempt.is_admitted for attempt in pipelines.attempts] == [False, False, False]
     assert pipelines.attempts[2].time_left_s < pipelines.attempts[0].time_left_s < 30
 
 
