@@ -51,7 +51,14 @@ def create_app(service: Service, request_log: RequestLog | None = None, *, echoe
 def _install_door(app: FastAPI, service: Service, request_log: RequestLog, echoes_request_id: bool) -> None:
     """From the inside to the outside: what is added last sees a request first."""
     config = service.config.ingress
-    app.add_middleware(Door, config=config, keys=KeyRing(config.api_keys_path), ongoing=app.state.ongoing)
+    app.add_middleware(
+        Door,
+        config=config,
+        keys=KeyRing(config.api_keys_path),
+        ongoing=app.state.ongoing,
+        queue_wait_s=lambda: service.engine.queue_wait_s(),
+        max_queue_wait_s=service.config.pipeline.scheduler.max_queue_wait_s,
+    )
     app.add_middleware(RecordRequests, log=request_log)
     app.add_middleware(RequestHeaders, request_timeout_s=config.request_timeout_s, echoes_request_id=echoes_request_id)
     if config.cors_origins:

@@ -48,6 +48,11 @@ class RequestContext:
         return f"{self.request_id}-{self._answer_id}-{next(self._sequence_numbers)}"
 
     @property
+    def time_left_s(self) -> float | None:
+        """Not below 0; None if it has no end."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    @property
     def is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 

@@ -236,8 +236,8 @@ class Service:
 def _time_left_s(request: RequestContext, sampling: SamplingParams | None) -> float | None:
     """In which it must begin: what is left of the request's own time, or of what its tokens may take."""
     limits = [] if sampling is None or sampling.max_time_s is None else [sampling.max_time_s]
-    if request.deadline is not None:
-        limits.append(max(0.0, request.deadline - time.monotonic()))
+    if request.time_left_s is not None:
+        limits.append(request.time_left_s)
     return min(limits, default=None)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gptj_serve.engine.backlog import NO_WORK, StepCosts, Work, WorkRate
 from gptj_serve.engine.step import Entry
-from gptj_serve.errors import OverloadedError
+from gptj_serve.queue_wait import check_wait
 from gptj_serve.types import EngineRequest
 
 Rank = tuple[int, int]
@@ -60,16 +60,8 @@ class WaitingQueue:
 
     def check(self, request: EngineRequest, rank: Rank) -> None:
         """Raises `OverloadedError` if a request that comes now would wait for too long."""
-        if request.is_admitted:
-            return
-        wait_s = self.wait_s(rank)
-        limits = [(self._max_wait_s, "the service's limit of {:g} s")]
-        if request.time_left_s is not None:
-            limits.append((request.time_left_s, "the time of {:.3g} s that it has"))
-        for limit_s, name in limits:
-            if wait_s > limit_s:
-                message = f"the request would wait for about {wait_s:.0f} s, longer than {name.format(limit_s)}"
-                raise OverloadedError(message, wait_s - limit_s)
+        if not request.is_admitted:
+            check_wait(self.wait_s(rank), self._max_wait_s, request.time_left_s)
 
     # ── what a wait is judged by ─────────────────────────────────────────────────────────────────────────
 

@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle
 
 from gptj_serve.errors import OverloadedError
+from gptj_serve.queue_wait import check_wait
 from gptj_serve.serving.answers import Answer, Answers
 from gptj_serve.serving.attempt import (
     AskElsewhereError,
@@ -189,16 +190,8 @@ class ServeEngineClient:
 
         Those that go before others are asked about all the same: for them only a pipeline knows.
         """
-        if request.priority < 0 or request.is_admitted:
-            return
-        wait_s = self._replicas.shortest_wait_s()
-        for limit_s, words in (
-            (self._max_queue_wait_s, "the service's limit of {:g} s"),
-            (request.time_left_s, "the time of {:.3g} s that it has"),
-        ):
-            if limit_s is not None and wait_s > limit_s:
-                message = f"the request would wait for about {wait_s:.0f} s, longer than {words.format(limit_s)}"
-                raise OverloadedError(message, wait_s - limit_s)
+        if request.priority >= 0 and not request.is_admitted:
+            check_wait(self._replicas.shortest_wait_s(), self._max_queue_wait_s, request.time_left_s)
 
 
 async def _all_answers(call: DeploymentBroadcastResponse, timeout_s: float) -> list[Any]:

@@ -323,6 +323,32 @@ def test_an_account_outlives_changes_of_its_key() -> None:
     assert accounts.of(ApiKey("other", b"")) is not account
 
 
+@pytest.mark.parametrize(("path", "body"), [*CALLS, *STREAMS])
+async def test_where_the_queue_is_too_long_nothing_is_read(
+    app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine, path: str, body: Any
+) -> None:
+    async def unread() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    engine.wait_s = 72.5
+    refused = await client.post(path, content=unread(), headers=JSON)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "13")
+    assert "would wait for about 72 s, longer than the service's limit of 60 s" in refused.text
+    assert (await client.post(path, json=body, headers={"X-Priority": "-1"})).status_code == 200
+    engine.wait_s = 50.0
+    refused = await client.post(path, content=unread(), headers=JSON | {"X-Request-Timeout": "20"})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "31")
+    assert (await client.post(path, json=body)).status_code == 200
+    assert app.state.ongoing.num_requests == 0
+
+
+async def test_what_needs_no_pipeline_waits_in_no_queue(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.wait_s = 1000.0
+    assert (await client.post("/tokenize", json={"prompt": "The fox"})).status_code == 200
+    assert (await client.get("/v1/models")).status_code == 200
+
+
 # ── requests at a time, in all ───────────────────────────────────────────────────────────────────────────
 
 

@@ -1,5 +1,6 @@
 """`Door`: who is let in to the routes. What it refuses costs next to nothing: no body is read for it."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from gptj_serve.api.request_context import answering, current_request
 from gptj_serve.api.route_path import route_path
 from gptj_serve.config import IngressConfig
 from gptj_serve.errors import GPTJServeError, UnauthorizedError
+from gptj_serve.queue_wait import check_wait
 
 DOCS_ASSETS = "/docs-assets"
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/openapi.json"})
@@ -27,14 +29,31 @@ LOOKING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """What only looks is not limited, so that an operator sees a service that is full."""
 
 
-class Door:
-    """ASGI middleware, inside `RequestHeaders`: in this order API key, the key's limits, room, the body's limits.
+UNQUEUED_PATHS = frozenset({"/tokenize", "/detokenize"})
+"""Need no pipeline."""
 
-    What is let in counts until its answer has ended, however it ends.
+
+class Door:
+    """ASGI middleware, inside `RequestHeaders`: API key, the key's limits, room, the queue, the body's limits.
+
+    In this order. What is let in counts until its answer has ended, however it ends. Where the queue is too long, the
+    header alone says who goes before others all the same: to refuse costs half as much before the body is read.
     """
 
-    def __init__(self, app: ASGIApp, *, config: IngressConfig, keys: KeyRing, ongoing: OngoingRequests) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        config: IngressConfig,
+        keys: KeyRing,
+        ongoing: OngoingRequests,
+        queue_wait_s: Callable[[], float],
+        max_queue_wait_s: float | None,
+    ) -> None:
+        """`queue_wait_s` says how long a request of priority 0 would wait for its turn."""
         self._app = app
+        self._queue_wait_s = queue_wait_s
+        self._max_queue_wait_s = max_queue_wait_s
         self._config = config
         self._keys = keys
         self._ongoing = ongoing
@@ -55,6 +74,8 @@ class Door:
                     if account is not None:
                         held.enter_context(account.request())
                     held.enter_context(self._ongoing.request())
+                    if context.priority >= 0 and route_path(scope) not in UNQUEUED_PATHS:
+                        check_wait(self._queue_wait_s(), self._max_queue_wait_s, context.time_left_s)
                     check_declared_size(scope, self._config.max_body_bytes)
                     receive = await read_body(receive, self._config.max_body_bytes, self._config.body_timeout_s)
                     send = send if account is None else _with_limits(send, account)
