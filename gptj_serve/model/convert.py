@@ -33,6 +33,7 @@ JOURNAL_FILE = "conversion.json"
 DEFAULT_SHARD_BYTES = 1_000_000_000
 COPIED_FILES = (
     "added_tokens.json",
+    "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
