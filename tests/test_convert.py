@@ -180,10 +180,12 @@ def test_tokenizer_files_come_along(tensors: Tensors, pickled, destination: Path
     source = pickled(tensors)
     (source / "tokenizer.json").write_text('{"a": 1}')
     (source / "merges.txt").write_text("a b")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "optimizer.pt").write_text("not wanted")
     Conversion.prepare(source, destination).run()
     assert (destination / "tokenizer.json").read_text() == '{"a": 1}'
     assert (destination / "merges.txt").read_text() == "a b"
+    assert (destination / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not (destination / "optimizer.pt").exists()
 
 
