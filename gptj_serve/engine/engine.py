@@ -195,7 +195,11 @@ class Engine:
             f"microbatch {microbatch_id} of {', '.join(request_ids)}"
             for microbatch_id, request_ids in request_ids_in_flight.items()
         )
-        logger.warning("pipeline lost, recomputing all sequences once it is back: %s [in flight: %s]", error, in_flight)
+        logger.warning(
+            "a stage or a link was lost, recomputing all sequences once it is back: %s [in flight: %s]",
+            error,
+            in_flight,
+        )
         self._set_recovering(True)
         self._cancel_steps()
         self._watch.cancel()
@@ -213,7 +217,7 @@ class Engine:
         await asyncio.sleep(delay_s)
         lost_at = time.monotonic()
         await self._bring_back()
-        logger.info("the pipeline is back after %.1f s", time.monotonic() - lost_at)
+        logger.info("the pipeline is whole again after %.1f s", time.monotonic() - lost_at)
         self._recovered_at = time.monotonic()
         self._watch = asyncio.create_task(self._pipeline.watch())
         self._set_recovering(False)

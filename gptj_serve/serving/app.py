@@ -23,7 +23,7 @@ from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
-from gptj_serve.serving.capacity import Group, surge_percent, surges
+from gptj_serve.serving.capacity import Group, num_that_fit, surge_percent, surges
 from gptj_serve.serving.handover import MAX_CONSTRUCTOR_TRIES
 from gptj_serve.serving.ingress import Ingress
 from gptj_serve.serving.pipeline_deployment import Pipeline
@@ -69,6 +69,7 @@ def build(config: BuilderConfig) -> Application:
         _check_port()
         if anything_is_served():
             verify_weights(checkpoint)
+            _check_room(config)
     except GPTJServeError as error:
         end_serve_run(f"{config.served_name} can't be served: {error}")
         raise
@@ -127,6 +128,21 @@ def _check_port() -> None:
         raise ConfigError(
             f"http_options.port={port}: process {other.pid} ({other.name()}) of another cluster listens there; "
             "choose another port"
+        )
+
+
+def _check_room(config: ServiceConfig) -> None:
+    """Before anything is stopped for it. A cluster may grow: so this is not asked of a first start."""
+    if config.rollout.surge == "always":
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    bundles = _pipeline_bundles(config)
+    if num_that_fit(bundles, config.pipeline.placement_strategy, nodes, 1) == 0:
+        needed = ", ".join(f"{amount:g} {resource}" for bundle in bundles for resource, amount in bundle.items())
+        amounts = [f"{sum(node.get(name, 0.0) for node in nodes):g} {name}" for name in ("CPU", "GPU")]
+        raise ConfigError(
+            f"pipeline: needs {needed}, for which this cluster has no room ({', '.join(amounts)} in all): nothing was "
+            "replaced. With rollout.surge=always the old version serves until there is room"
         )
 
 

@@ -155,7 +155,9 @@ class ServeEngineClient:
                     return
                 if clock() - stuck_since > self._replay_timeout_s:
                     break
-                logger.warning(
+                is_planned = isinstance(lost, ReplicaLeftError) and not lost.is_suspicious
+                logger.log(
+                    logging.INFO if is_planned else logging.WARNING,
                     "request %s is sent again after %d tokens: %s", request.request_id, len(tokens), lost,
                     extra={"request_id": request.request_id},
                 )  # fmt: skip

@@ -132,7 +132,7 @@ async def test_rollouts_under_load(
     old = await answers(http)
     (pipeline,) = (await http.get("/status")).json()["pipelines"]
     load = Load(http)
-    for what in ("damaged", "unknown key"):
+    for what in ("damaged", "unknown key", "too large"):
         changes, told = broken(what, tmp_path / what.replace(" ", "-"), demo)
         await operator.deploy(**changes)
         status, message = await operator.ended()
@@ -165,6 +165,8 @@ def broken(what: str, directory: Path, demo: Path) -> tuple[dict[str, Any], list
     """Changes of the config that can't be served, and what the operator is told."""
     if what == "unknown key":
         return {"num_pipeline": 2}, ["num_pipeline"]
+    if what == "too large":
+        return {"pipeline": {"stage": {"num_cpus": 1000}}, "heads": {}}, ["1000 CPU", "has no room"]
     shutil.copytree(demo, directory)
     weights = bytearray((directory / "model.safetensors").read_bytes())
     weights[-3] ^= 1
