@@ -67,7 +67,8 @@ class SchedulerConfig(_Part):
     max_queue_wait_s: PositiveFloat | None = Field(
         60.0,
         description="A request that would wait longer than this for its turn gets 503 at once, with Retry-After: "
-        "estimated from the tokens that wait before it and how fast the pipeline gets through them. null: no limit.",
+        "estimated from the tokens that wait before it and how fast the pipeline gets through them. Until an ingress "
+        "has heard of the queue, it may become a quarter longer. null: no limit.",
     )
 
 

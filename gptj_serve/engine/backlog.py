@@ -7,7 +7,7 @@ told is right on average for any mixture of requests, and at once when a load be
 
 from typing import NamedTuple
 
-HALF_LIFE_S = 10.0
+HALF_LIFE_S = 4.0
 """Of what is known of the rate, in time during which something waited; of the costs in time with steps in flight."""
 
 MIN_OBSERVED_S = 0.5

@@ -55,6 +55,10 @@ OBSERVATION_PERIOD_S = 1.0
 LOAD_PERIOD_S = 0.25
 """How often an ingress hears with its events how long the queue is."""
 
+QUEUE_WAIT_TOLERANCE = 1.25
+"""Of the longest wait that is allowed, a pipeline takes that much: what the ingresses go by is some moments old, and to
+refuse a request here costs the service twice what it costs at their doors."""
+
 IDLE_STREAM_S = 1.0
 """An event stream without requests ends after this time, so that it never delays a replica's shutdown: its ingress may
 have died. One that keeps requests away from a pipeline without all its stages stays until they are back."""
@@ -122,7 +126,7 @@ class Pipeline:
             max_num_sequences=config.pipeline.scheduler.max_num_sequences,
             max_microbatch_tokens=config.pipeline.scheduler.max_microbatch_tokens,
             max_sequence_tokens=checkpoint.config.n_positions,
-            max_queue_wait_s=math.inf if max_queue_wait_s is None else max_queue_wait_s,
+            max_queue_wait_s=math.inf if max_queue_wait_s is None else QUEUE_WAIT_TOLERANCE * max_queue_wait_s,
         )
         self._metrics = PipelineMetrics(config.served_name)
         own_tracer = tracer()
