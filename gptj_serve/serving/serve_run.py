@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -35,12 +36,14 @@ def end_serve_run(message: str) -> None:
     sys.stderr.write(f"ERROR: {message}\n")
     sys.stderr.flush()
     time.sleep(LOG_FORWARDING_S)
+    raylet = psutil.Process().parent()
+    agents = [process for process in raylet.children() if _is_agent(process)]
     # Of an interrupt it would exit with 0, of SIGTERM print a stack trace, and a hangup may be ignored (nohup).
-    # Its cluster dies with it, but for Ray's agents.
-    for process in psutil.Process().parent().children():  # the raylet's
-        if process.name().startswith(RAY_AGENTS):
+    # Its cluster dies with it, this process too, but for Ray's agents. They go last: the raylet ends all workers, this
+    # one too, as soon as it misses one.
+    for process in (command, *agents):
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-    command.kill()
 
 
 def foreign_listener(port: int) -> psutil.Process | None:
@@ -59,6 +62,13 @@ def foreign_listener(port: int) -> psutil.Process | None:
             except psutil.NoSuchProcess:
                 continue
     return None
+
+
+def _is_agent(process: psutil.Process) -> bool:
+    try:
+        return bool(process.name().startswith(RAY_AGENTS))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_serve_run(process: psutil.Process) -> bool:

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "guidellm ": "tests/serving/clients does it",
     "python -m benchmarks.": "takes minutes; its figures are in the document",
     "python -m tests.": "takes minutes to hours; `pytest -m faults` has the short form",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "tests/serving/test_proxy.py tries this hook",
     "ray start ": "it would be another cluster on this machine",
     "RAY_AUTH_MODE=token serve deploy": "tests/serving/test_rollout.py makes the call that it makes",
     "gptj-serve convert DOWNLOADED": "tests/test_convert.py does it",
