@@ -16,6 +16,7 @@ import contextlib
 import csv
 import itertools
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -41,7 +42,7 @@ SLACK_S = 5.0
 PRIORITY, PRIORITY_SHARE = -10, 0.05
 DRAIN_TIMEOUT_S = 120.0
 END_MARKER = b"data: [DONE]"
-console = Console(width=130)
+console = Console(width=150)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Call:
     began_at: float
     has_priority: bool
     status: int = 0
+    answered_at: float = 0.0  # when the headers came
     first_at: float | None = None
     ended_at: float | None = None  # with its end marker
     retry_after_s: int | None = None
@@ -79,6 +81,7 @@ class Result:
     num_calls: int
     num_good: int
     num_refused: int
+    num_refused_late: int  # after more than a second
     num_broken: int
     ttft_p50: float
     ttft_p99: float
@@ -88,6 +91,7 @@ class Result:
     max_num_waiting: int
     memory_before_bytes: int
     max_memory_bytes: int
+    cores: dict[str, float]  # that were busy, by what they worked for
 
 
 def main(
@@ -177,6 +181,7 @@ async def offer(
     span_s = chosen[-1].arrival_s - chosen[0].arrival_s
     calls: list[asyncio.Task[Call]] = []
     watch = asyncio.create_task(watch_service(service))
+    cpu_before = cpu_seconds(service)
     began_at = time.monotonic()
     for shape in chosen:
         due_at = began_at + (shape.arrival_s - chosen[0].arrival_s) / span_s * seconds
@@ -184,6 +189,7 @@ async def offer(
         calls.append(asyncio.create_task(request(shape, has_priority=rng.random() < PRIORITY_SHARE)))
     ended_at = began_at + seconds
     await asyncio.sleep(max(0.0, ended_at - time.monotonic()))
+    cores = {part: (spent - cpu_before.get(part, 0.0)) / seconds for part, spent in cpu_seconds(service).items()}
     _, unfinished = await asyncio.wait(calls, timeout=DRAIN_TIMEOUT_S)
     for task in unfinished:
         task.cancel()
@@ -204,6 +210,7 @@ async def offer(
         num_calls=len(calls),
         num_good=len(good),
         num_refused=sum(call.status == 503 for call in done),
+        num_refused_late=sum(call.status == 503 and call.answered_at - call.began_at > 1 for call in done),
         num_broken=len(unfinished) + sum(call.status != 503 and call.ended_at is None for call in done),
         ttft_p50=_percentile(taken, 0.5),
         ttft_p99=_percentile(taken, 0.99),
@@ -213,6 +220,7 @@ async def offer(
         max_num_waiting=max_num_waiting,
         memory_before_bytes=memory_before,
         max_memory_bytes=max_memory,
+        cores=cores,
     )
 
 
@@ -241,7 +249,7 @@ async def request(shape: Shape, *, has_priority: bool) -> Call:
         try:
             writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
             status, *headers = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-            call.status = int(status.split()[1])
+            call.status, call.answered_at = int(status.split()[1]), time.monotonic()
             for header in headers:
                 name, _, value = header.partition(b":")
                 if name.lower() == b"retry-after":
@@ -284,12 +292,34 @@ def resident_bytes(service: psutil.Process) -> int:
     return total
 
 
+PARTS = {
+    "stages": "GPTJStage",
+    "engines": "ServeReplica:gptj:Pipeline",
+    "ingresses": "ServeReplica:gptj:Ingress",
+    "proxies": "ProxyActor",
+}
+"""What the processes of the service are called."""
+
+
+def cpu_seconds(service: psutil.Process) -> dict[str, float]:
+    """Spent so far, by part of the service; `ray` is what is none of them, `client` this process."""
+    spent = dict.fromkeys([*PARTS, "ray", "client"], 0.0)
+    for process in [psutil.Process(), *service.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            part = next((part for part, word in PARTS.items() if word in title), "ray")
+            times = process.cpu_times()
+            spent["client" if process.pid == os.getpid() else part] += times.user + times.system
+    return spent
+
+
 # ------------------------------------------------------------------------------------------------ what came of it
 
 
 def show(results: Sequence[Result]) -> None:
-    columns = ("load", "requests/s", "good tokens/s", "of peak", "good", "refused", "broken", "first token p50, p99 s")
-    table = Table(*columns, "priority: refused, p99 s", "Retry-After", "longest queue", "memory MiB")
+    columns = ("load", "requests/s", "good tokens/s", "of peak", "good", "refused (late)", "broken")
+    more = ("first token p50, p99 s", "priority: refused, p99 s", "Retry-After", "longest queue", "memory MiB")
+    table = Table(*columns, *more, "busy cores")
     peak = max(1e-9, *(result.goodput_tokens for result in results))
     for r in results:
         table.add_row(
@@ -298,13 +328,14 @@ def show(results: Sequence[Result]) -> None:
             f"{r.goodput_tokens:.0f}",
             f"{r.goodput_tokens / peak:.2f}",
             f"{r.num_good} of {r.num_calls}",
-            str(r.num_refused),
+            f"{r.num_refused} ({r.num_refused_late})",
             str(r.num_broken),
             f"{r.ttft_p50:.2f}, {r.ttft_p99:.2f}",
             f"{r.num_priority_refused}, {r.priority_ttft_p99:.2f}",
             f"{r.median_retry_after:.0f}",
             str(r.max_num_waiting),
             f"{r.memory_before_bytes >> 20}, at most {r.max_memory_bytes >> 20}",
+            ", ".join(f"{part} {cores:.2f}" for part, cores in r.cores.items()),
         )
     console.print(table)
 

@@ -68,7 +68,7 @@ class SchedulerConfig(_Part):
         60.0,
         description="A request that would wait longer than this for its turn gets 503 at once, with Retry-After: "
         "estimated from the tokens that wait before it and how fast the pipeline gets through them. Until an ingress "
-        "has heard of the queue, it may become a quarter longer. null: no limit.",
+        "has heard of the queue, it may become a quarter longer; who has waited that long gets 503. null: no limit.",
     )
 
 

@@ -13,8 +13,8 @@ When blocks run out, the last in rank is preempted: its blocks are released at o
 its tokens are computed again later. That is safe even while a step of it is in flight: stages run microbatches in
 order, so nothing still to be written can land in a block after its next owner's.
 
-A request that would wait for longer than it may is refused when it comes, and one whose time is over before its turn
-is not begun: what is computed for a client that has given up is lost for all others.
+A request that would wait for longer than it may is refused when it comes, and one that has done so, because the
+estimate was wrong, is not begun: what is computed for a client that has given up is lost for all others.
 
 What was in flight when a stage was lost may be the cause. Who is under suspicion more than once, without a token in
 between, is computed alone from then on, until it gets further: so the innocent are soon told from the guilty.
@@ -128,9 +128,8 @@ class Scheduler:
         rank = self._rank_of_next(request.priority)
         self._waiting.check(request, rank)
         job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
-        time_left_s = math.inf if request.is_admitted or request.time_left_s is None else request.time_left_s
         self._num_arrivals += 1
-        entry = Entry(job, rank, now, job.work_left, now + time_left_s)
+        entry = Entry(job, rank, now, job.work_left, now + self._patience_s(request))
         self._entries[request.request_id] = entry
         self._waiting.add(entry)
         self.num_prompt_tokens += request.num_prompt_tokens
@@ -377,13 +376,20 @@ class Scheduler:
     def _rank_of_next(self, priority: int) -> tuple[int, int]:
         return (self._num_arrivals + priority * PRIORITY_STEP, self._num_arrivals)
 
+    def _patience_s(self, request: EngineRequest) -> float:
+        """How long it may wait for its first turn."""
+        if request.is_admitted:
+            return math.inf
+        return min(self.limits.max_queue_wait_s, math.inf if request.time_left_s is None else request.time_left_s)
+
     def _give_up_the_late(self) -> None:
         now = self._clock()
         retry_after_s = 0.0
         for entry in self._waiting.remove_late(now):
             retry_after_s = retry_after_s or self.queue_wait_s()
             self._forget(entry)
-            message = f"it was not the request's turn yet when its time was over, after {now - entry.waits_since:.1f} s"
+            waited_s = now - entry.waits_since
+            message = f"it was not the request's turn yet when its time to wait was over, after {waited_s:.1f} s"
             self._failures.append(FailureEvent(entry.job.request.request_id, message, retry_after_s=retry_after_s))
 
     def _start(self, entry: Entry) -> None:

@@ -121,13 +121,13 @@ class PipelineMetrics:
         """Take over what the engine and its stages, as `stage_statuses` and `collect_reports` tell of them, count."""
         for field, gauge in self._gauges.items():
             gauge.set(getattr(stats, field))
-        for field, counter in self._counters.items():
-            counter.advance_to(getattr(stats, field))
         for index, (stage, report) in enumerate(zip(stages, reports, strict=True)):
             self._restarts.advance_to(stage["num_restarts"], str(index))
             if report is not None:
                 for field, counter in self._stage_counters.items():
                     counter.advance_to(report.totals[field], str(index))
+        for field, counter in self._counters.items():
+            counter.advance_to(getattr(stats, field))
 
 
 class RunningTotal:

@@ -235,9 +235,10 @@ class Pipeline:
     async def _observe(self) -> None:
         while True:
             try:
+                stats = self._engine.stats()  # before the stages', which so are never behind it
                 reports = await self._pipeline.collect_reports()
                 stages = self._pipeline.stage_statuses()
-                self._metrics.report(self._engine.stats(), stages, reports)
+                self._metrics.report(stats, stages, reports)
                 if self._tracing is not None:
                     self._tracing.on_reports(stages, reports)
             except Exception:

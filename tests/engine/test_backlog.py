@@ -1,6 +1,7 @@
 """Under overload: how long a request would wait is known, who would wait too long is refused, who is late not begun."""
 
 import random
+from collections import Counter
 
 import msgspec
 import pytest
@@ -221,11 +222,27 @@ def test_who_is_late_is_not_begun():
     events = run(scheduler, stages, clock, 100)
     (failure,) = [event for event in events if isinstance(event, FailureEvent)]
     assert failure.request_id == "late"
-    assert failure.message == "it was not the request's turn yet when its time was over, after 1.1 s"
+    assert failure.message == "it was not the request's turn yet when its time to wait was over, after 1.1 s"
     assert failure.retry_after_s is not None
     num_tokens = [sum(isinstance(e, TokenEvent) and e.request_id == name for e in events) for name in ("begun", "late")]
     assert num_tokens == [20, 0]
     assert {event.request_id for event in events} == {"begun", "late", "patient", "in time"}
+    assert not scheduler.has_work
+
+
+def test_nobody_waits_for_longer_than_the_limit():
+    """However wrong the estimate was: before the first tokens it lets everybody in."""
+    scheduler = make_scheduler(num_blocks=8, max_num_sequences=1, max_queue_wait_s=1.0, clock=(clock := Clock()))
+    stages = FakeStages(4)
+    for name in ("begun", "late"):
+        request = generate_request(name, [1, 2], max_new_tokens=20, ignore_eos=True)
+        scheduler.add(msgspec.structs.replace(request, time_left_s=60.0))
+    another = generate_request("moved here", [1, 2], max_new_tokens=20, ignore_eos=True)
+    scheduler.add(msgspec.structs.replace(another, is_admitted=True))
+    events = run(scheduler, stages, clock, 100)
+    (failure,) = [event for event in events if isinstance(event, FailureEvent)]
+    assert (failure.request_id, failure.retry_after_s is None) == ("late", False)
+    assert Counter(e.request_id for e in events if isinstance(e, TokenEvent)) == {"begun": 20, "moved here": 20}
     assert not scheduler.has_work
 
 

@@ -69,8 +69,11 @@ async def settled_metrics(http: httpx.AsyncClient) -> Samples:
         nonlocal now
         engine = (await get_status(http))["pipelines"][0]["engine"]
         now = await read_metrics(http)
-        totals = {value for (name, _), value in now.items() if name == "generated_tokens_total{}"}
-        return growth(before, now, answered) == [1] and engine["num_tokens_generated"] in totals
+        tokens = ("prompt_tokens_total{}", "generated_tokens_total{}")
+        totals = {value for (name, _), value in now.items() if name in tokens}
+        # The question's prompt tokens are the last that the engine counts.
+        is_told = {engine["num_prompt_tokens"], engine["num_tokens_generated"]} <= totals
+        return is_told and growth(before, now, answered) == [1]
 
     await eventually(is_settled, METRICS_TIMEOUT_S)
     return now
