@@ -55,14 +55,18 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks (from, to) in every layer, as if one after the other."""
-        origins: dict[int, int] = {}  # what a block is to hold: what this one holds now
-        for source, target in copies:
-            origins[target] = origins.get(source, source)
-        sources = torch.tensor(list(origins.values()), device=self.keys.device)
-        targets = torch.tensor(list(origins), device=self.keys.device)
-        for layer in [*self.keys, *self.values]:  # one by one: what is on its way is small then
-            layer[targets] = layer[sources]
+        copy_blocks([*self.keys, *self.values], copies)
+
+
+def copy_blocks(layers: Sequence[Tensor], copies: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks (from, to) in tensors [num_blocks, ...], as if one after the other."""
+    origins: dict[int, int] = {}  # what a block is to hold: what this one holds now
+    for source, target in copies:
+        origins[target] = origins.get(source, source)
+    sources = torch.tensor(list(origins.values()), device=layers[0].device)
+    targets = torch.tensor(list(origins), device=layers[0].device)
+    for layer in layers:  # one by one: what is on its way is small then
+        layer[targets] = layer[sources]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,160 @@
+"""`cpu_library`: cpu.cpp, compiled for this machine when it is first needed, and its functions.
+
+It is compiled with g++ (or what `CXX` names) into the user's cache directory, under a name made of the source, the
+flags and the compiler's version: so it is compiled once on a machine, and a restart takes it from there.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from gptj_serve.errors import GPTJServeError
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+REQUIRED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
+"""Of the CPU, as /proc/cpuinfo calls it."""
+
+OPTIONAL = {"avx512_vnni": "-mavx512vnni", "avx512_bf16": "-mavx512bf16"}
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *(f"-m{feature}" for feature in REQUIRED))
+COMPILE_TIMEOUT_S = 300.0
+
+
+class KernelsUnavailableError(GPTJServeError):
+    """This machine can't run them, or not compile them; the message says why."""
+
+
+class Weight(Structure):
+    """`GPTJWeight` of cpu.cpp."""
+
+    _fields_ = (
+        ("type", c_int32),
+        ("num_outputs", c_int32),
+        ("width", c_int32),
+        ("panels", c_void_p),
+        ("scale", c_void_p),
+        ("sum", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+class Layer(Structure):
+    """`GPTJLayer` of cpu.cpp."""
+
+    _fields_ = (
+        ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
+        ("inward", Weight),
+        ("attention_out", Weight),
+        ("mlp_out", Weight),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class Shape(Structure):
+    """`GPTJShape` of cpu.cpp."""
+
+    _fields_ = (
+        ("width", c_int32),
+        ("num_heads", c_int32),
+        ("rotated_dim", c_int32),
+        ("inner_width", c_int32),
+        ("activation", c_int32),
+        ("kv_type", c_int32),
+        ("num_layers", c_int32),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("sin", c_void_p),
+        ("cos", c_void_p),
+        ("layers", POINTER(Layer)),
+    )
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+
+
+@functools.cache
+def cpu_library() -> ctypes.CDLL:
+    """Compiled if need be. Raises `KernelsUnavailableError`."""
+    missing = [feature for feature in REQUIRED if feature not in cpu_features()]
+    if missing:
+        raise KernelsUnavailableError(f"this CPU has no {', '.join(missing)}")
+    flags = [*FLAGS, *(flag for feature, flag in OPTIONAL.items() if feature in cpu_features()), *_openmp_of_torch()]
+    try:
+        library = ctypes.CDLL(str(_compiled(flags)))
+    except OSError as error:
+        raise KernelsUnavailableError(f"the compiled kernels can't be loaded: {error}") from error
+    library.gptj_stage_new.argtypes = [POINTER(Shape)]
+    library.gptj_stage_new.restype = c_void_p
+    library.gptj_stage_free.argtypes = [c_void_p]
+    library.gptj_stage_free.restype = None
+    library.gptj_stage_forward.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32]
+    library.gptj_stage_forward.restype = None
+    library.gptj_linear.argtypes = [POINTER(Weight), c_void_p, c_int64, c_void_p, c_int32]
+    library.gptj_linear.restype = None
+    return library
+
+
+def _compiled(flags: list[str]) -> Path:
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(compiler[0]) is None:
+        raise KernelsUnavailableError(f"there is no {compiler[0]} to compile them with")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, version]).encode()).hexdigest()[:32]
+    directory = _cache_directory()
+    target = directory / f"cpu-{key}.so"
+    with (directory / "lock").open("w") as lock:  # of several stages that start at once, one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile([*compiler, *flags, str(SOURCE)], target)
+    return target
+
+
+def _compile(command: list[str], target: Path) -> None:
+    unfinished = target.with_suffix(".unfinished")
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(unfinished)], capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise KernelsUnavailableError(f"{command[0]} took more than {COMPILE_TIMEOUT_S:g} s") from None
+    if done.returncode != 0:
+        first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+        raise KernelsUnavailableError(f"{command[0]} failed: {first_error}")
+    unfinished.replace(target)
+
+
+def _cache_directory() -> Path:
+    """The user's own, since what is in it is run. A new one for this process where there is no such."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = base / "gptj_serve"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK):
+            return directory
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="gptj-serve-kernels-"))
+
+
+def _openmp_of_torch() -> list[str]:
+    """Link with the OpenMP that torch brings, if it does: two in a process would have two pools of threads."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return [str(found[0]), f"-Wl,-rpath,{found[0].parent}"] if found else []

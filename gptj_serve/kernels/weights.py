@@ -1,0 +1,103 @@
+"""`PackedWeight`: a linear layer's weight as cpu.cpp wants it, and `PackedLinear`, a module that multiplies with one.
+
+int8: weights per output channel, symmetric, with a scale of 1/127 of the largest; activations per token when they
+come, unsigned with a zero point (in cpu.cpp). Products are exact in int32, so all error is in the rounding of both.
+"""
+
+from collections.abc import Sequence
+from ctypes import byref
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from gptj_serve.kernels.cpu_library import Weight, cpu_library
+
+PANEL = 32
+"""Outputs that lie together; of cpu.cpp."""
+
+
+class OperandType(IntEnum):
+    """Of weights, and of what they are multiplied with. Values are those of cpu.cpp."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+
+    @property
+    def num_elements(self) -> int:
+        """In 4 bytes."""
+        return (1, 2, 4)[self]
+
+
+class PackedWeight:
+    """Weights [N, K] of one or several layers that share their input, each padded to whole panels, stacked."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], operand_type: OperandType, biases: Sequence[Tensor | None] = ()
+    ) -> None:
+        self.width = weights[0].shape[1]
+        elements = operand_type.num_elements
+        num_units = -(-self.width // elements)
+        self.num_outputs = sum(map(_padded, (len(weight) for weight in weights)))
+        dtype = (torch.float32, torch.bfloat16, torch.int8)[operand_type]
+        self.panels = torch.zeros(self.num_outputs // PANEL, num_units, PANEL, elements, dtype=dtype)
+        self.scale = torch.zeros(self.num_outputs) if operand_type is OperandType.INT8 else None
+        self.sum = torch.zeros(self.num_outputs, dtype=torch.int32) if operand_type is OperandType.INT8 else None
+        self.bias = torch.zeros(self.num_outputs) if any(bias is not None for bias in biases) else None
+        first = 0
+        for index, weight in enumerate(weights):
+            rows = slice(first, first + len(weight))
+            self._fill(first, weight)
+            if self.bias is not None and (bias := biases[index]) is not None:
+                self.bias[rows] = bias.float()
+            first += _padded(len(weight))
+        pointers = [None if part is None else part.data_ptr() for part in (self.scale, self.sum, self.bias)]
+        self.struct = Weight(operand_type, self.num_outputs, self.width, self.panels.data_ptr(), *pointers)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in (self.panels, self.scale, self.sum, self.bias) if part is not None)
+
+    def _fill(self, first: int, weight: Tensor) -> None:
+        """Panel by panel, so that little exists twice."""
+        num_units, elements = self.panels.shape[1], self.panels.shape[3]
+        for start in range(0, len(weight), PANEL):
+            part = weight[start : start + PANEL].detach()
+            columns = slice(first + start, first + start + len(part))
+            if self.scale is not None and self.sum is not None:
+                wide = part.float()
+                scale = wide.abs().amax(dim=1) / 127
+                part = (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+                self.scale[columns] = scale
+                self.sum[columns] = part.sum(dim=1, dtype=torch.int32)
+            rows = torch.zeros(PANEL, num_units * elements, dtype=self.panels.dtype)
+            rows[: len(part), : self.width] = part
+            self.panels[(first + start) // PANEL] = rows.view(PANEL, num_units, elements).transpose(0, 1)
+
+
+class PackedLinear(nn.Module):
+    """An `nn.Linear` on a CPU; its outputs are fp32. A row of them doesn't depend on the others, in any bit."""
+
+    def __init__(self, linear: nn.Linear, operand_type: OperandType) -> None:
+        super().__init__()
+        self._packed = PackedWeight([linear.weight], operand_type, [linear.bias])
+        self._num_outputs = linear.out_features
+        self._library = cpu_library()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._packed.num_bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] → [..., out_features]"""
+        rows = x.float().reshape(-1, self._packed.width).contiguous()
+        out = torch.empty(len(rows), self._packed.num_outputs)
+        self._library.gptj_linear(
+            byref(self._packed.struct), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads()
+        )
+        return out[:, : self._num_outputs].view(*x.shape[:-1], self._num_outputs)
+
+
+def _padded(num_outputs: int) -> int:
+    return -(-num_outputs // PANEL) * PANEL
