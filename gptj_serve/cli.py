@@ -33,6 +33,11 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Quantization(StrEnum):
+    none = "none"
+    int8 = "int8"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The entry point `gptj-serve`."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -98,6 +103,9 @@ def plan(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of weights and KV. Default: as stored; --config: float16.")
     ] = None,
+    quantization: Annotated[
+        Quantization, typer.Option(help="int8: the matrices of the layers and the LM head in 8 bits, on CPUs.")
+    ] = Quantization.none,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
     kv_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV pool. Default: what fits.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence. Default: the model's n_positions.")] = None,
@@ -114,6 +122,7 @@ def plan(
     resources = planner.Resources(
         num_stages=stages,
         dtype=dtype.value if dtype else stored_dtype,
+        quantization=quantization.value,
         block_size=block_size,
         num_kv_tokens=kv_tokens,
         device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * GIB),
@@ -156,6 +165,7 @@ def _as_json(plan: "Plan", typical: int, changes: list[str]) -> dict[str, Any]:
         "would_fit": changes,
         "num_parameters": plan.num_parameters,
         "dtype": plan.resources.dtype,
+        "quantization": plan.resources.quantization,
         "block_size": plan.resources.block_size,
         "weight_bytes": plan.weight_bytes,
         "kv_bytes_per_token": plan.kv_bytes_per_token,

@@ -79,6 +79,16 @@ class PipelineConfig(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and KV cache. auto: float32 on CPU; on GPU the checkpoint's own half precision."
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="int8: weights of linear layers in 8 bits, a scale for each output, and what they are multiplied "
+        "with rounded to 8 bits for each token. On CPUs with AVX-512 VNNI; docs/performance.md has the effect.",
+    )
+    kernels: Literal["auto", "torch"] = Field(
+        "auto",
+        description="What the layers run on. auto: on CPUs with AVX-512 our own, which g++ compiles when first needed, "
+        "else PyTorch's, with a line in the log that says why. torch: PyTorch's.",
+    )
     deterministic: bool = Field(
         False,
         description="The same request gives the same tokens and bit-equal log-probabilities whatever runs beside it, "
@@ -110,6 +120,14 @@ class PipelineConfig(_Part):
     def _can_be_deterministic(self) -> Self:
         if self.deterministic and (self.stage.num_gpus > 0 or self.dtype == "float16"):
             raise ValueError("deterministic is for stages on CPU (num_gpus: 0) in float32 or bfloat16")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_quantized(self) -> Self:
+        if self.quantization == "int8" and (self.stage.num_gpus > 0 or self.dtype == "float16"):
+            raise ValueError("quantization: int8 is for stages on CPU (num_gpus: 0), dtype auto, float32 or bfloat16")
+        if self.quantization == "int8" and self.kernels == "torch":
+            raise ValueError("quantization: int8 needs our own kernels (kernels: auto)")
         return self
 
 

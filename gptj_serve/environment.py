@@ -2,6 +2,8 @@
 
 import math
 import os
+import shlex
+from pathlib import Path
 
 from gptj_serve.errors import ConfigError
 
@@ -24,6 +26,16 @@ def slow_client_timeout_s() -> float:
             f"{SLOW_CLIENT_TIMEOUT_S}={text!r}: must be seconds, above 0 and at most {MAX_SLOW_CLIENT_TIMEOUT_S:g}"
         )
     return seconds
+
+
+def compiler() -> list[str]:
+    """The command that compiles our kernels: `CXX`, or g++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def user_cache() -> Path:
+    """The user's directory for what can be made again (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def api_keys() -> str | None:

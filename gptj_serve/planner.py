@@ -50,6 +50,7 @@ class Resources:
 
     num_stages: int = 1
     dtype: str = "float16"
+    quantization: str = "none"
     block_size: int = 16
     num_kv_tokens: int | None = None
     device_memory_bytes: int | None = None
@@ -127,6 +128,8 @@ def plan(model: Model, resources: Resources, context: int | None = None) -> Plan
         raise ConfigError(f"context={context}: must be from 1 to the model's n_positions={config.n_positions}")
     if resources.dtype not in DTYPE_BYTES:
         raise ConfigError(f"dtype={resources.dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
+    if resources.quantization not in ("none", "int8"):
+        raise ConfigError(f"quantization={resources.quantization!r}: must be none or int8")
     spans = partition(config.n_layer, resources.num_stages, head_cost(config))
     stages = tuple(_stage_plan(model, resources, index, span) for index, span in enumerate(spans))
     if resources.num_kv_tokens is not None:
@@ -144,6 +147,7 @@ def plan_service(config: PipelineConfig, checkpoint: Checkpoint) -> Plan:
     resources = Resources(
         num_stages=config.num_stages,
         dtype=resolve_dtype(config.dtype, checkpoint.stored_dtype, uses_gpu=config.stage.num_gpus > 0),
+        quantization=config.quantization,
         block_size=config.kv_cache.block_size,
         num_kv_tokens=config.kv_cache.num_tokens,
     )
@@ -195,7 +199,7 @@ def remedies(model: Model, resources: Resources, context: int) -> list[str]:
 
 def _stage_plan(model: Model, resources: Resources, index: int, span: range) -> StagePlan:
     width = DTYPE_BYTES[resources.dtype]
-    num_bytes = {name: prod(shape) * width for name, shape in model.shapes(span).items()}
+    num_bytes = {name: _num_bytes(name, shape, resources) for name, shape in model.shapes(span).items()}
     idle = ("wte.", "score.", "qa_outputs.")
     kv_bytes_per_token = 2 * len(span) * model.config.n_embd * width
     stage = StagePlan(
@@ -211,6 +215,14 @@ def _stage_plan(model: Model, resources: Resources, index: int, span: range) -> 
     room = int(resources.device_memory_bytes * resources.memory_utilization) - stage.weight_bytes
     num_blocks = max(0, room // (kv_bytes_per_token * resources.block_size) - 1)  # one block is padding
     return replace(stage, num_kv_tokens=num_blocks * resources.block_size)
+
+
+def _num_bytes(name: str, shape: tuple[int, ...], resources: Resources) -> int:
+    """Of a tensor as it is kept. int8: the LM head and the layers' matrices, with a scale and a sum per output."""
+    is_quantized = name == "lm_head.weight" or (name.startswith("h.") and len(shape) == 2)
+    if resources.quantization == "int8" and is_quantized:
+        return prod(shape) + shape[0] * 8
+    return prod(shape) * DTYPE_BYTES[resources.dtype]
 
 
 def _memory_that_fits(model: Model, resources: Resources, context: int) -> float:

@@ -7,7 +7,7 @@
 // Numbers are fp32 between operations. Operands of products are fp32, bf16 or int8; keys and values fp32 or bf16.
 //
 // A weight [N, K] lies in panels of 32 outputs, and in these in units of 4 bytes: [N/32][K/e][32][e], where e is 1
-// element in fp32, 2 in bf16, 4 in int8. So one loop serves all three: a unit of a row times 32 units of a panel.
+// element in fp32, 2 in bf16, 4 in int8, and K/e a multiple of 4. So one loop serves all three: a unit of a row times 32 units of a panel.
 // Keys lie as [block][H][Dh][16], so that a vector holds 16 tokens; values as [block][H][16][Dh].
 
 #include <immintrin.h>
@@ -22,7 +22,8 @@
 namespace {
 
 constexpr int PANEL = 32;  // outputs of a weight that are computed together
-constexpr int MAX_ROWS = 14;  // of tokens, in one product with a panel: 28 of 32 registers
+constexpr int MAX_ROWS = 12;  // of tokens, in one product with a panel: 28 of 32 registers
+constexpr int STEP = 4;  // units that a product goes forward at a time: operands are padded to as many, with zeros
 constexpr int BLOCK = 16;  // tokens of a KV block
 constexpr int MAX_QUERIES = 16;  // of one row that attend together
 
@@ -32,6 +33,7 @@ enum Activation : int32_t { GELU_TANH = 0, RELU = 1, SILU = 2, QUICK_GELU = 3 };
 inline int elements(Type type) { return type == F32 ? 1 : type == BF16 ? 2 : 4; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t pad(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+inline int64_t units_of(int64_t width, Type type) { return pad(ceil_div(width, elements(type)), STEP); }
 
 // ------------------------------------------------------------------------------------------------ memory
 
@@ -182,6 +184,7 @@ void to_operand(const float* x, int64_t width, Operand to, int64_t row) {
     if (to.type == F32) {
         auto* out = reinterpret_cast<float*>(to.units + row * to.stride);
         std::memcpy(out, x, width * sizeof(float));
+        std::memset(out + width, 0, (to.stride - width) * sizeof(float));
         return;
     }
     auto* out = reinterpret_cast<uint16_t*>(to.units + row * to.stride);
@@ -246,32 +249,31 @@ inline typename Accumulator<type>::Vector accumulate(
 template <Type type, int ROWS>
 void multiply(const Weight& weight, int64_t panel, const Operand& x, int64_t row, float* tile) {
     using Acc = Accumulator<type>;
-    const int64_t num_units = ceil_div(weight.width, elements(type));
+    const int64_t num_units = units_of(weight.width, type);
     const uint32_t* b = weight.panels + panel * num_units * PANEL;
-    const uint32_t* a = x.units + row * x.stride;
     const int64_t stride = x.stride;
+    constexpr int NUM_BASES = (ROWS + 2) / 3;  // a processor adds once and twice the stride for nothing
+    const uint32_t* a[NUM_BASES];
+#pragma GCC unroll 16
+    for (int i = 0; i < NUM_BASES; i++) a[i] = x.units + (row + 3 * i) * stride;
     typename Acc::Vector sum[ROWS][2];
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++) sum[m][0] = sum[m][1] = Acc::zero();
-    auto step = [&](int64_t k) __attribute__((always_inline)) {
-        __m512i b0 = _mm512_loadu_si512(b + k * PANEL), b1 = _mm512_loadu_si512(b + k * PANEL + 16);
+    for (int64_t k = 0; k < num_units; k += STEP) {
+#pragma GCC unroll 4
+        for (int j = 0; j < STEP; j++) {
+            __m512i b0 = _mm512_loadu_si512(b + j * PANEL), b1 = _mm512_loadu_si512(b + j * PANEL + 16);
 #pragma GCC unroll 16
-        for (int m = 0; m < ROWS; m++) {
-            __m512i unit = _mm512_set1_epi32(a[m * stride + k]);
-            sum[m][0] = accumulate<type>(sum[m][0], unit, b0);
-            sum[m][1] = accumulate<type>(sum[m][1], unit, b1);
+            for (int m = 0; m < ROWS; m++) {
+                __m512i unit = _mm512_set1_epi32(a[m / 3][m % 3 * stride + j]);
+                sum[m][0] = accumulate<type>(sum[m][0], unit, b0);
+                sum[m][1] = accumulate<type>(sum[m][1], unit, b1);
+            }
         }
-    };
-    int64_t k = 0;
-    if constexpr (ROWS <= 3) {
-        for (; k + 4 <= num_units; k += 4) {
-            step(k);
-            step(k + 1);
-            step(k + 2);
-            step(k + 3);
-        }
+        b += STEP * PANEL;
+#pragma GCC unroll 16
+        for (int i = 0; i < NUM_BASES; i++) a[i] += STEP;
     }
-    for (; k < num_units; k++) step(k);
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++) {
 #pragma GCC unroll 2
@@ -296,7 +298,7 @@ using Multiply = void (*)(const Weight&, int64_t, const Operand&, int64_t, float
 
 template <Type type>
 Multiply multiplier(int num_rows) {
-    static constexpr Multiply table[MAX_ROWS] = {
+    static constexpr Multiply table[14] = {
         multiply<type, 1>, multiply<type, 2>, multiply<type, 3>, multiply<type, 4>, multiply<type, 5>,
         multiply<type, 6>, multiply<type, 7>, multiply<type, 8>, multiply<type, 9>, multiply<type, 10>,
         multiply<type, 11>, multiply<type, 12>, multiply<type, 13>, multiply<type, 14>,
@@ -365,10 +367,12 @@ struct Cache<uint16_t> {
     static uint16_t store(float x) { return to_bf16(x); }
 };
 
-// QUERIES queries times the keys of BLOCKS blocks: scores[QUERIES][BLOCKS * 16], not scaled yet.
+// QUERIES queries times the keys of BLOCKS blocks: scores[QUERIES][BLOCKS * 16], not scaled yet. A lone query waits for
+// memory most of the time, and blocks lie anywhere: so the `next` ones are fetched meanwhile.
 template <class KV, int QUERIES, int BLOCKS>
 inline void scores_of(
-    const float* q, int64_t q_stride, const KV* const* keys, int64_t head_dim, float* scores, int64_t stride
+    const float* q, int64_t q_stride, const KV* const* keys, const KV* const* next, int64_t head_dim, float* scores,
+    int64_t stride
 ) {
     __m512 sum[QUERIES][BLOCKS];
 #pragma GCC unroll 16
@@ -379,7 +383,10 @@ inline void scores_of(
     for (int64_t d = 0; d < head_dim; d++) {
         __m512 key[BLOCKS];
 #pragma GCC unroll 4
-        for (int j = 0; j < BLOCKS; j++) key[j] = Cache<KV>::load(keys[j] + d * BLOCK);
+        for (int j = 0; j < BLOCKS; j++) {
+            key[j] = Cache<KV>::load(keys[j] + d * BLOCK);
+            if constexpr (QUERIES == 1) __builtin_prefetch(next[j] + d * BLOCK);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < QUERIES; i++) {
             __m512 x = _mm512_set1_ps(q[i * q_stride + d]);
@@ -435,11 +442,13 @@ inline void mix(
     }
     for (int64_t begin = 0; begin < num_tokens; begin += BLOCK) {
         const KV* value = values + table[begin / BLOCK] * block_stride;
+        const KV* next = values + table[std::min(begin + BLOCK, num_tokens - 1) / BLOCK] * block_stride;
         const int64_t end = std::min<int64_t>(num_tokens, begin + BLOCK);
-        for (int64_t t = begin; t < end; t++, value += head_dim) {
+        for (int64_t t = begin; t < end; t++, value += head_dim, next += head_dim) {
             __m512 v[VECTORS];
 #pragma GCC unroll 8
             for (int j = 0; j < VECTORS; j++) {
+                if constexpr (QUERIES == 1) __builtin_prefetch(next + j * 16);
                 v[j] = j + 1 < VECTORS ? Cache<KV>::load(value + j * 16) : Cache<KV>::load(value + j * 16, last);
             }
 #pragma GCC unroll 16
@@ -493,14 +502,18 @@ void attend(
     const int64_t num_tokens = position + QUERIES;
     const int64_t num_blocks = ceil_div(num_tokens, BLOCK);
     int64_t block = 0;
-    const KV* key[4];
+    const KV *key[TOGETHER], *next[TOGETHER];
     for (; block + TOGETHER <= num_blocks; block += TOGETHER) {
-        for (int j = 0; j < TOGETHER; j++) key[j] = keys + table[block + j] * block_stride;
-        scores_of<KV, QUERIES, TOGETHER>(q, q_stride, key, head_dim, scores + block * BLOCK, stride);
+        for (int j = 0; j < TOGETHER; j++) {
+            key[j] = keys + table[block + j] * block_stride;
+            next[j] = keys + table[std::min(block + TOGETHER + j, num_blocks - 1)] * block_stride;
+        }
+        scores_of<KV, QUERIES, TOGETHER>(q, q_stride, key, next, head_dim, scores + block * BLOCK, stride);
     }
     for (; block < num_blocks; block++) {
         key[0] = keys + table[block] * block_stride;
-        scores_of<KV, QUERIES, 1>(q, q_stride, key, head_dim, scores + block * BLOCK, stride);
+        next[0] = values + table[std::max<int64_t>(0, block + 2 - num_blocks)] * block_stride;
+        scores_of<KV, QUERIES, 1>(q, q_stride, key, next, head_dim, scores + block * BLOCK, stride);
     }
     for (int i = 0; i < QUERIES; i++) softmax(scores + i * stride, position + i + 1, num_tokens, scale);
     mix_all<KV, QUERIES>(scores, stride, values, table, block_stride, head_dim, num_tokens, out, out_stride);

@@ -9,7 +9,6 @@ import fcntl
 import functools
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from gptj_serve.environment import compiler, user_cache
 from gptj_serve.errors import GPTJServeError
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -112,44 +112,44 @@ def cpu_library() -> ctypes.CDLL:
 
 
 def _compiled(flags: list[str]) -> Path:
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    if shutil.which(compiler[0]) is None:
-        raise KernelsUnavailableError(f"there is no {compiler[0]} to compile them with")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    command = compiler()
+    if shutil.which(command[0]) is None:
+        raise KernelsUnavailableError(f"there is no {command[0]} to compile them with")
+    version = _output_of([*command, "--version"])
     key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, version]).encode()).hexdigest()[:32]
     directory = _cache_directory()
     target = directory / f"cpu-{key}.so"
     with (directory / "lock").open("w") as lock:  # of several stages that start at once, one compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _compile([*compiler, *flags, str(SOURCE)], target)
+            unfinished = target.with_suffix(".unfinished")
+            _output_of([*command, *flags, str(SOURCE), "-o", str(unfinished)])
+            unfinished.replace(target)
     return target
 
 
-def _compile(command: list[str], target: Path) -> None:
-    unfinished = target.with_suffix(".unfinished")
+def _output_of(command: list[str]) -> str:
     try:
-        done = subprocess.run(
-            [*command, "-o", str(unfinished)], capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
+        done = subprocess.run(  # noqa: S603 (the compiler, on a file of this package)
+            command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         raise KernelsUnavailableError(f"{command[0]} took more than {COMPILE_TIMEOUT_S:g} s") from None
     if done.returncode != 0:
         first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
         raise KernelsUnavailableError(f"{command[0]} failed: {first_error}")
-    unfinished.replace(target)
+    return done.stdout
 
 
 def _cache_directory() -> Path:
     """The user's own, since what is in it is run. A new one for this process where there is no such."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = base / "gptj_serve"
     try:
+        directory = user_cache() / "gptj_serve"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK):
             return directory
-    except OSError:
+    except (OSError, RuntimeError):  # the latter: there is no home
         pass
     return Path(tempfile.mkdtemp(prefix="gptj-serve-kernels-"))
 

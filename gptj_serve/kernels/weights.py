@@ -16,6 +16,9 @@ from gptj_serve.kernels.cpu_library import Weight, cpu_library
 PANEL = 32
 """Outputs that lie together; of cpu.cpp."""
 
+STEP = 4
+"""Groups of 4 bytes of which a row has a multiple; of cpu.cpp."""
+
 
 class OperandType(IntEnum):
     """Of weights, and of what they are multiplied with. Values are those of cpu.cpp."""
@@ -38,7 +41,7 @@ class PackedWeight:
     ) -> None:
         self.width = weights[0].shape[1]
         elements = operand_type.num_elements
-        num_units = -(-self.width // elements)
+        num_units = -(-self.width // (STEP * elements)) * STEP
         self.num_outputs = sum(map(_padded, (len(weight) for weight in weights)))
         dtype = (torch.float32, torch.bfloat16, torch.int8)[operand_type]
         self.panels = torch.zeros(self.num_outputs // PANEL, num_units, PANEL, elements, dtype=dtype)

@@ -4,6 +4,7 @@ It knows nothing of requests, caches or neighbours. Shapes: `T` packed tokens, `
 """
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -50,35 +51,54 @@ class GPTJStage(nn.Module):
 
         `attention(i)` is the attention function of the span's i-th layer. On the last stage ln_f has been applied.
         """
-        hidden: Tensor = self.wte(x) if self.is_first else x
+        hidden: Tensor = self.run_layers(self.wte(x) if self.is_first else x, positions, attention)
+        return self.ln_f(hidden) if self.is_last else hidden
+
+    def run_layers(self, hidden: Tensor, positions: Tensor, attention: Callable[[int], AttentionFn]) -> Tensor:
+        """Without embedding and ln_f: hidden states [T, D] → [T, D]."""
         rotary = self.rotary(positions)
         for index, block in enumerate(self.h.values()):
             hidden = block(hidden, rotary, attention(index))
-        return self.ln_f(hidden) if self.is_last else hidden
+        return hidden
 
 
 @torch.no_grad()
 def load_stage(
-    checkpoint: Checkpoint, span: range, dtype: torch.dtype, device: torch.device, progress: Progress = silent
+    checkpoint: Checkpoint,
+    span: range,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = silent,
+    take_block: Callable[[GPTJBlock], None] | None = None,
 ) -> GPTJStage:
     """The span's weights in `dtype` on `device`.
 
     Each parameter is allocated once, at its destination, and filled piece by piece, so the peak is the span's own
-    size and one piece more.
+    size and one piece more. `take_block` gets each layer as soon as it is whole, in order, instead of the stage.
     """
     with torch.device("meta"):
         stage = GPTJStage(checkpoint.config, span, checkpoint.heads)
     num_bytes = sum(placeholder.numel() * dtype.itemsize for placeholder in stage.parameters())
     num_loaded = 0
-    for name, placeholder in list(stage.named_parameters()):
-        tied = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings
-        info = checkpoint.tensors["wte.weight" if tied else name]
-        parameter = torch.empty(placeholder.shape, dtype=dtype, device=device)
-        for rows, piece in pieces(info):
-            parameter[rows].copy_(piece)
-            num_loaded += piece.numel() * dtype.itemsize
-            progress(num_loaded, num_bytes)
-        owner, _, attribute = name.rpartition(".")
-        setattr(stage.get_submodule(owner), attribute, nn.Parameter(parameter, requires_grad=False))
+    for layer, placeholders in groupby(list(stage.named_parameters()), lambda named: _layer_of(named[0])):
+        for name, placeholder in placeholders:
+            tied = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings
+            info = checkpoint.tensors["wte.weight" if tied else name]
+            parameter = torch.empty(placeholder.shape, dtype=dtype, device=device)
+            for rows, piece in pieces(info):
+                parameter[rows].copy_(piece)
+                num_loaded += piece.numel() * dtype.itemsize
+                progress(num_loaded, num_bytes)
+            owner, _, attribute = name.rpartition(".")
+            setattr(stage.get_submodule(owner), attribute, nn.Parameter(parameter, requires_grad=False))
+        if layer is not None and take_block is not None:
+            block = stage.h.pop(layer)
+            assert isinstance(block, GPTJBlock)
+            take_block(block)
     stage.attach_rotary(device)
     return stage.eval()
+
+
+def _layer_of(name: str) -> str | None:
+    """The layer's place that a parameter's name begins with."""
+    return name.split(".")[1] if name.startswith("h.") else None

@@ -23,10 +23,8 @@ SAMPLE_BYTES = 4096
 """Read of each tensor where there is no checksum, evenly spread from its first byte to its last."""
 
 
-def model_version(
-    checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint], dtype: str, *, deterministic: bool = False
-) -> ModelVersion:
-    """Of a model with these named heads, in this dtype, with or without bit-equal arithmetic.
+def model_version(checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint], arithmetic: str) -> ModelVersion:
+    """Of a model with these named heads; `arithmetic` names all that its numbers depend on besides: dtype, kernels.
 
     How it is split or placed does not count.
     """
@@ -39,7 +37,7 @@ def model_version(
     for name, head in sorted(heads.items()):
         described = head.info.model_dump(mode="json", exclude={"figures"})
         text.update(json.dumps([name, described], sort_keys=True).encode())
-    numbers = hashlib.sha256(f"{weights_digest(checkpoint, heads)} {dtype} {deterministic}".encode())
+    numbers = hashlib.sha256(f"{weights_digest(checkpoint, heads)} {arithmetic}".encode())
     return ModelVersion(text.hexdigest()[:16], numbers.hexdigest()[:16])
 
 

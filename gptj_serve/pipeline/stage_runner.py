@@ -2,16 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gptj_serve.model.attention import AttentionPlan, KVCache, PagedAttention, PagedRow
+from gptj_serve.kernels.choice import Kernels, Quantization, choose_operand_type
+from gptj_serve.kernels.cpu_layers import CPULayers, PackedBlock
+from gptj_serve.kernels.weights import OperandType, PackedLinear
+from gptj_serve.model.attention import PagedRow
+from gptj_serve.model.block import GPTJBlock
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.deterministic import make_deterministic
 from gptj_serve.model.heads import HeadCheckpoint
 from gptj_serve.model.loading_progress import Progress, silent
 from gptj_serve.model.stage import GPTJStage, load_stage
+from gptj_serve.pipeline.layers import Layers, TorchLayers
 from gptj_serve.pipeline.row_outputs import RowOutputs
 from gptj_serve.steps import MicroBatch, StepOutput
 
@@ -27,6 +33,8 @@ class StageSpec:
     device: torch.device
     num_token_ids: int  # the tokenizer's; logits beyond have no token and are never sampled
     deterministic: bool = False  # what comes of a row doesn't depend on the other rows, in any bit
+    quantization: Quantization = "none"
+    kernels: Kernels = "auto"
 
 
 class StageRunner:
@@ -36,16 +44,27 @@ class StageRunner:
     later one.
     """
 
-    def __init__(self, stage: GPTJStage, spec: StageSpec, heads: dict[str, HeadCheckpoint] | None = None) -> None:
+    def __init__(
+        self,
+        stage: GPTJStage,
+        spec: StageSpec,
+        heads: dict[str, HeadCheckpoint] | None = None,
+        layers: Layers | None = None,
+    ) -> None:
+        """`layers` run in place of the stage's own, and without a bit of a row depending on the others."""
         self.stage = stage
         self.spec = spec
-        self._attention_plan: AttentionPlan | None = None
         convert: Callable[[nn.Linear], nn.Module] | None = None
-        if spec.deterministic:
-            self._attention_plan, convert = make_deterministic(stage)
-        self._cache = KVCache(
-            stage.config, len(spec.span), spec.num_kv_blocks, spec.block_size, spec.dtype, spec.device
-        )
+        if layers is not None:
+            convert = partial(PackedLinear, operand_type=OperandType.FLOAT32)
+            self._layers = layers
+        else:
+            attention_plan = None
+            if spec.deterministic:
+                attention_plan, convert = make_deterministic(stage)
+            self._layers = TorchLayers(
+                stage, spec.num_kv_blocks, spec.block_size, spec.dtype, spec.device, attention_plan
+            )
         self._outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, convert) if stage.is_last else None
         self._last_microbatch_id: int | None = None
 
@@ -57,16 +76,34 @@ class StageRunner:
         heads: dict[str, HeadCheckpoint] | None = None,
         progress: Progress = silent,
     ) -> "StageRunner":
-        """Load the span; the last stage also takes `heads`, by the names that rows call them."""
-        return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress), spec, heads)
+        """Load the span; the last stage also takes `heads`, by the names that rows call them.
+
+        On our own kernels where they can be used. Raises `ConfigError` if there are none for what is asked.
+        """
+        config = checkpoint.config
+        operand_type = choose_operand_type(
+            config, spec.dtype, spec.device, spec.block_size, spec.quantization, spec.kernels
+        )
+        if operand_type is None:
+            return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress), spec, heads)
+        blocks: list[PackedBlock] = []
+
+        def pack(block: GPTJBlock) -> None:
+            blocks.append(PackedBlock(block, operand_type))
+
+        stage = load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress, pack)
+        if stage.is_last:
+            _pack_heads(stage, operand_type)
+        return cls(stage, spec, heads, CPULayers(config, blocks, spec.num_kv_blocks, spec.dtype))
 
     @property
     def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.stage.parameters())
+        packed = sum(module.num_bytes for module in self.stage.modules() if isinstance(module, PackedLinear))
+        return sum(parameter.nbytes for parameter in self.stage.parameters()) + self._layers.weight_bytes + packed
 
     @property
     def kv_cache_bytes(self) -> int:
-        return self._cache.num_bytes
+        return self._layers.kv_cache_bytes
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
@@ -83,18 +120,29 @@ class StageRunner:
         on the last stage, the step's output."""
         self._check_order(microbatch.microbatch_id)
         if microbatch.block_copies:
-            self._cache.copy_blocks(microbatch.block_copies)
+            self._layers.copy_blocks(microbatch.block_copies)
         rows = [PagedRow(row.start, len(row.token_ids), row.block_table) for row in microbatch.rows]
-        attention = PagedAttention(rows, self._cache, self._attention_plan)
         if hidden is None:
             token_ids = [token_id for row in microbatch.rows for token_id in row.token_ids]
-            hidden = torch.tensor(token_ids, device=self.spec.device)
-        hidden = self.stage(hidden.to(self.spec.device), attention.positions, attention.layer)
+            hidden = self.stage.wte(torch.tensor(token_ids, device=self.spec.device))
+        hidden = self._layers.forward(hidden.to(self.spec.device), rows)
         if self._outputs is None:
             return hidden
-        return StepOutput(microbatch.microbatch_id, self._outputs.of(microbatch.rows, hidden))
+        return StepOutput(microbatch.microbatch_id, self._outputs.of(microbatch.rows, self.stage.ln_f(hidden)))
 
     def _check_order(self, microbatch_id: int) -> None:
         expected = microbatch_id if self._last_microbatch_id is None else self._last_microbatch_id + 1
         assert microbatch_id == expected, f"microbatch {microbatch_id} came when {expected} was due"
         self._last_microbatch_id = microbatch_id
+
+
+def _pack_heads(stage: GPTJStage, operand_type: OperandType) -> None:
+    """The stage's own heads. Those of tasks are small: they lose nothing to speed."""
+    stage.ln_f.float()
+    for name, head_type in (
+        ("lm_head", operand_type),
+        ("score", OperandType.FLOAT32),
+        ("qa_outputs", OperandType.FLOAT32),
+    ):
+        if hasattr(stage, name):
+            setattr(stage, name, PackedLinear(getattr(stage, name), head_type))

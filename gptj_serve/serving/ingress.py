@@ -62,8 +62,7 @@ class Ingress:
         self._request_log = RequestLog(metrics)
         heads = open_heads(config.head_dirs, checkpoint)
         named_heads = {name: head.info for name, head in heads.items()}
-        dtype = plan_service(config.pipeline, checkpoint).resources.dtype
-        text_version = model_version(checkpoint, heads, dtype).text
+        text_version = model_version(checkpoint, heads, arithmetic="").text
         engine = ServeEngineClient(
             pipelines,
             metrics.replayed,

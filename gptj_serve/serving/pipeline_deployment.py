@@ -111,8 +111,8 @@ class Pipeline:
         heads = open_heads(config.head_dirs, checkpoint)
         settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads, serve_logs_json())
         named_heads = {name: head.info for name, head in heads.items()}
-        deterministic = config.pipeline.deterministic
-        self._version = model_version(checkpoint, heads, settings[0].dtype, deterministic=deterministic)
+        arithmetic = [settings[0].dtype, settings[0].quantization, settings[0].kernels, settings[0].deterministic]
+        self._version = model_version(checkpoint, heads, " ".join(map(str, arithmetic)))
         await self._pipeline.start(settings)
         blocks = KVBlocks(
             settings[0].num_kv_blocks,
@@ -303,6 +303,8 @@ def stage_settings(
             uses_gpu=config.stage.num_gpus > 0,
             heads={name: str(head.directory.resolve()) for name, head in heads.items()},
             deterministic=config.deterministic,
+            quantization=config.quantization,
+            kernels=config.kernels,
             logs_json=logs_json,
             weights_digest=digest,
         )

@@ -7,7 +7,7 @@ imports what does.
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import ray
 
@@ -37,6 +37,8 @@ class StageSettings(NamedTuple):
     uses_gpu: bool
     heads: dict[str, str]  # name → directory
     deterministic: bool
+    quantization: Literal["none", "int8"]
+    kernels: Literal["auto", "torch"]
     logs_json: bool = False
     weights_digest: str = ""  # of checkpoint and heads that the pipeline started with; empty: any
 
@@ -84,6 +86,8 @@ class GPTJStage:
             device=device,
             num_token_ids=settings.num_token_ids,
             deterministic=settings.deterministic,
+            quantization=settings.quantization,
+            kernels=settings.kernels,
         )
         checkpoint = Checkpoint.open(Path(settings.checkpoint_dir))
         heads = open_heads({name: Path(directory) for name, directory in settings.heads.items()}, checkpoint)

@@ -69,7 +69,7 @@ async def test_a_cut_is_noticed_while_its_step_still_runs(tiny_gptj, linked) -> 
         is_held_up.set()
         goes_on.wait()
 
-    runners[1].stage.register_forward_pre_hook(hold_up)
+    runners[1].stage.ln_f.register_forward_pre_hook(hold_up)
     for link in NAMED_BY:
         is_held_up.clear()
         goes_on.clear()
