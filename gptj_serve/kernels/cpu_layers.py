@@ -36,12 +36,9 @@ class PackedBlock:
         attn, mlp = block.attn, block.mlp
         self.norm_weight = block.ln_1.weight.detach().float().clone()
         self.norm_bias = block.ln_1.bias.detach().float().clone()
-        inward = [attn.q_proj, attn.k_proj, attn.v_proj, mlp.fc_in]
-        self.inward = PackedWeight(
-            [linear.weight for linear in inward], operand_type, [linear.bias for linear in inward]
-        )
-        self.attention_out = PackedWeight([attn.out_proj.weight], operand_type)
-        self.mlp_out = PackedWeight([mlp.fc_out.weight], operand_type, [mlp.fc_out.bias])
+        self.inward = PackedWeight([attn.q_proj, attn.k_proj, attn.v_proj, mlp.fc_in], operand_type)
+        self.attention_out = PackedWeight([attn.out_proj], operand_type)
+        self.mlp_out = PackedWeight([mlp.fc_out], operand_type)
 
     @property
     def num_bytes(self) -> int:

@@ -36,25 +36,23 @@ class OperandType(IntEnum):
 class PackedWeight:
     """Weights [N, K] of one or several layers that share their input, each padded to whole panels, stacked."""
 
-    def __init__(
-        self, weights: Sequence[Tensor], operand_type: OperandType, biases: Sequence[Tensor | None] = ()
-    ) -> None:
-        self.width = weights[0].shape[1]
+    def __init__(self, linears: Sequence[nn.Linear], operand_type: OperandType) -> None:
+        self.width = linears[0].in_features
         elements = operand_type.num_elements
         num_units = -(-self.width // (STEP * elements)) * STEP
-        self.num_outputs = sum(map(_padded, (len(weight) for weight in weights)))
+        self.num_outputs = sum(_padded(linear.out_features) for linear in linears)
         dtype = (torch.float32, torch.bfloat16, torch.int8)[operand_type]
         self.panels = torch.zeros(self.num_outputs // PANEL, num_units, PANEL, elements, dtype=dtype)
         self.scale = torch.zeros(self.num_outputs) if operand_type is OperandType.INT8 else None
         self.sum = torch.zeros(self.num_outputs, dtype=torch.int32) if operand_type is OperandType.INT8 else None
-        self.bias = torch.zeros(self.num_outputs) if any(bias is not None for bias in biases) else None
+        has_bias = any(linear.bias is not None for linear in linears)
+        self.bias = torch.zeros(self.num_outputs) if has_bias else None
         first = 0
-        for index, weight in enumerate(weights):
-            rows = slice(first, first + len(weight))
-            self._fill(first, weight)
-            if self.bias is not None and (bias := biases[index]) is not None:
-                self.bias[rows] = bias.float()
-            first += _padded(len(weight))
+        for linear in linears:
+            self._fill(first, linear.weight.detach())
+            if self.bias is not None and linear.bias is not None:
+                self.bias[first : first + linear.out_features] = linear.bias.detach()
+            first += _padded(linear.out_features)
         pointers = [None if part is None else part.data_ptr() for part in (self.scale, self.sum, self.bias)]
         self.struct = Weight(operand_type, self.num_outputs, self.width, self.panels.data_ptr(), *pointers)
 
@@ -66,7 +64,7 @@ class PackedWeight:
         """Panel by panel, so that little exists twice."""
         num_units, elements = self.panels.shape[1], self.panels.shape[3]
         for start in range(0, len(weight), PANEL):
-            part = weight[start : start + PANEL].detach()
+            part = weight[start : start + PANEL]
             columns = slice(first + start, first + start + len(part))
             if self.scale is not None and self.sum is not None:
                 wide = part.float()
@@ -84,7 +82,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, operand_type: OperandType) -> None:
         super().__init__()
-        self._packed = PackedWeight([linear.weight], operand_type, [linear.bias])
+        self._packed = PackedWeight([linear], operand_type)
         self._num_outputs = linear.out_features
         self._library = cpu_library()
 

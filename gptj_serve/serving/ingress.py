@@ -33,7 +33,6 @@ from gptj_serve.errors import GPTJServeError, InvalidRequestError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.model.version import model_version
-from gptj_serve.planner import plan_service
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.handover import MAX_CONSTRUCTOR_TRIES, own_handover
 from gptj_serve.serving.logs import IngressLines, use_serve_logging
