@@ -4,18 +4,19 @@ It is compiled with g++ (or what `CXX` names) into the user's cache directory, u
 flags and the compiler's version: so it is compiled once on a machine, and a restart takes it from there.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-
-import torch
 
 from gptj_serve.environment import compiler, user_cache
 from gptj_serve.errors import GPTJServeError
@@ -92,12 +93,8 @@ def cpu_features() -> frozenset[str]:
 @functools.cache
 def cpu_library() -> ctypes.CDLL:
     """Compiled if need be. Raises `KernelsUnavailableError`."""
-    missing = [feature for feature in REQUIRED if feature not in cpu_features()]
-    if missing:
-        raise KernelsUnavailableError(f"this CPU has no {', '.join(missing)}")
-    flags = [*FLAGS, *(flag for feature, flag in OPTIONAL.items() if feature in cpu_features()), *_openmp_of_torch()]
     try:
-        library = ctypes.CDLL(str(_compiled(flags)))
+        library = ctypes.CDLL(str(compiled_library()))
     except OSError as error:
         raise KernelsUnavailableError(f"the compiled kernels can't be loaded: {error}") from error
     library.gptj_stage_new.argtypes = [POINTER(Shape)]
@@ -111,10 +108,25 @@ def cpu_library() -> ctypes.CDLL:
     return library
 
 
-def _compiled(flags: list[str]) -> Path:
+def start_compiling() -> None:
+    """In a thread; whoever calls `cpu_library` meanwhile waits for it, and hears of what went wrong."""
+
+    def compile_if_possible() -> None:
+        with contextlib.suppress(KernelsUnavailableError):
+            compiled_library()
+
+    threading.Thread(target=compile_if_possible, name="compile-kernels", daemon=True).start()
+
+
+def compiled_library() -> Path:
+    """The file, compiled if it is not there yet: some seconds. Raises `KernelsUnavailableError`."""
+    missing = [feature for feature in REQUIRED if feature not in cpu_features()]
+    if missing:
+        raise KernelsUnavailableError(f"this CPU has no {', '.join(missing)}")
     command = compiler()
     if shutil.which(command[0]) is None:
         raise KernelsUnavailableError(f"there is no {command[0]} to compile them with")
+    flags = [*FLAGS, *(flag for feature, flag in OPTIONAL.items() if feature in cpu_features()), *_openmp_of_torch()]
     version = _output_of([*command, "--version"])
     key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, version]).encode()).hexdigest()[:32]
     directory = _cache_directory()
@@ -156,5 +168,7 @@ def _cache_directory() -> Path:
 
 def _openmp_of_torch() -> list[str]:
     """Link with the OpenMP that torch brings, if it does: two in a process would have two pools of threads."""
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    torch = importlib.util.find_spec("torch")  # not imported: it takes seconds, in which the compiler can be at work
+    assert torch is not None
+    found = [file for place in torch.submodule_search_locations or [] for file in Path(place).glob("lib/libgomp*.so*")]
     return [str(found[0]), f"-Wl,-rpath,{found[0].parent}"] if found else []

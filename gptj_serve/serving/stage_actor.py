@@ -65,6 +65,11 @@ class GPTJStage:
         """Load the weights; returns a description of the stage. Raises `CheckpointError`, also if the files are no
         longer those that the pipeline started with,
         and `ConfigError` where the machine can't be deterministic."""
+        settings = self._settings
+        if settings.kernels == "auto" and not settings.uses_gpu:
+            from gptj_serve.kernels.cpu_library import start_compiling
+
+            start_compiling()  # while torch is imported
         import torch
 
         from gptj_serve.model.checkpoint import Checkpoint
@@ -75,7 +80,6 @@ class GPTJStage:
         from gptj_serve.pipeline.stage_status import describe_stage
         from gptj_serve.pipeline.step_meter import StepMeter
 
-        settings = self._settings
         device = torch.device("cuda" if settings.uses_gpu else "cpu")
         torch.set_num_threads(settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_stages))
         spec = StageSpec(
