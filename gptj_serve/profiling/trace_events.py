@@ -171,7 +171,7 @@ def _figures(span: Span) -> dict[str, object]:
 def _without_overlaps(spans: list[Span]) -> list[tuple[Span, float]]:
     """Each with its end: a stage does one thing at a time, but its clock may have been set back."""
     starts = [span.start_s for span in spans[1:]] + [float("inf")]
-    return [(span, min(span.end_s, next_start_s)) for span, next_start_s in zip(spans, starts, strict=True)]
+    return [(span, min(span.end_s, next_start_s)) for span, next_start_s in zip(spans, starts, strict=False)]
 
 
 def _beginnings(timeline: Timeline) -> Iterable[float]:
