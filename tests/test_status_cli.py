@@ -188,8 +188,8 @@ def test_a_trace_of_the_last_steps(run: Any, service: Service, tmp_path: Path) -
     ]
     assert [e["args"] for e in events if e["ph"] == "X"] == [{"num_rows": 3, "num_tokens": 7}] * 6
     assert [e["ph"] for e in events if e["ph"] in "sf"] == ["s", "f"] * 2
-    counters = {e["name"]: e["args"]["value"] for e in events if e["ph"] == "C"}
-    assert counters == {"requests waiting": 2, "sequences running": 3, "KV blocks used": 128}
+    counters = {e["name"]: e["args"] for e in events if e["ph"] == "C"}
+    assert counters == {"requests": {"waiting": 2}, "sequences": {"running": 3}, "KV blocks": {"used": 128}}
 
 
 @pytest.mark.parametrize("option", ["--once", "--json"])

@@ -45,7 +45,7 @@ def check(events: list[Event]) -> None:
             tracks[event["tid"]].append(event)
     for slices in tracks.values():
         _check_nesting(slices)
-    _check_arrows(events, tracks)
+    _check_arrows(events)
 
 
 def nanoseconds(microseconds: float) -> int:
@@ -100,19 +100,20 @@ def _check_nesting(slices: list[Event]) -> None:
         under_way.append(end)
 
 
-def _check_arrows(events: list[Event], tracks: dict[int, list[Event]]) -> None:
-    """Each leaves a slice before that ends, and arrives where another begins, which the file has before it."""
-    ends: dict[int, list[tuple[int, Event]]] = defaultdict(list)
-    for place, event in enumerate(events):
-        if event["ph"] in "sf":
-            ends[event["id"]].append((place, event))
-    places = {id(event): place for place, event in enumerate(events)}
+def _check_arrows(events: list[Event]) -> None:
+    """Each leads from one microbatch's slice to the next, and each end follows the beginning of its slice at once: the
+    slice that began last on its track is the one that readers tie it to."""
+    ends: dict[int, list[tuple[Event, Event]]] = defaultdict(list)
+    began_last: dict[int, Event] = {}
+    for event in events:
+        if event["ph"] == "X":
+            began_last[event["tid"]] = event
+        elif event["ph"] in "sf":
+            ends[event["id"]].append((event, began_last[event["tid"]]))
     for arrow in ends.values():
-        (_, start), (place, end) = arrow
+        (start, left), (end, reached) = arrow
         assert (start["ph"], end["ph"]) == ("s", "f")
         assert [start[key] for key in ("name", "cat", "pid")] == [end[key] for key in ("name", "cat", "pid")]
-        left = nanoseconds(start["ts"])
-        assert any(first <= left < last for first, last in map(span, tracks[start["tid"]]))
-        reached = [event for event in tracks[end["tid"]] if event["ts"] == end["ts"]]
-        assert reached
-        assert all(places[id(event)] < place for event in reached)
+        assert (left["ts"], reached["ts"]) == (start["ts"], end["ts"])
+        assert left["name"] == reached["name"]
+        assert left["tid"] != reached["tid"]

@@ -22,11 +22,10 @@ TraceEvent = dict[str, Any]
 MAX_TRACKS = 1000
 """Of a process: track ids are unique over all of them, and none is 0, which some readers take for an idle thread."""
 
-LAST_MOMENT_S = 1e-6
-"""Before a slice's end: what happens at the end itself belongs to no slice."""
-
 _ORDER = {"M": 0, "X": 1, "i": 2, "C": 2, "s": 3, "f": 4}
-"""Of events at the same time: an arrow looks for the slice that it belongs to among those before it."""
+_OPERATOR_ORDER = 5
+"""Of events at the same time. Perfetto ties an arrow to the slice that began last before it in the file: so each end of
+one follows its microbatch at once, and operators within come later."""
 
 
 def trace_events(timelines: Mapping[str, Timeline]) -> list[TraceEvent]:
@@ -36,9 +35,13 @@ def trace_events(timelines: Mapping[str, Timeline]) -> list[TraceEvent]:
     arrow_ids = itertools.count(1)
     for process_id, (name, timeline) in enumerate(timelines.items(), start=1):
         events += _Process(process_id, timeline, origin_s, arrow_ids).events(name)
-    return sorted(
-        events, key=lambda event: (event["ph"] != "M", event["ts"], _ORDER[event["ph"]], -event.get("dur", 0))
-    )
+    return sorted(events, key=_place)
+
+
+def _place(event: TraceEvent) -> tuple[bool, float, int, float]:
+    """Of two slices that begin together the longer one holds the other."""
+    order = _OPERATOR_ORDER if event.get("cat") == "operator" else _ORDER[event["ph"]]
+    return event["ph"] != "M", event["ts"], order, -event.get("dur", 0)
 
 
 def check_trace_file(file: Path) -> None:
@@ -96,9 +99,9 @@ class _Process:
         for senders, receivers in itertools.pairwise(slices):
             yield from self._arrows(senders, receivers)
         for occupancy in timeline.occupancies:
-            for counter, value in COUNTERS.items():
+            for (counter, series), value in COUNTERS.items():
                 event = self._event("C", counter, "scheduler", self._scheduler_track, occupancy.at_s)
-                yield {**event, "args": {"value": value(occupancy)}}
+                yield {**event, "args": {series: value(occupancy)}}
 
     def _scheduler(self) -> Iterable[TraceEvent]:
         for span in self._timeline.scheduler_spans:
@@ -109,24 +112,20 @@ class _Process:
             yield {**event, "s": "t", "args": {"request_id": passage.request_id, "waited_s": passage.waited_s}}
 
     def _arrows(self, senders: list[tuple[Span, float]], receivers: list[tuple[Span, float]]) -> Iterable[TraceEvent]:
-        """From the last moment of each sender's slice to the beginning of its receiver's.
+        """From each sender's slice to the receiver's; both ends are told with the slice's beginning, see `_ORDER`.
 
-        By the clocks of two hosts a microbatch may have come before it went: the arrow then leaves earlier, and there
-        is none if that would be before the sender began.
+        By the clocks of two hosts a microbatch may have come before the sender began: then there is none.
         """
-        sent = {span.microbatch_id: (span, end_s) for span, end_s in senders}
+        sent = {span.microbatch_id: span for span, _ in senders}
         for receiver, _ in receivers:
-            if (pair := sent.get(receiver.microbatch_id)) is None:
+            sender = sent.get(receiver.microbatch_id)
+            if sender is None or receiver.start_s < sender.start_s:
                 continue
-            sender, end_s = pair
-            if receiver.start_s < sender.start_s:
-                continue
-            leaves_s = max(sender.start_s, min(end_s - LAST_MOMENT_S, receiver.start_s))
             arrow_id = next(self._arrow_ids)
-            start = self._event("s", "handoff", "handoff", self._stage_track(sender.stage_index), leaves_s)
-            yield {**start, "id": arrow_id}
-            end = self._event("f", "handoff", "handoff", self._stage_track(receiver.stage_index), receiver.start_s)
-            yield {**end, "id": arrow_id, "bp": "e"}
+            for phase, span in (("s", sender), ("f", receiver)):
+                track = self._stage_track(span.stage_index)
+                event = {**self._event(phase, "handoff", "handoff", track, span.start_s), "id": arrow_id}
+                yield event if phase == "s" else {**event, "bp": "e"}  # the slice around it, not the next one
 
     def _slice(
         self, name: str, category: str, track: int, start_s: float, end_s: float, args: Mapping[str, object]
@@ -149,11 +148,12 @@ class _Process:
         return self._scheduler_track + 1 + stage_index
 
 
-COUNTERS: dict[str, Callable[[Occupancy], int]] = {
-    "requests waiting": lambda occupancy: occupancy.num_waiting,
-    "sequences running": lambda occupancy: occupancy.num_running,
-    "KV blocks used": lambda occupancy: occupancy.num_kv_blocks_used,
+COUNTERS: dict[tuple[str, str], Callable[[Occupancy], int]] = {
+    ("requests", "waiting"): lambda occupancy: occupancy.num_waiting,
+    ("sequences", "running"): lambda occupancy: occupancy.num_running,
+    ("KV blocks", "used"): lambda occupancy: occupancy.num_kv_blocks_used,
 }
+"""Names and what they count, which Perfetto shows as one name."""
 
 
 def _figures(span: Span) -> dict[str, object]:
