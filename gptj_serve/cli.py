@@ -1,4 +1,4 @@
-"""The command line: `gptj-serve convert | plan | fit | status`.
+"""The command line: `gptj-serve convert | plan | fit | profile | status`.
 
 What a command needs is imported inside it, so that the others need not wait for it.
 An error of this package ends as one line on stderr and exit status 1.
@@ -45,6 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
         from gptj_serve import fit_cli
 
         app.add_typer(fit_cli.app, name="fit")
+    if not words or words[0] in ("profile", "--help"):
+        from gptj_serve import profile_cli
+
+        app.command()(profile_cli.profile)
     if not words or words[0] in ("status", "--help"):
         from gptj_serve import status_cli
 

@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from http.client import HTTPException
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from gptj_serve import environment
 from gptj_serve.api.status import PipelineStatus, StageStatus, Status
-from gptj_serve.errors import GPTJServeError
+from gptj_serve.errors import ConfigError, GPTJServeError
 
 TIMEOUT_S = 10.0
 PERIOD_S = 1.0
@@ -50,8 +51,18 @@ def status(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print it once instead of renewing it until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it once, as JSON.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the stages' last steps to this file, for ui.perfetto.dev; compressed if it ends in .gz."
+        ),
+    ] = None,
 ) -> None:
     """Show what a running service, its pipelines and their stages are doing."""
+    if trace is not None:
+        if once or as_json:
+            raise ConfigError(f"--trace={trace}: can't be set beside --{'json' if as_json else 'once'}")
+        return _write_trace(trace, url, api_key)
     first = fetch_status(url, api_key)
     if as_json:
         return typer.echo(json.dumps(first, indent=2))
@@ -67,6 +78,22 @@ def status(
                 live.update(render(fetch_status(url, api_key), console.width), refresh=True)
         except KeyboardInterrupt:
             return None
+
+
+def _write_trace(file: Path, url: str, api_key: str | None) -> None:
+    from gptj_serve.profiling.service_timeline import service_timelines
+    from gptj_serve.profiling.trace_events import check_trace_file, write_trace
+
+    check_trace_file(file)
+    status = fetch_status(url, api_key)
+    timelines = service_timelines(status)
+    write_trace(file, timelines, {"model": status["model"], "version": status["version"], "url": url})
+    for problem in status["problems"]:
+        typer.echo(problem, err=True)
+    for name, timeline in timelines.items():
+        num_steps = len({span.microbatch_id for span in timeline.spans})
+        typer.echo(f"{name}: {num_steps} steps of {timeline.num_stages} stages, over {timeline.duration_s:.2f} s")
+    typer.echo(f"timeline: {file}, for ui.perfetto.dev or chrome://tracing")
 
 
 def fetch_status(url: str, api_key: str | None = None) -> Status:

@@ -47,8 +47,8 @@ def pickled(tiny_gptj, tmp_path: Path) -> Path:
 def test_help_names_the_commands(run):
     outcome = run("--help")
     assert outcome.status == 0
-    assert "convert" in outcome.out
-    assert "plan" in outcome.out
+    for command in ("convert", "plan", "fit", "profile", "status"):
+        assert command in outcome.out
 
 
 def test_convert(run, pickled: Path, tmp_path: Path):

@@ -37,8 +37,9 @@ LAYERS = [
     ours("pipeline", "planner"),
     ours("modeling"),
     ours("api", "fit"),
+    ours("profiling"),
     ours("serving"),
-    ours("cli", "fit_cli", "status_cli"),
+    ours("cli", "fit_cli", "profile_cli", "status_cli"),
 ]
 
 SAMPLER = ours("engine.sampling", "engine.logit_edits", "engine.warpers", "engine.draws", "engine.ranking")
@@ -80,6 +81,11 @@ RULES = [
         ("torch", *ours("model", "engine", "pipeline")),
     ),
     Rule("only cli builds on serving", (PACKAGE,), ours("serving"), exempt=ours("serving", "cli")),
+    Rule(
+        "a service's timeline is written without torch",
+        ours("profiling.trace_events", "profiling.service_timeline", "profiling.load", "profiling.deployment"),
+        ("torch", *SAMPLER, *ours("model", "pipeline", "profiling.session", "profiling.operators")),
+    ),
     Rule("a checkpoint can be refused without torch", ours("model.config", "model.checkpoint"), ("torch",)),
 ]
 
@@ -137,6 +143,8 @@ def test_rule_holds(rule: Rule):
         ("api/app.py", "from gptj_serve.modeling.heads import GPTJForCausalLM"),
         ("modeling/heads.py", "from gptj_serve.serving import app"),
         ("planner.py", "from gptj_serve.pipeline.stage_runner import StageRunner"),
+        ("profiling/trace_events.py", "from gptj_serve.profiling.operators import ProfiledRunner"),
+        ("profiling/session.py", "from gptj_serve.serving.stage_actor import StageSettings"),
         ("grammar/matcher.py", "from gptj_serve.engine.sequence import Sequence"),
         ("grammar/library.py", "from gptj_serve.types import Grammar"),
     ],
@@ -174,6 +182,15 @@ def test_environment_variables_are_named_in_one_place():
 
 def test_the_http_side_starts_without_torch_and_ray():
     code = "import sys, gptj_serve.api.app, gptj_serve.tokenizer; print({'torch', 'ray'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_the_timeline_of_a_service_is_written_without_torch_and_ray():
+    code = (
+        "import sys, gptj_serve.status_cli, gptj_serve.profile_cli, gptj_serve.profiling.service_timeline;"
+        "import gptj_serve.profiling.trace_events; print({'torch', 'ray'} & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from trace_format import read_trace
 
 from gptj_serve.api.status import PipelineStatus, StageStatus, Status
 from gptj_serve.cli import main
@@ -151,6 +153,51 @@ def test_no_redirect_takes_the_key_elsewhere(run: Any, service: Service) -> None
         "followed, since that may be anybody's\n"
     )  # fmt: skip
     assert service.num_requests == 1
+
+
+def test_a_trace_of_the_last_steps(run: Any, service: Service, tmp_path: Path) -> None:
+    """Of a stage some steps are no longer told, or not yet."""
+    stages = [
+        make_stage(
+            index,
+            steps=[
+                {"microbatch_id": number, "started_at": 2.0 + number + 0.5 * index, "duration_s": 0.5, "num_rows": 3,
+                 "num_tokens": 7}
+                for number in range(first, end)
+            ],
+        )
+        for index, (first, end) in enumerate([(1, 4), (0, 3)])
+    ]  # fmt: skip
+    pipeline = PipelineStatus(**{**make_status()["pipelines"][0], "stages": stages, "now": 6.0})
+    service.body = json.dumps(make_status(pipelines=[pipeline], problems=["pipeline def does not answer"])).encode()
+    file = tmp_path / "trace.json.gz"
+    assert run("--trace", str(file)) == (
+        0,
+        f"pipeline abc: 4 steps of 2 stages, over 3.00 s\ntimeline: {file}, for ui.perfetto.dev or chrome://tracing\n",
+        "pipeline def does not answer\n",
+    )
+    events = read_trace(file)
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert [(tracks[e["tid"]], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [
+        ("stage 1", "microbatch 0", 0, 500_000),
+        ("stage 0", "microbatch 1", 500_000, 500_000),
+        ("stage 1", "microbatch 1", 1_000_000, 500_000),
+        ("stage 0", "microbatch 2", 1_500_000, 500_000),
+        ("stage 1", "microbatch 2", 2_000_000, 500_000),
+        ("stage 0", "microbatch 3", 2_500_000, 500_000),
+    ]
+    assert [e["args"] for e in events if e["ph"] == "X"] == [{"num_rows": 3, "num_tokens": 7}] * 6
+    assert [e["ph"] for e in events if e["ph"] in "sf"] == ["s", "f"] * 2
+    counters = {e["name"]: e["args"] for e in events if e["ph"] == "C"}
+    assert counters == {"requests": {"waiting": 2}, "sequences": {"running": 3}, "KV blocks": {"used": 128}}
+
+
+@pytest.mark.parametrize("option", ["--once", "--json"])
+def test_a_trace_is_all_that_is_shown(run: Any, service: Service, tmp_path: Path, option: str) -> None:
+    file = tmp_path / "trace.json"
+    assert run("--trace", str(file), option) == (1, "", f"gptj-serve: --trace={file}: can't be set beside {option}\n")
+    assert not file.exists()
+    assert service.num_requests == 0
 
 
 @pytest.mark.parametrize("body", [b"<html>", b'{"model": "x"}', b""])

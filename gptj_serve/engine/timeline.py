@@ -1,12 +1,17 @@
-"""When which stage works on which microbatch: a run of the real scheduler over stages of given speed.
+"""When which stage works on which microbatch: as it was measured, or a run of the real scheduler over stages of given
+speed.
 
-Time is simulated, so an hour of requests takes seconds, and a schedule can be looked at without any hardware.
+In `simulate` time is simulated, so an hour of requests takes seconds, and a schedule can be looked at without any
+hardware. `gptj_serve.profiling` measures.
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
+from gptj_serve.engine.milestones import Milestone
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.types import EngineRequest, Event
@@ -14,18 +19,74 @@ from gptj_serve.types import EngineRequest, Event
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stage at work on a microbatch, in seconds from the start."""
+    """A stage at work on a microbatch. None is what is not known of it."""
 
+    microbatch_id: int
+    stage_index: int
+    start_s: float
+    end_s: float
+    num_rows: int | None = None
+    num_tokens: int | None = None
+    num_decode_rows: int | None = None
+    num_prompt_tokens: int | None = None  # those that are computed again too
+    handoff_s: float | None = None
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSpan:
+    """The scheduler at work: "schedule" made the microbatch, or none if the id is None; "update" took its results."""
+
+    name: Literal["schedule", "update"]
+    microbatch_id: int | None
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """An operator of torch, within a stage's step. One that calls others holds them in time."""
+
+    name: str
     microbatch_id: int
     stage_index: int
     start_s: float
     end_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What the scheduler holds at a point in time."""
+
+    at_s: float
+    num_waiting: int
+    num_running: int
+    num_kv_blocks_used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A request reaches a milestone."""
+
+    at_s: float
+    milestone: Milestone
+    request_id: str
+    waited_s: float
+
+
 @dataclass(slots=True)
 class Timeline:
+    """All in seconds from one origin, which is the start of a simulation, or Unix time where it was measured."""
+
     num_stages: int
     spans: list[Span] = field(default_factory=list)
+    scheduler_spans: list[SchedulerSpan] = field(default_factory=list)
+    operators: list[Operator] = field(default_factory=list)
+    occupancies: list[Occupancy] = field(default_factory=list)
+    passages: list[Passage] = field(default_factory=list)
 
     @property
     def duration_s(self) -> float:
@@ -35,9 +96,29 @@ class Timeline:
         return max(span.end_s for span in self.spans) - min(span.start_s for span in self.spans)
 
     @property
+    def in_flight_s(self) -> float:
+        """Of that, the time in which a microbatch was on its way through the stages."""
+        begins: dict[int, float] = {}
+        ends: dict[int, float] = {}
+        for span in self.spans:
+            begins[span.microbatch_id] = min(span.start_s, begins.get(span.microbatch_id, math.inf))
+            ends[span.microbatch_id] = max(span.end_s, ends.get(span.microbatch_id, -math.inf))
+        total_s, covered_until = 0.0, -math.inf
+        for microbatch_id, start_s in sorted(begins.items(), key=lambda item: item[1]):
+            end_s = ends[microbatch_id]
+            total_s += max(0.0, end_s - max(start_s, covered_until))
+            covered_until = max(covered_until, end_s)
+        return total_s
+
+    def of_stage(self, stage_index: int) -> list[Span]:
+        """In the order of time."""
+        spans = [span for span in self.spans if span.stage_index == stage_index]
+        return sorted(spans, key=lambda span: span.start_s)
+
+    @property
     def bubble_ratio(self) -> float:
         """The share of the stages' time in which they have nothing to do."""
-        busy_s = sum(span.end_s - span.start_s for span in self.spans)
+        busy_s = sum(span.duration_s for span in self.spans)
         return 1 - busy_s / (self.num_stages * self.duration_s) if self.spans else 0.0
 
     def grid(self, slot_s: float, max_slots: int = 32) -> str:
@@ -83,7 +164,8 @@ def simulate(
             for stage_index, free_s in enumerate(stage_free_s):
                 start_s = max(ready_s, free_s)
                 ready_s = stage_free_s[stage_index] = start_s + duration_s(microbatch, stage_index)
-                timeline.spans.append(Span(microbatch.microbatch_id, stage_index, start_s, ready_s))
+                size = len(microbatch.rows), microbatch.num_tokens
+                timeline.spans.append(Span(microbatch.microbatch_id, stage_index, start_s, ready_s, *size))
             heapq.heappush(in_flight, (ready_s, microbatch.microbatch_id, answer(microbatch)))
         next_s = [in_flight[0][0]] if in_flight else []
         if pending and len(in_flight) < num_stages:

@@ -18,8 +18,11 @@ from gptj_serve.steps import MicroBatch, StepOutput
 class InProcessPipeline:
     """Stages overlap as they do across processes: each has one thread, and torch releases the interpreter lock."""
 
-    def __init__(self, runners: Sequence[StageRunner]) -> None:
-        self._stages = [_Stage(runner, index) for index, runner in enumerate(runners)]
+    def __init__(self, runners: Sequence[StageRunner], meters: Sequence[StepMeter] | None = None) -> None:
+        """`meters`, one for each stage, are told of its steps; by default each has a new one."""
+        meters = [StepMeter() for _ in runners] if meters is None else meters
+        pairs = zip(runners, meters, strict=True)
+        self._stages = [_Stage(runner, index, meter) for index, (runner, meter) in enumerate(pairs)]
         self._num_recoveries = 0
 
     async def run(self, microbatch: MicroBatch) -> StepOutput:
@@ -64,9 +67,9 @@ class InProcessPipeline:
 
 
 class _Stage:
-    def __init__(self, runner: StageRunner, index: int) -> None:
+    def __init__(self, runner: StageRunner, index: int, meter: StepMeter) -> None:
         self.runner = runner
-        self.meter = StepMeter()
+        self.meter = meter
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"stage-{index}")
 
     def restart(self) -> None:

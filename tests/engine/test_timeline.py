@@ -1,7 +1,7 @@
 import pytest
 from fake_stages import FakeStages, expected_events, generate_request, make_scheduler
 
-from gptj_serve.engine.timeline import Timeline, simulate
+from gptj_serve.engine.timeline import Span, Timeline, simulate
 from gptj_serve.types import EngineRequest, Event
 
 
@@ -59,3 +59,18 @@ def test_requests_are_answered_as_they_arrive():
 def test_nothing_to_do():
     timeline, _ = run([])
     assert (timeline.duration_s, timeline.bubble_ratio, timeline.grid(1.0)) == (0.0, 0.0, "stage 0 | ")
+
+
+def test_time_with_work_in_flight():
+    """From 0 to 3 and from 10 to 11, with a pause between the stages of microbatch 0; 2 is within that of 1."""
+    spans = [(0, 0, 0.0, 1.0), (0, 1, 2.0, 3.0), (2, 0, 10.25, 10.5), (1, 0, 10.0, 11.0)]
+    timeline = Timeline(2, [Span(*span) for span in spans])
+    assert timeline.duration_s == 11.0
+    assert timeline.in_flight_s == 4.0
+    assert [span.microbatch_id for span in timeline.of_stage(0)] == [0, 1, 2]
+    assert Timeline(2).in_flight_s == 0.0
+
+
+def test_a_simulated_step_says_what_it_computes():
+    timeline, _ = run([generate_request("a", [1, 2, 3], max_new_tokens=2, ignore_eos=True)])
+    assert [(span.num_rows, span.num_tokens) for span in timeline.spans] == [(1, 3), (1, 1)]

@@ -1,0 +1,70 @@
+"""A profile in figures."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptj_serve.engine.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """Of one stage. `busy_ratio` is of the profile's whole time; `bubble_ratio` is the share of the time with work in
+    the pipeline in which this stage had none."""
+
+    stage_index: int
+    layers: tuple[int, int]  # half-open
+    num_steps: int
+    mean_step_s: float
+    p50_step_s: float
+    p99_step_s: float
+    busy_ratio: float
+    bubble_ratio: float
+    mean_handoff_s: float | None  # None of the first stage, which receives from none
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSummary:
+    num_finished: int
+    num_refused: int  # requests that would have waited too long
+    num_steps: int
+    duration_s: float  # from the first step's start to the last one's end
+    num_prompt_tokens: int
+    num_tokens_generated: int
+    num_preemptions: int
+    tokens_per_s: float  # generated
+    scheduler_s_per_step: float
+    stages: list[StageSummary]
+
+
+def summarize_stage(timeline: Timeline, stage_index: int, layers: range) -> StageSummary:
+    spans = timeline.of_stage(stage_index)
+    durations_s = sorted(span.duration_s for span in spans)
+    handoffs_s = [span.handoff_s for span in spans if span.handoff_s is not None]
+    busy_s = sum(durations_s)
+    return StageSummary(
+        stage_index,
+        (layers.start, layers.stop),
+        len(spans),
+        _ratio(busy_s, len(spans)),
+        _percentile(durations_s, 0.5),
+        _percentile(durations_s, 0.99),
+        _ratio(busy_s, timeline.duration_s),
+        1 - _ratio(busy_s, timeline.in_flight_s) if spans else 0.0,
+        sum(handoffs_s) / len(handoffs_s) if handoffs_s else None,
+    )
+
+
+def scheduler_s_per_step(timeline: Timeline) -> float:
+    """Of all that it did, also where it found nothing to schedule."""
+    steps = {span.microbatch_id for span in timeline.spans}
+    return _ratio(sum(span.end_s - span.start_s for span in timeline.scheduler_spans), len(steps))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least so large a share is not above; 0 of nothing."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
