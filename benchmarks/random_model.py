@@ -35,6 +35,8 @@ def make_checkpoint(config: GPTJConfig, directory: Path, dtype: torch.dtype = to
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shapes, file)
     (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    # ids outside a small vocabulary would be refused by some
+    special = {} if config.vocab_size > 50256 else dict.fromkeys(("bos_token_id", "eos_token_id"))
     shape_values = {name: getattr(config, name) for name in SHAPE_FIELDS}
     name = str(dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps({"model_type": "gptj", "dtype": name, **shape_values}))
+    (directory / "config.json").write_text(json.dumps({"model_type": "gptj", "dtype": name, **shape_values, **special}))

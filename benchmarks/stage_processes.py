@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
@@ -104,6 +105,7 @@ def run_stage(pipe: Connection, span: range, config: StageProcessConfig, address
     addresses = loop.bind(f"{address}/{span.start}")
     report = {"weight_bytes": runner.weight_bytes, "peak_bytes": peak_rss_bytes(), "load_s": load_s}
     pipe.send(report | addresses._asdict())
+    loop.failure.add_done_callback(lambda failure: os._exit(1))  # the engine sees its links cut
     loop.start(pipe.recv())
     answers = {"status": meter.status, "peak_bytes": peak_rss_bytes}
     while True:
