@@ -72,7 +72,7 @@ def main(
     shapes = drawn_shapes(config.n_positions) if trace is None else read_trace(trace, config.n_positions, shrink)
     offered, batches = list(map(float, rates.split(","))), list(map(int, peer_batches.split(",")))
     offer = Offer(shapes, offered, seconds, our_batch, batches)
-    threads = threads or os.cpu_count() or 1
+    threads = threads or (1 if quick else os.cpu_count()) or 1  # tiny tensors are too small for more
     results = Results(model)
 
     def log(line: str) -> None:
@@ -99,7 +99,7 @@ def main(
                     own = settings(DEFAULT_KV_SEQUENCES * config.n_positions)
                     measure_load(Engines(names, own, results, log), own, offer, results, log)
                 case "pipeline":
-                    sizes = PipelineSizes((1, 2)) if quick else PipelineSizes((1, 2, 4))
+                    sizes = PipelineSizes((1, 2), num_concurrent=8) if quick else PipelineSizes((1, 2, 4))
                     asyncio.run(measure_pipelines(settings(sizes.num_kv_tokens), sizes, rounds, results, log))
                 case "service":
                     measure_services(tokenizer, ServiceSizes(), rounds, results, log)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.speed.contestants import CONTESTANTS
+from benchmarks.speed.report import significant
 from benchmarks.speed.results import Results, Row
 
 COLOURS = {
@@ -37,10 +38,11 @@ def draw(file: Path, results: Results) -> None:
         values = [found[name][key].median for name in present]
         bars = axes.barh(present, values, color=[COLOURS[name] for name in present])
         axes.barh(present, values, color="none", xerr=_errors([found[name] for name in present], key), ecolor="#59625e")
-        axes.bar_label(bars, fmt="{:,.3g}", fontsize=8, padding=6)
+        axes.bar_label(bars, [significant(value) for value in values], fontsize=8, padding=6)
+        axes.xaxis.set_visible(False)  # the numbers are at the bars
         axes.margins(x=0.2)
         axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.tick_params(labelsize=8)
 
     for panels, scenario in zip(grid, scenarios, strict=True):

@@ -22,11 +22,12 @@ def _number(value: Any) -> str:
     """Median, and the range where there is one."""
     if not isinstance(value, Spread):
         return f"{value:.3g}"
-    shown = _significant(value.median)
-    return shown if value.min == value.max else f"{shown} ({_significant(value.min)}..{_significant(value.max)})"
+    shown = significant(value.median)
+    return shown if value.min == value.max else f"{shown} ({significant(value.min)}..{significant(value.max)})"
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
+    """Three digits, and no powers of ten for large numbers."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
