@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -93,6 +94,7 @@ async def linked_stages(spans: Sequence[range], config: StageProcessConfig) -> A
 
 def run_stage(pipe: Connection, span: range, config: StageProcessConfig, address: str) -> None:
     """A stage's process: load, tell where it listens, serve until it is killed, and answer what `ask` sends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     torch.set_num_threads(config.threads)
     checkpoint = Checkpoint.open(config.directory)
     device = torch.device("cpu")

@@ -72,7 +72,8 @@ class Settings:
 def missing(contestant: Contestant) -> str | None:
     """Why it can't be measured here, if so."""
     if contestant.is_peer:
-        return None if importlib.util.find_spec(contestant.engine) else f"{contestant.engine} is not installed"
+        needed = ("transformers", contestant.engine)  # CTranslate2's converter reads with transformers
+        return next((f"{module} is not installed" for module in needed if not importlib.util.find_spec(module)), None)
     from gptj_serve.pipeline.stage_runner import StageSpec
 
     fields = {field.name for field in dataclasses.fields(StageSpec)}
@@ -162,6 +163,7 @@ class ContestantProcess:
 
 def _serve(pipe: Connection, contestant: Contestant, settings: Settings) -> None:
     """In the contestant's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     try:
         module = importlib.import_module(f"benchmarks.speed.{contestant.engine}_contestant")
         pipe.recv()

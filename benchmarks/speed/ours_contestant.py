@@ -16,6 +16,7 @@ from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.pipeline.stage_status import describe_stage
 from gptj_serve.types import EngineRequest, FailureEvent, SamplingParams, Task, TokenEvent
 
 BLOCK_SIZE = 16
@@ -53,7 +54,7 @@ class Ours:
         self._settings = settings
         self._pipeline = InProcessPipeline(runners)
         self._runners = runners
-        self.facts = {"weight_bytes": sum(runner.weight_bytes for runner in runners)}
+        self.facts = {"stages": [describe_stage(runner) for runner in runners]}
 
     def generate(self, requests: Sequence[Request], max_batch: int, limit_s: float) -> list[Stream]:
         for runner in self._runners:

@@ -1,11 +1,15 @@
-"""The picture of a run: decode and overall rates of each batch, ours beside the peers."""
+"""The picture of a run: ours beside the peers, a row for each batch and, if there was one, for the load over time."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.speed.contestants import CONTESTANTS
 from benchmarks.speed.report import significant
 from benchmarks.speed.results import Results, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = {
     "ours-fp32": "#9fd3c7",
@@ -20,41 +24,59 @@ COLOURS = {
     "ctranslate2-int8": "#d98f4e",
 }
 PANELS = (("prefill_s", "prefill, s"), ("decode_rate", "decode, tokens/s"), ("overall_rate", "overall, tokens/s"))
+LOAD_PANELS = (
+    ("intertoken_p99_s", "p99 between tokens, s"),
+    ("ttft_p50_s", "p50 of the first token, s"),
+    ("ttft_p99_s", "p99 of the first token, s"),
+)
 
 
 def draw(file: Path, results: Results) -> None:
-    from matplotlib.axes import Axes
+    """Needs the group "engine"."""
     from matplotlib.figure import Figure
 
-    rows = results.groups["engine"]
+    rows, load = results.groups["engine"], results.groups.get("load", [])
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    names = [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]
-    figure = Figure(figsize=(9.6, 2.6 * len(scenarios)), layout="constrained")
-    grid = figure.subplots(len(scenarios), len(PANELS), squeeze=False)
-
-    def draw_panel(axes: Axes, scenario: str, key: str) -> None:
-        found = {row["contestant"]: row for row in rows if row["scenario"] == scenario}
-        present = [name for name in names if name in found]
-        values = [found[name][key].median for name in present]
-        bars = axes.barh(present, values, color=[COLOURS[name] for name in present])
-        axes.barh(present, values, color="none", xerr=_errors([found[name] for name in present], key), ecolor="#59625e")
-        axes.bar_label(bars, [significant(value) for value in values], fontsize=8, padding=6)
-        axes.xaxis.set_visible(False)  # the numbers are at the bars
-        axes.margins(x=0.2)
-        axes.invert_yaxis()
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-
-    for panels, scenario in zip(grid, scenarios, strict=True):
+    num_rows = len(scenarios) + bool(load)
+    figure = Figure(figsize=(9.6, 2.4 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, len(PANELS), squeeze=False)
+    for panels, scenario in zip(grid, scenarios, strict=False):
         for axes, (key, title) in zip(panels, PANELS, strict=True):
-            draw_panel(axes, scenario, key)
+            _draw_bars(axes, [row for row in rows if row["scenario"] == scenario], key)
             axes.set_title(f"{scenario}: {title}", fontsize=9)
             if axes is not panels[0]:
                 axes.set_yticklabels([])
+    if load:
+        for axes, (key, title) in zip(grid[-1], LOAD_PANELS, strict=True):
+            _draw_load(axes, load, key)
+            axes.set_title(f"output tokens/s by {title}", fontsize=9)
+        grid[-1][-1].legend(frameon=False, fontsize=6)
     figure.savefig(file, dpi=150)
 
 
-def _errors(rows: Sequence[Row], key: str) -> list[list[float]]:
-    """Below and above the medians."""
+def _draw_bars(axes: "Axes", rows: Sequence[Row], key: str) -> None:
+    """Medians, with lines from the least to the greatest."""
+    names = [row["contestant"] for row in rows]
+    values = [row[key].median for row in rows]
     below = [row[key].median - row[key].min for row in rows]
-    return [below, [row[key].max - row[key].median for row in rows]]
+    above = [row[key].max - row[key].median for row in rows]
+    bars = axes.barh(names, values, color=[COLOURS[name] for name in names], xerr=[below, above], ecolor="#59625e")
+    axes.bar_label(bars, [significant(value) for value in values], fontsize=8, padding=4)
+    axes.margins(x=0.2)
+    axes.invert_yaxis()
+    axes.xaxis.set_visible(False)  # the numbers are at the bars
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _draw_load(axes: "Axes", rows: Sequence[Row], key: str) -> None:
+    """A line for each contestant and limit, from rate to rate."""
+    for name in CONTESTANTS:
+        for max_batch in sorted({row["max_batch"] for row in rows if row["contestant"] == name}):
+            found = [row for row in rows if (row["contestant"], row["max_batch"]) == (name, max_batch)]
+            x, y = [row[key].median for row in found], [row["output_rate"].median for row in found]
+            axes.plot(x, y, "o-", color=COLOURS[name], markersize=3, linewidth=1, label=f"{name}, {max_batch}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)

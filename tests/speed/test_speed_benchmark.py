@@ -13,11 +13,12 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.speed.cli import main
-from benchmarks.speed.contestants import BF16, FP32, INT8
+from benchmarks.speed.contestants import BF16, CONTESTANTS, FP32, INT8
 from benchmarks.speed.load import batch_requests, drawn_shapes, read_trace, trace_requests
 from benchmarks.speed.mixed_load import at_equal_latency
 from benchmarks.speed.models import MODELS, TINY, Cost, decode_cost, kv_bytes_per_token, prefill_cost, weight_bytes
 from benchmarks.speed.pipeline_level import bubble_ratio
+from benchmarks.speed.plot import draw
 from benchmarks.speed.results import Results, Spread, ratios, spread
 from benchmarks.speed.static_batches import OnToken, serve_in_batches
 from benchmarks.speed.streams import Request, Stream, agreement, batch_figures, load_figures
@@ -196,6 +197,19 @@ def test_rates_are_compared_at_equal_latency() -> None:
         "ours-fp32": 30,
         "transformers-fp32": 25,
     }
+
+
+def test_all_engines_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figures = {name: spread([1.0, 2.0, 4.0]) for name in ("prefill_s", "decode_rate", "overall_rate")}
+    load = {name: spread([1.0]) for name in ("output_rate", "intertoken_p99_s", "ttft_p50_s", "ttft_p99_s")}
+    rows = [{"scenario": "1 x 2 + 3", "contestant": name, **figures} for name in CONTESTANTS]
+    loaded = [{"contestant": name, "max_batch": 8, "rate": rate, **load} for name in CONTESTANTS for rate in (1, 2)]
+    file = tmp_path / "speed.svg"
+    draw(file, Results(groups={"engine": rows, "load": loaded}))
+    text = file.read_text()
+    assert [name for name in CONTESTANTS if f"<!-- {name} -->" not in text] == []
+    assert "<!-- output tokens/s by p99 of the first token, s -->" in text
 
 
 def test_a_later_run_is_compared(tmp_path: Path) -> None:
