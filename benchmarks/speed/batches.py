@@ -55,8 +55,9 @@ def measure_batches(
     for row in rows:
         scenario = scenarios[order.index(row["scenario"])]
         of_scenario = [name for other, name in firsts if other == scenario]
-        exact = next((n for n in of_scenario if CONTESTANTS[n].precision.name == "fp32"), of_scenario[0])
-        row["same_tokens"] = agreement(firsts[scenario, row["contestant"]], firsts[scenario, exact])
+        exact = next((other for other in of_scenario if CONTESTANTS[other].precision.name == "fp32"), None)
+        if exact is not None:
+            row["same_tokens"] = agreement(firsts[scenario, row["contestant"]], firsts[scenario, exact])
         peers = [other for other in rows if other["scenario"] == row["scenario"] and _is_peer(other)]
         if peers and not _is_peer(row):
             for rate in ("decode_rate", "overall_rate"):

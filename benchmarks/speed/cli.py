@@ -6,6 +6,7 @@ All run on the same weights, threads and requests, in turns. docs/performance.md
 import asyncio
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -28,28 +29,53 @@ from benchmarks.speed.service_level import ServiceSizes, measure_services
 from gptj_serve.planner import DEFAULT_KV_SEQUENCES
 
 GROUPS = ("engine", "load", "pipeline", "service")
-QUICK_GROUPS = ("engine", "load", "pipeline")
 console = Console(width=170)
 
 
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    model: str
+    only: str
+    rounds: int
+    rates: str
+    seconds: float
+
+
+FULL = _Defaults("405m", ",".join(GROUPS), 3, "0.05,0.1,0.2,0.4", 300.0)
+QUICK = _Defaults("tiny", ",".join(GROUPS[:-1]), 1, "4", 3.0)
+
+
 def main(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}: random weights of that shape.")] = "405m",
-    only: Annotated[str, typer.Option(help="Groups to measure.")] = ",".join(GROUPS),
+    model: Annotated[
+        str | None, typer.Option(help=f"Random weights of a shape: {', '.join(MODELS)}.", show_default=FULL.model)
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Groups to measure.", show_default=FULL.only)] = None,
     contestants: Annotated[str, typer.Option(help=f"Of {', '.join(CONTESTANTS)}.")] = ",".join(DEFAULT_CONTESTANTS),
     scenarios: Annotated[str | None, typer.Option(help="Batch x prompt + new tokens, as 1x128+33,4x1792+128.")] = None,
     threads: Annotated[int, typer.Option(help="Of each contestant; 0: one per core.")] = 0,
-    rounds: Annotated[int, typer.Option(help="Of which medians are shown; one more warms up.")] = 3,
+    rounds: Annotated[
+        int | None, typer.Option(help="Of which medians are shown; one more warms up.", show_default=str(FULL.rounds))
+    ] = None,
+    kv_tokens: Annotated[
+        int, typer.Option(help="Of our KV pool. 0: what the largest scenario needs; for load, 8 full contexts.")
+    ] = 0,
     max_microbatch_tokens: Annotated[int, typer.Option(help="As in the service's config.")] = 512,
     trace: Annotated[Path | None, typer.Option(help="CSV of arrival, prompt tokens, output tokens, for load.")] = None,
     shrink: Annotated[int, typer.Option(help="Divide the trace's lengths by this.")] = 1,
-    rates: Annotated[str, typer.Option(help="Requests per second to offer, for load.")] = "0.05,0.1,0.2,0.4",
-    seconds: Annotated[float, typer.Option(help="For which each rate is offered.")] = 300.0,
+    rates: Annotated[
+        str | None, typer.Option(help="Requests per second to offer, for load.", show_default=FULL.rates)
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="For which each rate is offered.", show_default=str(FULL.seconds))
+    ] = None,
     peer_batches: Annotated[str, typer.Option(help="At most so many sequences of a peer at a time.")] = "1,8",
     our_batch: Annotated[int, typer.Option(help="At most so many sequences of ours at a time.")] = 32,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory of a tokenizer.json, for the service's 405 M model. Default: demo.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model and one round: does it all run?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Another default for each: a tiny model, one round, one thread, no service.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file of all figures.")] = None,
     compare: Annotated[Path | None, typer.Option(help="An earlier run's JSON file: print ratios to it.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG to draw of the group engine; needs matplotlib.")] = None,
@@ -58,19 +84,21 @@ def main(
     ] = None,
 ) -> None:
     """Compare speed on CPUs: our engine, its peers and the hardware's bound, in one run."""
-    groups, names = _chosen("--only", only, GROUPS), _chosen("--contestants", contestants, tuple(CONTESTANTS))
+    defaults = QUICK if quick else FULL
+    model, rounds, seconds = model or defaults.model, rounds or defaults.rounds, seconds or defaults.seconds
+    groups, names = (
+        _chosen("--only", only or defaults.only, GROUPS),
+        _chosen("--contestants", contestants, tuple(CONTESTANTS)),
+    )
     if model not in MODELS:
         raise typer.BadParameter(f"{model!r} is none of {', '.join(MODELS)}", param_hint="--model")
     if plot is not None and "engine" not in groups:
         raise typer.BadParameter("draws the group engine, which is not measured", param_hint="--plot")
     earlier = None if compare is None else Results.read(compare)
-    if quick:
-        model, rounds, seconds, rates, peer_batches = "tiny", 1, 3.0, "4", "2"
-        groups = [group for group in groups if group in QUICK_GROUPS]
     config = MODELS[model]
     chosen = _scenarios(scenarios) if scenarios else QUICK_SCENARIOS if quick else SCENARIOS
     shapes = drawn_shapes(config.n_positions) if trace is None else read_trace(trace, config.n_positions, shrink)
-    offered, batches = list(map(float, rates.split(","))), list(map(int, peer_batches.split(",")))
+    offered, batches = list(map(float, (rates or defaults.rates).split(","))), list(map(int, peer_batches.split(",")))
     offer = Offer(shapes, offered, seconds, our_batch, batches)
     threads = threads or (1 if quick else os.cpu_count()) or 1  # tiny tensors are too small for more
     results = Results(model)
@@ -93,10 +121,10 @@ def main(
         for group in groups:
             match group:
                 case "engine":
-                    own = settings(max(scenario.num_tokens for scenario in chosen))
+                    own = settings(kv_tokens or max(scenario.num_tokens for scenario in chosen))
                     measure_batches(Engines(names, own, results, log), own, chosen, rounds, results, log)
                 case "load":
-                    own = settings(DEFAULT_KV_SEQUENCES * config.n_positions)
+                    own = settings(kv_tokens or DEFAULT_KV_SEQUENCES * config.n_positions)
                     measure_load(Engines(names, own, results, log), own, offer, results, log)
                 case "pipeline":
                     sizes = PipelineSizes((1, 2), num_concurrent=8) if quick else PipelineSizes((1, 2, 4))
