@@ -33,7 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.streaming import HOST, MODEL_NAME, PORT, make_model, running_service
+from benchmarks.serve_run import HOST, MODEL_NAME, PORT, make_model, running_service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.model.checkpoint import Checkpoint
 

@@ -12,41 +12,30 @@ instead of the demo.
 
 import asyncio
 import contextlib
-import json
 import multiprocessing
-import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import httpx
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load_6b import LinkedStages, make_checkpoint, run_stage
+from benchmarks.serve_run import http_stream, make_model, running_service
+from benchmarks.stage_processes import StageProcessConfig, linked_stages
 from gptj_serve.config import PipelineConfig, ServiceConfig
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.model.checkpoint import Checkpoint
-from gptj_serve.model.config import GPTJConfig
-from gptj_serve.pipeline.step_links import StepLinks
-from gptj_serve.planner import Model, plan_service
+from gptj_serve.planner import plan_service
 from gptj_serve.types import EngineRequest, SamplingParams, Task
 
-HOST, PORT = "127.0.0.1", 8000
-MODEL_NAME = "benchmark"
 NUM_PROMPT_TOKENS = 16
-STARTUP_TIMEOUT_S = 240
 console = Console(width=110)
 
 
@@ -67,15 +56,6 @@ def main(
         draw(plot, counts, rates)
 
 
-def make_model(tokenizer: Path, work: Path) -> Path:
-    directory = work / "405m"
-    directory.mkdir()
-    config = GPTJConfig(n_layer=24, n_embd=1024, n_head=16, rotary_dim=32, vocab_size=50400, n_positions=2048)
-    make_checkpoint(Model(config), directory)
-    shutil.copy(tokenizer / "tokenizer.json", directory)
-    return directory
-
-
 async def compare(
     directory: Path, num_stages: int, num_tokens: int, rounds: int, streams: list[int]
 ) -> list[tuple[float, float]]:
@@ -83,7 +63,10 @@ async def compare(
     medians = []
     table = Table("streams", "engine tokens/s", "HTTP tokens/s", "share", title=f"{num_tokens} tokens each")
     async with engine_alone(directory, num_stages) as engine:
-        sources = (lambda seed: engine_stream(engine, seed, num_tokens), lambda seed: http_stream(seed, num_tokens))
+        sources = (
+            lambda seed: engine_stream(engine, seed, num_tokens),
+            lambda seed: http_stream(prompt(seed), num_tokens),
+        )
         for count in streams:
             rates: list[tuple[float, float]] = []
             for index in range(-1, rounds):  # the first to warm up
@@ -96,7 +79,7 @@ async def compare(
         firsts: list[tuple[float, float]] = []
         for index in range(21):
             pair = [await first_token_s(engine_stream(engine, 7000 + index, 2))]
-            pair.append(await first_token_s(http_stream(7000 + index, 2)))
+            pair.append(await first_token_s(http_stream(prompt(7000 + index), 2)))
             firsts.append((pair[0], pair[1]))
     console.print(table)
     alone, over_http = (1000 * statistics.median(column) for column in zip(*firsts[1:], strict=True))
@@ -148,65 +131,6 @@ def prompt(seed: int) -> list[int]:
     return [1 + (seed * 7 + 31 * position) % 4000 for position in range(NUM_PROMPT_TOKENS)]
 
 
-# ------------------------------------------------------------------------------------------------ over HTTP
-
-
-async def http_stream(seed: int, num_tokens: int) -> AsyncGenerator[bytes]:
-    """Chunks of the answer's body, each with an event or several."""
-    body = {
-        "model": MODEL_NAME,
-        "prompt": prompt(seed),
-        "max_tokens": num_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
-    content = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection(HOST, PORT)
-    try:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
-        status, *_ = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-        assert b" 200 " in status, status + await reader.read()
-        while chunk := await reader.read(65536):
-            if b"data: " in chunk:
-                yield chunk
-    finally:
-        writer.close()
-
-
-@contextlib.contextmanager
-def running_service(directory: Path, num_stages: int, work: Path, **pipeline: Any) -> Iterator[subprocess.Popen[bytes]]:
-    args = {
-        "checkpoint": str(directory),
-        "model_name": MODEL_NAME,
-        "pipeline": {"num_stages": num_stages, "stage": {"num_cpus": 0.4}} | pipeline,
-    }
-    application = {"name": "gptj", "route_prefix": "/", "import_path": "gptj_serve.serving.app:build", "args": args}
-    config = {"http_options": {"host": HOST, "port": PORT}, "applications": [application]}
-    (work / "service.yaml").write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).parent / "serve"), "run", str(work / "service.yaml")]
-    with (work / "service.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        deadline = time.monotonic() + STARTUP_TIMEOUT_S
-        while not is_ready():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit((work / "service.log").read_text())
-            time.sleep(0.5)
-        yield process
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
-def is_ready() -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"http://{HOST}:{PORT}/v1/models").status_code == 200
-    return False
-
-
 # ------------------------------------------------------------------------------------------------ the engine alone
 
 
@@ -223,37 +147,19 @@ async def engine_alone(directory: Path, num_stages: int) -> AsyncIterator[LocalE
     checkpoint = Checkpoint.open(directory)
     config = PipelineConfig(num_stages=num_stages)
     planned = plan_service(config, checkpoint)
-    context = multiprocessing.get_context("spawn")
-    sockets = tempfile.mkdtemp(prefix="streaming-sockets-")
-    pipes, processes = [], []
-    try:
-        for stage in planned.stages:
-            ours, theirs = context.Pipe()
-            settings = (str(directory), stage.layers, planned.num_kv_blocks, num_stages, f"ipc://{sockets}")
-            process = context.Process(target=run_stage, args=(theirs, *settings, torch.float32), daemon=True)
-            process.start()
-            processes.append(process)
-            pipes.append(ours)
-        loaded = [await asyncio.to_thread(pipe.recv) for pipe in pipes]
-        links = StepLinks(None, step_timeout_s=600)
-        results = links.bind(f"ipc://{sockets}/results")
-        for pipe, following in zip(pipes, [stage["hidden"] for stage in loaded[1:]] + [results], strict=True):
-            pipe.send(following)
-        links.connect([stage["steps"] for stage in loaded])
+    block_size = config.kv_cache.block_size
+    threads = max(1, multiprocessing.cpu_count() // num_stages)
+    stages = StageProcessConfig(directory, planned.num_kv_blocks, block_size, torch.float32, threads)
+    async with linked_stages([stage.layers for stage in planned.stages], stages) as pipeline:
         limits = SchedulerLimits(
             num_stages,
             config.scheduler.max_num_sequences,
             config.scheduler.max_microbatch_tokens,
             checkpoint.config.n_positions,
         )
-        scheduler = Scheduler(limits, KVBlocks(planned.num_kv_blocks, config.kv_cache.block_size), frozenset())
-        async with LocalEngine(scheduler, LinkedStages(links)) as engine:
+        scheduler = Scheduler(limits, KVBlocks(planned.num_kv_blocks, block_size), frozenset())
+        async with LocalEngine(scheduler, pipeline) as engine:
             yield engine
-        links.close()
-    finally:
-        for process in processes:
-            process.kill()
-        shutil.rmtree(sockets)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""`serve run` of the service, and its streams over HTTP as bytes, so that the client costs little."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from benchmarks.random_model import M405, make_checkpoint
+
+HOST, PORT = "127.0.0.1", 8000
+MODEL_NAME = "benchmark"
+STARTUP_TIMEOUT_S = 240
+
+
+def make_model(tokenizer: Path, work: Path) -> Path:
+    """A random model of 405 M parameters with the tokenizer of that directory."""
+    directory = work / "405m"
+    directory.mkdir()
+    make_checkpoint(M405, directory)
+    shutil.copy(tokenizer / "tokenizer.json", directory)
+    return directory
+
+
+async def http_stream(prompt: Sequence[int], num_tokens: int) -> AsyncGenerator[bytes]:
+    """Chunks of a streamed completion's body, each with an event or several."""
+    body = {
+        "model": MODEL_NAME,
+        "prompt": list(prompt),
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    content = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection(HOST, PORT)
+    try:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
+        status, *_ = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
+        assert b" 200 " in status, status + await reader.read()
+        while chunk := await reader.read(65536):
+            if b"data: " in chunk:
+                yield chunk
+    finally:
+        writer.close()
+
+
+@contextlib.contextmanager
+def running_service(directory: Path, num_stages: int, work: Path, **pipeline: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The service on port 8000, ready; interrupted at the end."""
+    args = {
+        "checkpoint": str(directory),
+        "model_name": MODEL_NAME,
+        "pipeline": {"num_stages": num_stages, "stage": {"num_cpus": 0.4}} | pipeline,
+    }
+    application = {"name": "gptj", "route_prefix": "/", "import_path": "gptj_serve.serving.app:build", "args": args}
+    config = {"http_options": {"host": HOST, "port": PORT}, "applications": [application]}
+    (work / "service.yaml").write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(work / "service.yaml")]
+    with (work / "service.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
+        while not is_ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit((work / "service.log").read_text())
+            time.sleep(0.5)
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def is_ready() -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"http://{HOST}:{PORT}/v1/models").status_code == 200
+    return False

@@ -1,0 +1,227 @@
+"""`python -m benchmarks.speed` runs, and what it reads off its measurements is right."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.speed.cli import main
+from benchmarks.speed.contestants import BF16, CONTESTANTS, FP32, INT8
+from benchmarks.speed.load import batch_requests, drawn_shapes, read_trace, trace_requests
+from benchmarks.speed.mixed_load import at_equal_latency
+from benchmarks.speed.models import MODELS, TINY, Cost, decode_cost, kv_bytes_per_token, prefill_cost, weight_bytes
+from benchmarks.speed.pipeline_level import bubble_ratio
+from benchmarks.speed.plot import draw
+from benchmarks.speed.results import Results, Spread, ratios, spread
+from benchmarks.speed.static_batches import OnToken, serve_in_batches
+from benchmarks.speed.streams import Request, Stream, agreement, batch_figures, load_figures
+from gptj_serve.planner import Model, Resources, plan
+
+PEERS = [name for name in ("transformers", "ctranslate2") if importlib.util.find_spec(name)]
+
+
+def run_quick(file: Path, *options: str) -> tuple[str, Results]:
+    """What it printed and wrote."""
+    command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--output", str(file), *options]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout, Results.read(file)
+
+
+@pytest.mark.timeout(600)
+def test_engines_side_by_side(tmp_path: Path) -> None:
+    names = "ours-fp32,transformers-fp32,ctranslate2-fp32"
+    printed, results = run_quick(tmp_path / "speed.json", "--only", "engine", "--contestants", names)
+    rows = results.groups["engine"]
+    present = ["ours-fp32", *(f"{peer}-fp32" for peer in PEERS)]
+    assert [row["contestant"] for row in rows] == present * 3
+    assert [row["same_tokens"] for row in rows] == [1.0] * len(rows), "they don't compute the same model"
+    assert all(row["prefill_s"].median > 0 and row["step_of_bound"] > 0 for row in rows)
+    missing = {"transformers", "ctranslate2"} - set(PEERS)
+    assert results.left_out == {f"{peer}-fp32": f"{peer} is not installed" for peer in missing}
+    assert "best peer" in printed
+    ours = rows[0]
+    peers = rows[1 : len(present)]
+    if peers:
+        best = max(row["overall_rate"].median for row in peers)
+        assert ours["overall_rate_to_best_peer"] == pytest.approx(ours["overall_rate"].median / best)
+    else:
+        assert "overall_rate_to_best_peer" not in ours
+
+
+@pytest.mark.timeout(600)
+def test_load_and_pipelines(tmp_path: Path) -> None:
+    options = ("--only", "load,pipeline", "--contestants", "ours-fp32")
+    printed, results = run_quick(tmp_path / "speed.json", *options)
+    (row,) = results.groups["load"]
+    assert row["output_rate"].median > 0
+    assert row["ttft_p99_s"].median >= row["ttft_p50_s"].median > 0
+    stages = {(row["kind"], row["num_stages"]): row for row in results.groups["pipeline"]}
+    assert list(stages) == [("in process", 1), ("in process", 2), ("linked", 1), ("linked", 2)]
+    for (_, num_stages), row in stages.items():
+        assert 0 <= row["bubble_ratio"].median < 1
+        assert ("handoff_s" in row) == (num_stages > 1)
+    machine = json.loads((tmp_path / "speed.json").read_text())["machine"]
+    assert machine["operations_per_s"]["fp32"]["torch"] > 0
+    assert "handoff" in printed
+
+
+@pytest.mark.parametrize("option", [("--only", "engines"), ("--contestants", "theirs"), ("--model", "7b")])
+def test_unknown_names_are_refused(option: tuple[str, str]) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, option)
+    assert result.exit_code == 2
+    assert repr(option[1]) in result.stderr
+
+
+def test_costs_are_the_planners() -> None:
+    config = MODELS["405m"]
+    for precision, dtype in ((FP32, "float32"), (BF16, "bfloat16")):
+        planned = plan(Model(config), Resources(dtype=dtype))
+        assert weight_bytes(config, precision) == planned.weight_bytes
+        assert kv_bytes_per_token(config, precision) == planned.kv_bytes_per_token
+        read = planned.stages[0].read_bytes
+        assert decode_cost(config, precision, 1, 0).num_bytes == pytest.approx(read, rel=1e-3)  # but biases and norms
+    assert weight_bytes(config, INT8) < 0.4 * weight_bytes(config, FP32)
+
+
+def test_operations_are_counted() -> None:
+    """As many as the products of a forward pass have, taken one by one."""
+    width, inner, layers, vocab = TINY.n_embd, TINY.inner_dim, TINY.n_layer, TINY.vocab_size
+    per_token = 2 * layers * (4 * width * width + 2 * width * inner)
+    head = 2 * width * vocab
+    scores_and_values = 2 * 2 * width * layers
+    assert decode_cost(TINY, FP32, 3, 50).num_operations == 3 * (per_token + head + 50 * scores_and_values)
+    by_position = sum(position * scores_and_values for position in range(1, 17))
+    prefill = prefill_cost(TINY, FP32, 2, 16).num_operations
+    assert prefill == pytest.approx(2 * (16 * per_token + head + by_position), rel=0.01)
+
+
+def test_the_larger_of_both_bounds() -> None:
+    assert Cost(100, 10).bound_s(bytes_per_s=10, operations_per_s=10) == 10
+    assert Cost(100, 1000).bound_s(bytes_per_s=10, operations_per_s=10) == 100
+
+
+def test_batch_figures() -> None:
+    """Two sequences that decode together from 2.0 to 5.0; one had begun before."""
+    early = Stream(0.0, [1.0, 2.1, 3.0, 4.0, 5.0], [1] * 5)
+    late = Stream(0.0, [2.0, 3.0, 4.0, 5.0, 6.0], [1] * 5)
+    figures = batch_figures([early, late])
+    assert figures.prefill_s == 2.0
+    assert figures.step_s == pytest.approx(((5.0 - 2.1) / 3 + 1.0) / 2)
+    assert figures.decode_rate == pytest.approx(2 / figures.step_s)
+    assert figures.overall_rate == pytest.approx(10 / 6)
+
+
+def test_load_figures() -> None:
+    requests = [Request(0.0, [1], 3), Request(1.0, [1], 2), Request(8.0, [1], 2)]
+    streams = [Stream(0.0, [1.0, 4.0, 5.0], [1] * 3), Stream(1.0, [6.0, 9.5], [1] * 2), Stream(8.0)]
+    figures = load_figures(requests, streams, seconds=9.0)
+    assert figures.output_rate == pytest.approx(3 / 6)  # tokens after 3.0, up to 9.0
+    assert figures.ttft_p50_s == 1.0
+    assert figures.ttft_p99_s == 5.0
+    assert figures.intertoken_p99_s == 3.5
+    assert figures.num_unfinished == 1
+
+
+def test_agreement_ends_at_the_first_difference() -> None:
+    one, other = Stream(0.0, [1.0] * 4, [5, 6, 7, 8]), Stream(0.0, [1.0] * 4, [5, 6, 9, 8])
+    assert agreement([one], [other]) == 0.5
+    assert agreement([one, one], [one, other]) == 0.75
+
+
+def test_bubbles_are_of_the_time_that_all_meters_show() -> None:
+    def meter(*spans: tuple[float, float]) -> dict[str, list[dict[str, float]]]:
+        return {"steps": [{"started_at": start, "duration_s": end - start} for start, end in spans]}
+
+    assert bubble_ratio([meter((0, 1), (1, 2), (2, 3))]) == 0
+    assert bubble_ratio([meter((0, 1), (2, 3)), meter((1, 2), (3, 4))]) == pytest.approx(1 / 2)  # of 1.0 to 3.0
+
+
+def test_what_waits_when_a_batch_ends_is_the_next() -> None:
+    batches: list[int] = []
+
+    def run(batch: Sequence[Request], on_token: OnToken) -> None:
+        batches.append(len(batch))
+        time.sleep(0.05)
+        for row, request in enumerate(batch):
+            on_token(row, request.prompt[0])
+
+    requests = [Request(0.0, [index], 1) for index in range(5)] + [Request(0.3, [5], 1), Request(50.0, [6], 1)]
+    streams = serve_in_batches(run, requests, max_batch=3, limit_s=1.0)
+    assert batches == [3, 2, 1]
+    assert [stream.token_ids for stream in streams] == [[0], [1], [2], [3], [4], [5], []]
+    assert streams[5].times[0] >= 0.3
+
+
+def test_prompts_have_nothing_in_common() -> None:
+    requests = batch_requests(TINY, 8, 16, 4, seed=0) + batch_requests(TINY, 8, 16, 4, seed=1)
+    assert len({tuple(request.prompt[:8]) for request in requests}) == 16
+    assert requests[0] == batch_requests(TINY, 8, 16, 4, seed=0)[0]
+    assert all(0 < token_id < TINY.vocab_size for request in requests for token_id in request.prompt)
+
+
+def test_a_trace_is_compressed_to_the_rate(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    lines = [f"2023-11-16 18:{minute:02}:00.1234560,{10 + minute},{minute}" for minute in range(60)]
+    file.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines, "2023-11-16 19:00:00.0,9000,1"]))
+    shapes = read_trace(file, n_positions=256)
+    assert shapes[0] == (60.0, 11, 1)  # what generates nothing, or does not fit, is left out
+    assert len(shapes) == 59
+    requests = trace_requests(TINY, shapes, rate=2, seconds=10, seed=0)
+    assert [request.arrival_s for request in requests] == pytest.approx([0.5 * index for index in range(20)])
+    assert all(len(request.prompt) == 10 + request.num_new_tokens for request in requests)
+    assert read_trace(file, n_positions=256, shrink=10)[0] == (60.0, 2, 1)
+    with pytest.raises(ValueError, match="rate=20 for 10 s takes 200 requests; the trace has 59"):
+        trace_requests(TINY, shapes, rate=20, seconds=10, seed=0)
+    assert all(prompt + new <= 256 for _, prompt, new in drawn_shapes(256))
+
+
+def test_rates_are_compared_at_equal_latency() -> None:
+    def row(contestant: str, p99_s: float, rate: float) -> dict[str, object]:
+        values = {"intertoken_p99_s": p99_s, "output_rate": rate}
+        return {"contestant": contestant, **{name: spread([value]) for name, value in values.items()}}
+
+    rows = [row("ours-fp32", 0.2, 30), row("ours-fp32", 0.1, 20), row("transformers-fp32", 0.15, 25)]
+    strict, loose = at_equal_latency(rows)
+    assert {name: row["output_rate"].median for name, row in strict["best"].items()} == {"ours-fp32": 20}
+    assert {name: row["output_rate"].median for name, row in loose["best"].items()} == {
+        "ours-fp32": 30,
+        "transformers-fp32": 25,
+    }
+
+
+def test_all_engines_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figures = {name: spread([1.0, 2.0, 4.0]) for name in ("prefill_s", "decode_rate", "overall_rate")}
+    load = {name: spread([1.0]) for name in ("output_rate", "intertoken_p99_s", "ttft_p50_s", "ttft_p99_s")}
+    rows = [{"scenario": "1 x 2 + 3", "contestant": name, **figures} for name in CONTESTANTS]
+    loaded = [{"contestant": name, "max_batch": 8, "rate": rate, **load} for name in CONTESTANTS for rate in (1, 2)]
+    file = tmp_path / "speed.svg"
+    draw(file, Results(groups={"engine": rows, "load": loaded}))
+    text = file.read_text()
+    assert [name for name in CONTESTANTS if f"<!-- {name} -->" not in text] == []
+    assert "<!-- output tokens/s by p99 of the first token, s -->" in text
+
+
+def test_a_later_run_is_compared(tmp_path: Path) -> None:
+    def results(rate: float, contestant: str = "ours-fp32") -> Results:
+        row = {"scenario": "1 x 2 + 3", "contestant": contestant, "decode_rate": spread([rate, 2 * rate, 3 * rate])}
+        return Results(groups={"engine": [row]})
+
+    file = tmp_path / "earlier.json"
+    results(5.0).write(file)
+    earlier = Results.read(file)
+    assert earlier.groups["engine"][0]["decode_rate"] == Spread(10, 5, 15)
+    (compared,) = ratios(results(10.0), earlier)
+    assert compared["ratios"] == {"decode_rate": 2.0}
+    assert compared["contestant"] == "ours-fp32"
+    assert ratios(results(10.0, "ours-bf16"), earlier) == []
