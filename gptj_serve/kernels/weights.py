@@ -16,6 +16,8 @@ from gptj_serve.kernels.cpu_library import Weight, cpu_library
 PANEL = 32
 """Outputs that lie together; of cpu.cpp."""
 
+PANELS_AT_A_TIME = 64
+
 STEP = 4
 """Groups of 4 bytes of which a row has a multiple; of cpu.cpp."""
 
@@ -61,20 +63,25 @@ class PackedWeight:
         return sum(part.nbytes for part in (self.panels, self.scale, self.sum, self.bias) if part is not None)
 
     def _fill(self, first: int, weight: Tensor) -> None:
-        """Panel by panel, so that little exists twice."""
-        num_units, elements = self.panels.shape[1], self.panels.shape[3]
-        for start in range(0, len(weight), PANEL):
-            part = weight[start : start + PANEL]
+        """Some panels at a time, so that little exists twice."""
+        for start in range(0, len(weight), PANELS_AT_A_TIME * PANEL):
+            part = weight[start : start + PANELS_AT_A_TIME * PANEL]
             columns = slice(first + start, first + start + len(part))
             if self.scale is not None and self.sum is not None:
-                wide = part.float()
-                scale = wide.abs().amax(dim=1) / 127
-                part = (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
-                self.scale[columns] = scale
+                part, self.scale[columns] = _quantized(part.float())
                 self.sum[columns] = part.sum(dim=1, dtype=torch.int32)
-            rows = torch.zeros(PANEL, num_units * elements, dtype=self.panels.dtype)
+            num_panels, num_units, elements = _padded(len(part)) // PANEL, *self.panels.shape[1::2]
+            rows = torch.zeros(num_panels * PANEL, num_units * elements, dtype=self.panels.dtype)
             rows[: len(part), : self.width] = part
-            self.panels[(first + start) // PANEL] = rows.view(PANEL, num_units, elements).transpose(0, 1)
+            units = rows.view(torch.int32).view(num_panels, PANEL, num_units).transpose(1, 2)
+            at = (first + start) // PANEL
+            self.panels.view(torch.int32)[at : at + num_panels] = units.unsqueeze(-1)
+
+
+def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] → int8 [N, K], and the scale of each output."""
+    scale = weight.abs().amax(dim=1) / 127
+    return (weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8), scale
 
 
 class PackedLinear(nn.Module):
