@@ -1,6 +1,7 @@
 """Shared fixtures. `tiny_gptj` makes the checkpoints that the package and transformers, its oracle, both load."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,27 @@ def tiny_gptj(tmp_path_factory: pytest.TempPathFactory, one_torch_thread: None) 
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels() -> None:
+    """Skips, by name, where our kernels can't be: what fails to compile is no reason."""
+    from gptj_serve.environment import compiler
+    from gptj_serve.kernels.cpu_library import REQUIRED, cpu_features, cpu_library
+
+    if missing := [feature for feature in REQUIRED if feature not in cpu_features()]:
+        pytest.skip(f"our kernels: this CPU has no {', '.join(missing)}")
+    if shutil.which(compiler()[0]) is None:
+        pytest.skip(f"our kernels: there is no {compiler()[0]} to compile them with")
+    cpu_library()
+
+
+@pytest.fixture(scope="session")
+def int8_kernels(cpu_kernels: None) -> None:
+    from gptj_serve.kernels.cpu_library import cpu_features
+
+    if "avx512_vnni" not in cpu_features():
+        pytest.skip("our int8 kernels: this CPU has no avx512_vnni")
 
 
 def _save_random_gptj(config: dict[str, Any], directory: Path) -> None:

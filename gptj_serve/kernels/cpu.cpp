@@ -14,10 +14,12 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -164,10 +166,10 @@ void quantize(const float* x, int64_t width, Operand to, int64_t row) {
         high = _mm512_max_ps(high, v);
     }
     float min = _mm512_reduce_min_ps(low), max = _mm512_reduce_max_ps(high);
-    float scale = (max - min) / 255.f;
-    float inverse = scale > 0 ? 1.f / scale : 0.f;
-    int32_t zero = static_cast<int32_t>(std::nearbyint(-min * inverse));
-    to.scale[row] = is_bad ? NAN : scale;
+    float scale = is_bad ? NAN : (max - min) / 255.f;
+    float inverse = scale >= FLT_MIN && scale <= FLT_MAX ? 1.f / scale : 0.f;  // of a subnormal one it is infinite
+    int32_t zero = inverse > 0 ? static_cast<int32_t>(std::nearbyint(-min * inverse)) : 0;
+    to.scale[row] = scale;
     to.zero[row] = zero;
     auto* bytes = reinterpret_cast<uint8_t*>(to.units + row * to.stride);
     for (int64_t i = 0; i < to.stride * 4; i += 16) {
@@ -401,8 +403,8 @@ inline void scores_of(
     }
 }
 
-// Softmax of one query's scores over its first `num_visible` of `num_tokens`; beyond them 0.
-inline void softmax(float* scores, int64_t num_visible, int64_t num_tokens, float scale) {
+// Softmax of one query's scores over the tokens that it sees.
+inline void softmax(float* scores, int64_t num_visible, float scale) {
     __m512 factor = _mm512_set1_ps(scale);
     __m512 max = _mm512_set1_ps(-INFINITY);
     for (int64_t t = 0; t < num_visible; t += 16) {
@@ -423,12 +425,10 @@ inline void softmax(float* scores, int64_t num_visible, int64_t num_tokens, floa
     for (int64_t t = 0; t < num_visible; t += 16) {
         _mm512_storeu_ps(scores + t, _mm512_mul_ps(_mm512_loadu_ps(scores + t), inverse));
     }
-    for (int64_t t = pad(num_visible, 16); t < num_tokens; t += 16) {
-        _mm512_storeu_ps(scores + t, _mm512_setzero_ps());
-    }
 }
 
-// out[QUERIES][VECTORS * 16] = weights[QUERIES][num_tokens] times the values of the tokens.
+// out[QUERIES][VECTORS * 16] = weights[QUERIES][num_tokens] times the values of the tokens. The last QUERIES tokens are
+// the queries' own: one that comes later is left out, since a weight of 0 would not hide what is not finite in it.
 template <class KV, int QUERIES, int VECTORS>
 inline void mix(
     const float* weights, int64_t stride, const KV* values, const int32_t* table, int64_t block_stride,
@@ -440,24 +440,31 @@ inline void mix(
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; j++) sum[i][j] = _mm512_setzero_ps();
     }
+    const int64_t num_common = num_tokens - QUERIES + 1;
+    auto add = [&](int64_t t, const KV* value, const KV* next, auto is_own) __attribute__((always_inline)) {
+        __m512 v[VECTORS];
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) {
+            if constexpr (QUERIES == 1) __builtin_prefetch(next + j * 16);
+            v[j] = j + 1 < VECTORS ? Cache<KV>::load(value + j * 16) : Cache<KV>::load(value + j * 16, last);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < QUERIES; i++) {
+            const __mmask16 sees = is_own && t >= num_common + i ? 0 : 0xffff;
+            __m512 p = _mm512_set1_ps(weights[i * stride + t]);
+#pragma GCC unroll 8
+            for (int j = 0; j < VECTORS; j++) sum[i][j] = _mm512_mask3_fmadd_ps(p, v[j], sum[i][j], sees);
+        }
+    };
     for (int64_t begin = 0; begin < num_tokens; begin += BLOCK) {
         const KV* value = values + table[begin / BLOCK] * block_stride;
         const KV* next = values + table[std::min(begin + BLOCK, num_tokens - 1) / BLOCK] * block_stride;
         const int64_t end = std::min<int64_t>(num_tokens, begin + BLOCK);
-        for (int64_t t = begin; t < end; t++, value += head_dim, next += head_dim) {
-            __m512 v[VECTORS];
-#pragma GCC unroll 8
-            for (int j = 0; j < VECTORS; j++) {
-                if constexpr (QUERIES == 1) __builtin_prefetch(next + j * 16);
-                v[j] = j + 1 < VECTORS ? Cache<KV>::load(value + j * 16) : Cache<KV>::load(value + j * 16, last);
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < QUERIES; i++) {
-                __m512 p = _mm512_set1_ps(weights[i * stride + t]);
-#pragma GCC unroll 8
-                for (int j = 0; j < VECTORS; j++) sum[i][j] = _mm512_fmadd_ps(p, v[j], sum[i][j]);
-            }
+        int64_t t = begin;
+        for (; t < std::min(end, num_common); t++, value += head_dim, next += head_dim) {
+            add(t, value, next, std::false_type());
         }
+        for (; t < end; t++, value += head_dim, next += head_dim) add(t, value, next, std::true_type());
     }
 #pragma GCC unroll 16
     for (int i = 0; i < QUERIES; i++) {
@@ -512,10 +519,10 @@ void attend(
     }
     for (; block < num_blocks; block++) {
         key[0] = keys + table[block] * block_stride;
-        next[0] = values + table[std::max<int64_t>(0, block + 2 - num_blocks)] * block_stride;
+        next[0] = values + table[block + 1 == num_blocks && block > 0] * block_stride;
         scores_of<KV, QUERIES, 1>(q, q_stride, key, next, head_dim, scores + block * BLOCK, stride);
     }
-    for (int i = 0; i < QUERIES; i++) softmax(scores + i * stride, position + i + 1, num_tokens, scale);
+    for (int i = 0; i < QUERIES; i++) softmax(scores + i * stride, position + i + 1, scale);
     mix_all<KV, QUERIES>(scores, stride, values, table, block_stride, head_dim, num_tokens, out, out_stride);
 }
 

@@ -26,7 +26,15 @@ REQUIRED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
 """Of the CPU, as /proc/cpuinfo calls it."""
 
 OPTIONAL = {"avx512_vnni": "-mavx512vnni", "avx512_bf16": "-mavx512bf16"}
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", *(f"-m{feature}" for feature in REQUIRED))
+FLAGS = (
+    "-O3",
+    "-ffp-contract=off",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    *(f"-m{feature}" for feature in REQUIRED),
+)
 COMPILE_TIMEOUT_S = 300.0
 
 
