@@ -26,7 +26,7 @@ N_POSITIONS = 320
 
 
 @dataclass(frozen=True)
-class Sequence_:
+class Inputs:
     """What goes in; the first `num_shared` tokens are those of an earlier sequence, whose keys and values it uses."""
 
     hidden: Tensor  # [T, D]
@@ -66,25 +66,25 @@ def reference(stage: GPTJStage) -> TorchLayers:
     return TorchLayers(stage, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
 
 
-def random_sequences(config: GPTJConfig, lengths: Sequence[int], rng: random.Random) -> list[Sequence_]:
+def random_sequences(config: GPTJConfig, lengths: Sequence[int], rng: random.Random) -> list[Inputs]:
     """About every second one takes over the beginning of another, often whole blocks of it."""
-    made: list[Sequence_] = []
+    made: list[Inputs] = []
     generator = torch.Generator().manual_seed(rng.randrange(2**32))
     for length in lengths:
         hidden = torch.randn(length, config.n_embd, generator=generator)
         parent = rng.randrange(len(made)) if made and rng.random() < 0.5 else None
         if parent is None or length == 1:
-            made.append(Sequence_(hidden))
+            made.append(Inputs(hidden))
             continue
         num_shared = rng.randint(0, min(length - 1, len(made[parent].hidden)))
         if rng.random() < 0.6:
             num_shared -= num_shared % BLOCK_SIZE
         hidden[:num_shared] = made[parent].hidden[:num_shared]
-        made.append(Sequence_(hidden, parent, num_shared))
+        made.append(Inputs(hidden, parent, num_shared))
     return made
 
 
-def random_schedule(sequences: Sequence[Sequence_], rng: random.Random) -> list[list[Span]]:
+def random_schedule(sequences: Sequence[Inputs], rng: random.Random) -> list[list[Span]]:
     """Every sequence's own tokens in order: often one, or few, or all that are left; rows in any order."""
     done = [sequence.num_shared for sequence in sequences]
     microbatches = []
@@ -103,7 +103,7 @@ def random_schedule(sequences: Sequence[Sequence_], rng: random.Random) -> list[
     return microbatches
 
 
-def _can_run(sequences: Sequence[Sequence_], i: int, before: Sequence[int], done: Sequence[int]) -> bool:
+def _can_run(sequences: Sequence[Inputs], i: int, before: Sequence[int], done: Sequence[int]) -> bool:
     """Whole blocks may be filled in the same microbatch; a copy is made before it."""
     parent, num_shared = sequences[i].parent, sequences[i].num_shared
     if parent is None:
@@ -115,7 +115,7 @@ def _can_run(sequences: Sequence[Sequence_], i: int, before: Sequence[int], done
 
 @torch.inference_mode()
 def run(
-    stages: Sequence[Layers], sequences: Sequence[Sequence_], microbatches: Sequence[Sequence[Span]], seed: int = 0
+    stages: Sequence[Layers], sequences: Sequence[Inputs], microbatches: Sequence[Sequence[Span]], seed: int = 0
 ) -> list[Tensor]:
     """Each sequence's own tokens after the last stage: [T - num_shared, D]."""
     width = sequences[0].hidden.shape[1]
@@ -156,11 +156,11 @@ def run(
     return [torch.cat(part) for part in parts]
 
 
-def alone(stages: Sequence[Layers], sequences: Sequence[Sequence_], *, seed: int = 0) -> list[Tensor]:
+def alone(stages: Sequence[Layers], sequences: Sequence[Inputs], *, seed: int = 0) -> list[Tensor]:
     """Each sequence in one piece, with nothing beside it; of its tokens those that `run` gives."""
     made = []
     for sequence in sequences:
-        (hidden,) = run(stages, [Sequence_(sequence.hidden)], [[(0, len(sequence.hidden))]], seed)
+        (hidden,) = run(stages, [Inputs(sequence.hidden)], [[(0, len(sequence.hidden))]], seed)
         made.append(hidden[sequence.num_shared :])
     return made
 
