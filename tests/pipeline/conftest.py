@@ -22,3 +22,11 @@ def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Link
         return LinkedPipeline(runners, where, new_keys, step_timeout_s)
 
     return make
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Parametrize it, indirectly, with values of `StageSpec.kernels`; "auto" is skipped where we have none."""
+    if request.param == "auto":
+        request.getfixturevalue("cpu_kernels")
+    return request.param

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.sampling import log_normalizers
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.kernels.choice import Kernels
+from gptj_serve.kernels.cpu_layers import BLOCK_SIZE as CPU_BLOCK_SIZE
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.partition import head_cost, partition
@@ -32,24 +34,33 @@ BLOCK_SIZE = 4
 N_POSITIONS = 96  # of the tiny checkpoint
 PLENTY = 1000  # KV blocks
 SCARCE = N_POSITIONS // BLOCK_SIZE + 8
+SCARCE_ON_OUR_KERNELS = N_POSITIONS // CPU_BLOCK_SIZE + 5
 
 
 @asynccontextmanager
 async def serving(
-    directory: Path, *, num_stages: int, num_kv_blocks: int, max_microbatch_tokens: int
+    directory: Path, *, num_stages: int, num_kv_blocks: int, max_microbatch_tokens: int, kernels: Kernels = "torch"
 ) -> AsyncGenerator[LocalEngine]:
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
+    block_size = BLOCK_SIZE if kernels == "torch" else CPU_BLOCK_SIZE
     runners = []
     for span in partition(config.n_layer, num_stages, head_cost(config)):
         spec = StageSpec(
-            span, num_kv_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"), config.vocab_size, deterministic=True
+            span,
+            num_kv_blocks,
+            block_size,
+            torch.float32,
+            torch.device("cpu"),
+            config.vocab_size,
+            deterministic=True,
+            kernels=kernels,
         )
         runners.append(StageRunner.load(checkpoint, spec))
     pipeline = InProcessPipeline(runners)
     limits = SchedulerLimits(num_stages, 64, max_microbatch_tokens, N_POSITIONS)
     try:
-        async with LocalEngine(Scheduler(limits, KVBlocks(num_kv_blocks, BLOCK_SIZE), frozenset({41})), pipeline) as it:
+        async with LocalEngine(Scheduler(limits, KVBlocks(num_kv_blocks, block_size), frozenset({41})), pipeline) as it:
             yield it
     finally:
         pipeline.close()
@@ -104,39 +115,55 @@ def asked() -> list[EngineRequest]:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_gptj, asked: Sequence[EngineRequest]) -> list[list[Event]]:
+def alone(tiny_gptj, asked: Sequence[EngineRequest]) -> Callable[[Kernels], Awaitable[list[list[Event]]]]:
     """Each answer of an engine that has nothing else to do, prompts in one piece."""
+    made: dict[Kernels, list[list[Event]]] = {}
 
-    async def one_by_one() -> list[list[Event]]:
-        answers = []
-        for request in asked:
-            async with serving(tiny_gptj(), num_stages=1, num_kv_blocks=PLENTY, max_microbatch_tokens=512) as engine:
-                answers.append(await answer(engine, request))
-        return answers
+    async def one_by_one(kernels: Kernels) -> list[list[Event]]:
+        if kernels not in made:
+            made[kernels] = []
+            for request in asked:
+                async with serving(
+                    tiny_gptj(), num_stages=1, num_kv_blocks=PLENTY, max_microbatch_tokens=512, kernels=kernels
+                ) as engine:
+                    made[kernels].append(await answer(engine, request))
+        return made[kernels]
 
-    return asyncio.run(one_by_one())
+    return one_by_one
 
 
 @pytest.mark.parametrize(
-    ("num_stages", "num_kv_blocks", "max_microbatch_tokens"),
-    [(1, PLENTY, 512), (1, SCARCE, 13), (2, PLENTY, 64), (3, SCARCE, 64), (6, PLENTY, 9)],
+    ("num_stages", "num_kv_blocks", "max_microbatch_tokens", "kernels"),
+    [
+        (1, PLENTY, 512, "torch"),
+        (1, SCARCE, 13, "torch"),
+        (2, PLENTY, 64, "torch"),
+        (3, SCARCE, 64, "torch"),
+        (6, PLENTY, 9, "torch"),
+        (1, SCARCE_ON_OUR_KERNELS, 64, "auto"),
+        (2, PLENTY, 64, "auto"),
+        (6, SCARCE_ON_OUR_KERNELS, 64, "auto"),
+    ],
+    indirect=["kernels"],
 )
 async def test_answers_have_the_same_bits(
-    tiny_gptj, asked, alone, num_stages: int, num_kv_blocks: int, max_microbatch_tokens: int
+    tiny_gptj, asked, alone, num_stages: int, num_kv_blocks: int, max_microbatch_tokens: int, kernels: Kernels
 ):
+    expected = await alone(kernels)
     async with serving(
         tiny_gptj(),
         num_stages=num_stages,
         num_kv_blocks=num_kv_blocks,
         max_microbatch_tokens=max_microbatch_tokens,
+        kernels=kernels,
     ) as engine:
         answers = await asyncio.gather(*(answer(engine, request) for request in asked))
         stats = engine.stats().as_dict()
-    if num_kv_blocks == SCARCE:
-        assert stats["num_preemptions"] > 0
-    else:
+    if num_kv_blocks == PLENTY:
         assert stats["num_prefix_tokens_reused"] > 0
-    assert answers == alone
+    else:
+        assert stats["num_preemptions"] > 0
+    assert answers == expected
 
 
 @pytest.mark.parametrize("num_times", [60, pytest.param(1000, marks=pytest.mark.large)])

@@ -16,6 +16,8 @@ from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.errors import PipelineError
+from gptj_serve.kernels.choice import Kernels
+from gptj_serve.kernels.cpu_layers import BLOCK_SIZE as CPU_BLOCK_SIZE
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadCheckpoint, HeadInfo, HeadKind, fingerprint
 from gptj_serve.pipeline.in_process import InProcessPipeline
@@ -41,6 +43,9 @@ N_POSITIONS = 96  # of the tiny checkpoint
 EOS = 41  # a token that the tiny model says now and then
 PLENTY = 400  # KV blocks
 SCARCE = N_POSITIONS // BLOCK_SIZE + 2
+SCARCE_ON_OUR_KERNELS = N_POSITIONS // CPU_BLOCK_SIZE + 2
+
+ENGINES = [(1, PLENTY, "torch"), (3, SCARCE, "torch"), (3, SCARCE_ON_OUR_KERNELS, "auto")]
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +76,19 @@ def greedy_reference(directory: Path, prompts: list[list[int]]) -> list[list[int
     return answers
 
 
-def make_runners(directory: Path, num_stages: int, num_kv_blocks: int) -> list[StageRunner]:
+def block_size(kernels: Kernels) -> int:
+    """Small ones have more ends to get wrong."""
+    return CPU_BLOCK_SIZE if kernels == "auto" else BLOCK_SIZE
+
+
+def make_runners(directory: Path, num_stages: int, num_kv_blocks: int, kernels: Kernels = "torch") -> list[StageRunner]:
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
+    cpu = torch.device("cpu")
     return [
         StageRunner.load(
             checkpoint,
-            StageSpec(span, num_kv_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"), config.vocab_size),
+            StageSpec(span, num_kv_blocks, block_size(kernels), torch.float32, cpu, config.vocab_size, kernels=kernels),
         )
         for span in partition(config.n_layer, num_stages, head_cost(config))
     ]
@@ -85,11 +96,16 @@ def make_runners(directory: Path, num_stages: int, num_kv_blocks: int) -> list[S
 
 @asynccontextmanager
 async def serving(
-    directory: Path, *, num_stages: int = 1, num_kv_blocks: int = PLENTY, max_microbatch_tokens: int = 64
+    directory: Path,
+    *,
+    num_stages: int = 1,
+    num_kv_blocks: int = PLENTY,
+    max_microbatch_tokens: int = 64,
+    kernels: Kernels = "torch",
 ) -> AsyncGenerator[LocalEngine]:
-    pipeline = InProcessPipeline(make_runners(directory, num_stages, num_kv_blocks))
+    pipeline = InProcessPipeline(make_runners(directory, num_stages, num_kv_blocks, kernels))
     limits = SchedulerLimits(num_stages, 64, max_microbatch_tokens, N_POSITIONS)
-    scheduler = Scheduler(limits, KVBlocks(num_kv_blocks, BLOCK_SIZE), frozenset({EOS}))
+    scheduler = Scheduler(limits, KVBlocks(num_kv_blocks, block_size(kernels)), frozenset({EOS}))
     try:
         async with LocalEngine(scheduler, pipeline) as engine:
             yield engine
@@ -141,45 +157,59 @@ async def head_logits(engine: LocalEngine, task: Task, index: int, prompt: list[
 
 
 @pytest.mark.parametrize(
-    ("num_stages", "max_microbatch_tokens", "num_kv_blocks"),
+    ("num_stages", "max_microbatch_tokens", "num_kv_blocks", "kernels"),
     [
-        (1, 512, PLENTY),
-        (2, 64, PLENTY),
-        (3, 17, PLENTY),
-        (6, 64, PLENTY),
-        (1, 64, SCARCE),
-        (2, 17, SCARCE),
-        (3, 512, SCARCE),
-        (6, 11, SCARCE),
+        (1, 512, PLENTY, "torch"),
+        (2, 64, PLENTY, "torch"),
+        (3, 17, PLENTY, "torch"),
+        (6, 64, PLENTY, "torch"),
+        (1, 64, SCARCE, "torch"),
+        (2, 17, SCARCE, "torch"),
+        (3, 512, SCARCE, "torch"),
+        (6, 11, SCARCE, "torch"),
+        (1, 512, PLENTY, "auto"),
+        (3, 17, PLENTY, "auto"),
+        (2, 17, SCARCE_ON_OUR_KERNELS, "auto"),
+        (6, 64, PLENTY, "auto"),
     ],
+    indirect=["kernels"],
 )
 async def test_greedy_tokens_equal_transformers_generate(
-    directory: Path, prompts, greedy_reference, num_stages: int, max_microbatch_tokens: int, num_kv_blocks: int
+    directory: Path,
+    prompts,
+    greedy_reference,
+    num_stages: int,
+    max_microbatch_tokens: int,
+    num_kv_blocks: int,
+    kernels: Kernels,
 ):
     async with serving(
         directory,
         num_stages=num_stages,
         max_microbatch_tokens=max_microbatch_tokens,
         num_kv_blocks=num_kv_blocks,
+        kernels=kernels,
     ) as engine:
         riders = [head_logits(engine, task, i, prompts[i]) for i in range(3, 9) for task in (Task.CLASSIFY, Task.QA)]
         answers, logits = await asyncio.gather(
             asyncio.gather(*(generate(engine, generate_request(str(i), p)) for i, p in enumerate(prompts))),
             asyncio.gather(*riders),
         )
-        assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
+        assert (await num_preemptions(engine) > 0) == (num_kv_blocks != PLENTY)
     assert answers == greedy_reference
     for i, (class_logits, qa_logits) in enumerate(zip(logits[::2], logits[1::2], strict=True), 3):
         assert class_logits.shape == (1, 3)
         assert qa_logits.shape == (len(prompts[i]), 2)
 
 
-@pytest.mark.parametrize(("num_stages", "num_kv_blocks"), [(1, PLENTY), (3, SCARCE)])
-async def test_head_logits_equal_transformers(directory: Path, prompts, num_stages: int, num_kv_blocks: int):
+@pytest.mark.parametrize(("num_stages", "num_kv_blocks", "kernels"), ENGINES, indirect=["kernels"])
+async def test_head_logits_equal_transformers(
+    directory: Path, prompts, num_stages: int, num_kv_blocks: int, kernels: Kernels
+):
     classifier = GPTJForSequenceClassification.from_pretrained(directory).eval()
     reader = GPTJForQuestionAnswering.from_pretrained(directory, num_labels=2).eval()
     async with serving(
-        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13
+        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13, kernels=kernels
     ) as engine:
         others = asyncio.gather(*(generate(engine, request) for request in long_requests(prompts)))
         classes = await asyncio.gather(*(head_logits(engine, Task.CLASSIFY, i, p) for i, p in enumerate(prompts)))
@@ -194,8 +224,10 @@ async def test_head_logits_equal_transformers(directory: Path, prompts, num_stag
         torch.testing.assert_close(qa_logits[:, 1], expected.end_logits[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("num_stages", "num_kv_blocks"), [(1, PLENTY), (3, SCARCE)])
-async def test_hidden_states_equal_transformers(directory: Path, prompts, num_stages: int, num_kv_blocks: int):
+@pytest.mark.parametrize(("num_stages", "num_kv_blocks", "kernels"), ENGINES, indirect=["kernels"])
+async def test_hidden_states_equal_transformers(
+    directory: Path, prompts, num_stages: int, num_kv_blocks: int, kernels: Kernels
+):
     model = GPTJModel.from_pretrained(directory).eval()
     requests = {
         (i, pooling): EngineRequest(
@@ -205,12 +237,12 @@ async def test_hidden_states_equal_transformers(directory: Path, prompts, num_st
         for pooling in Pooling
     }
     async with serving(
-        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13
+        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13, kernels=kernels
     ) as engine:
         others = asyncio.gather(*(generate(engine, request) for request in long_requests(prompts)))
         answers = await asyncio.gather(*(values(engine, request) for request in requests.values()))
         await others
-        assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
+        assert (await num_preemptions(engine) > 0) == (num_kv_blocks != PLENTY)
     for (i, pooling), answer in zip(requests, answers, strict=True):
         with torch.inference_mode():
             hidden = model(torch.tensor([prompts[i]])).last_hidden_state[0]
@@ -218,14 +250,14 @@ async def test_hidden_states_equal_transformers(directory: Path, prompts, num_st
         torch.testing.assert_close(answer, pooled[pooling], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("num_stages", "num_kv_blocks"), [(1, PLENTY), (3, SCARCE)])
+@pytest.mark.parametrize(("num_stages", "num_kv_blocks", "kernels"), ENGINES, indirect=["kernels"])
 async def test_scores_of_continuations_equal_transformers(
-    directory: Path, prompts, num_stages: int, num_kv_blocks: int
+    directory: Path, prompts, num_stages: int, num_kv_blocks: int, kernels: Kernels
 ):
     model = GPTJForCausalLM.from_pretrained(directory).eval()
     cuts = [(i, cut) for i, p in enumerate(prompts) for cut in {1, len(p) // 2, len(p) - 1} if 0 < cut < len(p)]
     async with serving(
-        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13
+        directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, max_microbatch_tokens=13, kernels=kernels
     ) as engine:
         requests = [
             EngineRequest(
@@ -239,7 +271,7 @@ async def test_scores_of_continuations_equal_transformers(
         others = asyncio.gather(*(generate(engine, request) for request in long_requests(prompts)))
         answers = await asyncio.gather(*(values(engine, request) for request in requests))
         await others
-        assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
+        assert (await num_preemptions(engine) > 0) == (num_kv_blocks != PLENTY)
     for (i, cut), answer in zip(cuts, answers, strict=True):
         ids = torch.tensor(prompts[i])
         with torch.inference_mode():

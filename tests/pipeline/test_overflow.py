@@ -14,6 +14,8 @@ from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.sampling import NOT_FINITE
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gptj_serve.kernels.choice import Kernels, Quantization
+from gptj_serve.kernels.cpu_layers import BLOCK_SIZE as CPU_BLOCK_SIZE
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.partition import partition
@@ -82,7 +84,7 @@ def requests(prompt: list[int], prefix: str = "") -> list[EngineRequest]:
 async def serving(runners: list[StageRunner]) -> AsyncGenerator[LocalEngine]:
     pipeline = InProcessPipeline(runners)
     limits = SchedulerLimits(len(runners), 64, 16, N_POSITIONS)  # prompts are cut in two
-    scheduler = Scheduler(limits, KVBlocks(NUM_BLOCKS, BLOCK_SIZE), frozenset({41}))
+    scheduler = Scheduler(limits, KVBlocks(NUM_BLOCKS, runners[0].spec.block_size), frozenset({41}))
     try:
         async with LocalEngine(scheduler, pipeline) as engine:
             yield engine
@@ -92,13 +94,16 @@ async def serving(runners: list[StageRunner]) -> AsyncGenerator[LocalEngine]:
         pipeline.close()
 
 
-def make_runners(directory: Path, dtype: torch.dtype) -> list[StageRunner]:
+def make_runners(
+    directory: Path, dtype: torch.dtype, kernels: Kernels = "torch", quantization: Quantization = "none"
+) -> list[StageRunner]:
     checkpoint = Checkpoint.open(directory)
-    cpu = torch.device("cpu")
-    return [
-        StageRunner.load(checkpoint, StageSpec(span, NUM_BLOCKS, BLOCK_SIZE, dtype, cpu, checkpoint.config.vocab_size))
+    cpu, block_size = torch.device("cpu"), BLOCK_SIZE if kernels == "torch" else CPU_BLOCK_SIZE
+    specs = [
+        StageSpec(span, NUM_BLOCKS, block_size, dtype, cpu, checkpoint.config.vocab_size, False, quantization, kernels)
         for span in partition(checkpoint.config.n_layer, 2, 1.0)
     ]
+    return [StageRunner.load(checkpoint, spec) for spec in specs]
 
 
 async def answer(engine: LocalEngine, request: EngineRequest) -> list[Event]:
@@ -113,13 +118,31 @@ def failures(requests: list[EngineRequest]) -> list[list[Event]]:
     return [[FailureEvent(request.request_id, NOT_FINITE)] for request in requests]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "quantization"),
+    [
+        (torch.float32, "torch", "none"),
+        (torch.bfloat16, "torch", "none"),
+        (torch.float16, "torch", "none"),
+        (torch.float32, "auto", "none"),
+        (torch.bfloat16, "auto", "none"),
+        (torch.float32, "auto", "int8"),
+    ],
+    indirect=["kernels"],
+)
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 async def test_whatever_is_asked_for_it_ends_with_the_error_and_others_go_on(
-    tiny_gptj: CheckpointFactory, dtype: torch.dtype, wrong: float
+    request: pytest.FixtureRequest,
+    tiny_gptj: CheckpointFactory,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    quantization: Quantization,
+    wrong: float,
 ) -> None:
     """The embedding of one token is not finite; half of the requests have it in their prompt."""
-    runners = make_runners(tiny_gptj(), dtype)
+    if quantization == "int8":
+        request.getfixturevalue("int8_kernels")
+    runners = make_runners(tiny_gptj(), dtype, kernels, quantization)
     with torch.no_grad():
         runners[0].stage.wte.weight[POISON] = wrong
     bad = requests([*PROMPT[:3], POISON, *PROMPT[4:]])
