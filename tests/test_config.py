@@ -51,6 +51,8 @@ def test_values_arrive_where_they_are_read() -> None:
         {"pipeline": {"num_stages": 0}},
         {"pipeline": {"num_stages": 1.5}},
         {"pipeline": {"dtype": "float8"}},
+        {"pipeline": {"quantization": "int4"}},
+        {"pipeline": {"kernels": "own"}},
         {"pipeline": {"placement_strategy": "pack"}},
         {"pipeline": {"engine_num_cpus": 0}},
         {"pipeline": {"startup_timeout_s": -1}},
@@ -90,6 +92,31 @@ def test_a_wrong_key_or_value_is_refused_by_name(values: dict[str, Any]) -> None
     (problem,) = error.value.errors()
     assert ".".join(map(str, problem["loc"])) == where
     assert problem["input"] == what
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"stage": {"num_gpus": 1}}, ["num_gpus", "dtype"]),
+        ({"stage": {"num_gpus": 0.5}, "dtype": "bfloat16"}, ["num_gpus", "dtype"]),
+        ({"dtype": "float16"}, ["num_gpus", "dtype"]),
+        ({"kernels": "torch"}, ["kernels: auto"]),
+    ],
+)
+def test_int8_is_refused_where_there_are_no_kernels_for_it(others: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(ValidationError) as error:
+        ServiceConfig.model_validate({"pipeline": {"quantization": "int8", **others}})
+    (problem,) = error.value.errors()
+    assert problem["loc"] == ("pipeline",)
+    for name in ("quantization: int8", *named):
+        assert name in problem["msg"]
+    assert ServiceConfig.model_validate({"pipeline": others}).pipeline.quantization == "none"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_int8_on_cpus(dtype: str) -> None:
+    config = ServiceConfig.model_validate({"pipeline": {"quantization": "int8", "dtype": dtype}})
+    assert (config.pipeline.quantization, config.pipeline.kernels) == ("int8", "auto")
 
 
 def test_nothing_changes_a_configuration() -> None:

@@ -166,6 +166,7 @@ def test_6b_that_does_not_fit(changes: dict[str, int | str], advice: list[str]):
         (Resources(), 2049, "context=2049"),
         (Resources(), 0, "context=0"),
         (Resources(dtype="int3"), None, "dtype='int3'"),
+        (Resources(quantization="int4"), None, "quantization='int4'"),
     ],
 )
 def test_impossible_values(resources: Resources, context: int | None, message: str):

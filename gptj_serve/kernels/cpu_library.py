@@ -171,6 +171,11 @@ def _cache_directory() -> Path:
             return directory
     except (OSError, RuntimeError):  # the latter: there is no home
         pass
+    return _directory_of_this_process()
+
+
+@functools.cache
+def _directory_of_this_process() -> Path:
     return Path(tempfile.mkdtemp(prefix="gptj-serve-kernels-"))
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from gptj_serve.errors import ConfigError
 from gptj_serve.kernels import choice
+from gptj_serve.kernels import cpu_library as library_module
 from gptj_serve.kernels.choice import Quantization, choose_operand_type
-from gptj_serve.kernels.cpu_library import KernelsUnavailableError, cpu_library
+from gptj_serve.kernels.cpu_library import KernelsUnavailableError, cpu_library, start_compiling
 from gptj_serve.kernels.weights import OperandType, PackedLinear
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.config import GPTJConfig
@@ -68,11 +69,12 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiled: str) -> Ite
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    cpu_library.cache_clear()
-    choice._log_once.cache_clear()
+    kept = (cpu_library, library_module._directory_of_this_process, choice._log_once)
+    for function in kept:
+        function.cache_clear()
     yield directory / "gptj_serve"
-    cpu_library.cache_clear()
-    choice._log_once.cache_clear()
+    for function in kept:
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -121,6 +123,12 @@ def test_a_compiler_may_have_arguments(compiler: Compiler, cache: Path, monkeypa
     assert compiler.num_compiled == 1
 
 
+def test_what_is_compiled_ahead_is_there_when_it_is_needed(compiler: Compiler, cache: Path) -> None:
+    start_compiling()
+    assert works()
+    assert compiler.num_compiled == 1
+
+
 def test_two_processes_that_start_at_once_compile_once(compiler: Compiler, cache: Path) -> None:
     script = "from tests.kernels.test_cpu_library import works; assert works()"
     processes = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) for _ in range(2)]
@@ -151,6 +159,9 @@ def test_a_directory_that_others_could_write_to_is_not_used(
     assert directory.parent == tmp_path / "tmp"
     assert directory.stat().st_mode & 0o777 == 0o700
     assert not cache.is_dir() or list(cache.iterdir()) == []
+    cpu_library.cache_clear()
+    assert works()
+    assert compiler.num_compiled == 1
 
 
 # ------------------------------------------------------------------------------------------------ where they can't be
@@ -176,6 +187,7 @@ def said(request: pytest.FixtureRequest, cache: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_compiler_that_is_of_no_use_is_named(said: str) -> None:
+    start_compiling()  # says nothing: whoever needs the library hears of it
     with pytest.raises(KernelsUnavailableError) as raised:
         cpu_library()
     assert said in str(raised.value)
@@ -291,10 +303,8 @@ def test_a_cpu_without_the_instructions(
     quantization: Quantization,
     reason: str,
 ) -> None:
-    from gptj_serve.kernels import cpu_library as module
-
-    features = module.cpu_features() - {missing}
-    for importer in (module, choice):
+    features = library_module.cpu_features() - {missing}
+    for importer in (library_module, choice):
         monkeypatch.setattr(importer, "cpu_features", lambda: features)
     arguments = (GPTJConfig(), torch.float32, CPU, 16)
     with caplog.at_level(logging.INFO, logger="gptj_serve"):

@@ -169,7 +169,6 @@ async def head_logits(engine: LocalEngine, task: Task, index: int, prompt: list[
         (6, 11, SCARCE, "torch"),
         (1, 512, PLENTY, "auto"),
         (3, 17, PLENTY, "auto"),
-        (2, 17, SCARCE_ON_OUR_KERNELS, "auto"),
         (6, 64, PLENTY, "auto"),
     ],
     indirect=["kernels"],
