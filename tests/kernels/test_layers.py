@@ -172,7 +172,7 @@ def rounded_layers(stage: GPTJStage, hidden: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("int8_kernels")
-@pytest.mark.parametrize(("width", "num_outputs"), [(1, 1), (7, 33), (64, 100), (100, 31), (130, 64), (1030, 40)])
+@pytest.mark.parametrize(("width", "num_outputs"), [(1, 1), (7, 33), (64, 100), (100, 31), (130, 64), (1030, 40), (20, 2100)])
 def test_an_int8_product_is_its_rounding_and_nothing_else(width: int, num_outputs: int) -> None:
     generator = torch.Generator().manual_seed(width)
     linear = nn.Linear(width, num_outputs).requires_grad_(False)
