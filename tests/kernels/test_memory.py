@@ -1,6 +1,7 @@
 """What a stage on our kernels takes: as much as the planner says, and hardly more while it is loaded."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,10 +84,11 @@ def test_weights_take_what_the_planner_says(directory: Path, dtype: str, quantiz
 def test_loading_never_holds_the_model_twice(directory: Path, dtype: str, quantization: str) -> None:
     """In int8 it is a quarter of the checkpoint: so its layers are packed one after the other, as they are read."""
     command = [sys.executable, "-c", LOADING, str(directory), str(N_LAYER), dtype, quantization]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # what is given back counts no longer
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     weight_bytes, held, peak = json.loads(done.stdout)
     assert weight_bytes > {"none": 95, "int8": 55}[quantization] * MIB
     unpacked = NUM_IN_LARGEST_PARTS * getattr(torch, dtype).itemsize
-    assert held < weight_bytes + unpacked + 30 * MIB  # malloc keeps some of what is given back
-    assert peak < weight_bytes + 2 * unpacked + 30 * MIB
+    assert held < weight_bytes + 30 * MIB
+    assert peak < weight_bytes + unpacked + 45 * MIB
