@@ -105,7 +105,7 @@ def plan(
         float, typer.Option(min=0.01, max=1, help="Share of it for weights and KV; the rest is for all else.")
     ] = 0.9,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and KV. Default: as stored; --config: float16.")
+        Dtype | None, typer.Option(help="Of weights and KV. Default: as stored; --config: float16; int8: float32.")
     ] = None,
     quantization: Annotated[
         Quantization, typer.Option(help="int8: the matrices of the layers and the LM head in 8 bits, on CPUs.")
@@ -125,7 +125,7 @@ def plan(
     model, stored_dtype = _model(checkpoint, config)
     resources = planner.Resources(
         num_stages=stages,
-        dtype=dtype.value if dtype else stored_dtype,
+        dtype=dtype.value if dtype else _default_dtype(stored_dtype, quantization),
         quantization=quantization.value,
         block_size=block_size,
         num_kv_tokens=kv_tokens,
@@ -161,6 +161,11 @@ def _model(checkpoint: str | None, config: str | None) -> tuple["Model", str]:
     if not Path(config).is_file():
         raise ConfigError(f"--config={config!r}: neither a file nor one of {', '.join(NAMED_CONFIGS)}")
     return Model(GPTJConfig.from_file(Path(config))), "float16"
+
+
+def _default_dtype(stored_dtype: str, quantization: Quantization) -> str:
+    """As the service's `auto`: where int8 runs, on CPUs, it is float32."""
+    return stored_dtype if quantization is Quantization.none else "float32"
 
 
 def _as_json(plan: "Plan", typical: int, changes: list[str]) -> dict[str, Any]:

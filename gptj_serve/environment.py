@@ -38,6 +38,15 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
+def keep_openmp_from_spinning() -> None:
+    """A thread that waits for others of its team shall sleep after some 10 µs, unless the user has said otherwise.
+
+    By default it spins for milliseconds: on cores that other processes use too, it keeps those from the core that it
+    is waiting for. To be called before anything loads OpenMP.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def api_keys() -> str | None:
     """`name=key` or plain keys, parted by commas; None if there is no such variable."""
     return os.environ.get(API_KEYS)

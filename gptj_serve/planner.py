@@ -130,6 +130,8 @@ def plan(model: Model, resources: Resources, context: int | None = None) -> Plan
         raise ConfigError(f"dtype={resources.dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
     if resources.quantization not in ("none", "int8"):
         raise ConfigError(f"quantization={resources.quantization!r}: must be none or int8")
+    if resources.quantization == "int8" and resources.dtype == "float16":
+        raise ConfigError("quantization='int8': is for CPUs, with dtype float32 or bfloat16, not float16")
     spans = partition(config.n_layer, resources.num_stages, head_cost(config))
     stages = tuple(_stage_plan(model, resources, index, span) for index, span in enumerate(spans))
     if resources.num_kv_tokens is not None:
@@ -181,20 +183,22 @@ def remedies(model: Model, resources: Resources, context: int) -> list[str]:
         if plan(model, resources, context).fits:
             return [f"a KV pool that holds one sequence:{pool}"]
     found = []
+    half = "bfloat16" if resources.quantization == "int8" else "float16"
+    advice = f"--dtype {half}" + " (or bfloat16)" * (half == "float16")
     halves = DTYPE_BYTES[resources.dtype] > 2
-    if halves and fits(resources.num_stages, "float16"):
-        found.append("fewer bytes per weight: --dtype float16 (or bfloat16)")
+    if halves and fits(resources.num_stages, half):
+        found.append(f"fewer bytes per weight: {advice}")
     if (num_stages := fewest_stages(resources.dtype)) is not None:
         found.append(f"more stages: --stages {num_stages}")
-    if not found and halves and (num_stages := fewest_stages("float16")) is not None:
-        found.append(f"fewer bytes per weight and more stages: --dtype float16 --stages {num_stages}")
+    if not found and halves and (num_stages := fewest_stages(half)) is not None:
+        found.append(f"fewer bytes per weight and more stages: --dtype {half} --stages {num_stages}")
     room = min((stage.num_kv_tokens or 0) for stage in plan(model, resources, context).stages)
     if resources.num_kv_tokens is not None and room >= context:
         found.append(f"less KV: --kv-tokens {room}")
     elif 0 < room < context and resources.num_kv_tokens is None:
         found.append(f"less KV: --context {room}")
     found.append(f"more memory per device: --device-memory-gib {_memory_that_fits(model, resources, context):.1f}")
-    return [advice + pool for advice in found]
+    return [change + pool for change in found]
 
 
 def _stage_plan(model: Model, resources: Resources, index: int, span: range) -> StagePlan:

@@ -15,6 +15,8 @@ from gptj_serve.model.config import GPTJConfig
 Quantization = Literal["none", "int8"]
 Kernels = Literal["auto", "torch"]
 
+MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +55,8 @@ def _obstacle(config: GPTJConfig, dtype: torch.dtype, block_size: int, quantizat
         return f"they have no activation_function {config.activation_function}"
     if quantization == "int8" and "avx512_vnni" not in cpu_features():
         return "this CPU has no avx512_vnni"
+    if quantization == "int8" and max(config.n_embd, config.inner_dim) > MAX_INT8_WIDTH:
+        return f"their int8 sums hold {MAX_INT8_WIDTH} products, and the layers are wider"
     try:
         cpu_library()
     except KernelsUnavailableError as error:

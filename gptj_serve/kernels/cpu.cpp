@@ -24,7 +24,7 @@
 namespace {
 
 constexpr int PANEL = 32;  // outputs of a weight that are computed together
-constexpr int MAX_ROWS = 12;  // of tokens, in one product with a panel: 28 of 32 registers
+constexpr int MAX_ROWS = 12;  // of tokens, in one product with a panel: 24 sums, and the rest of 32 registers for operands
 constexpr int STEP = 4;  // units that a product goes forward at a time: operands are padded to as many, with zeros
 constexpr int BLOCK = 16;  // tokens of a KV block
 constexpr int MAX_QUERIES = 16;  // of one row that attend together
@@ -300,10 +300,10 @@ using Multiply = void (*)(const Weight&, int64_t, const Operand&, int64_t, float
 
 template <Type type>
 Multiply multiplier(int num_rows) {
-    static constexpr Multiply table[14] = {
-        multiply<type, 1>, multiply<type, 2>, multiply<type, 3>, multiply<type, 4>, multiply<type, 5>,
-        multiply<type, 6>, multiply<type, 7>, multiply<type, 8>, multiply<type, 9>, multiply<type, 10>,
-        multiply<type, 11>, multiply<type, 12>, multiply<type, 13>, multiply<type, 14>,
+    static constexpr Multiply table[MAX_ROWS] = {
+        multiply<type, 1>, multiply<type, 2>, multiply<type, 3>, multiply<type, 4>, multiply<type, 5>, multiply<type, 6>,
+        multiply<type, 7>, multiply<type, 8>, multiply<type, 9>, multiply<type, 10>, multiply<type, 11>,
+        multiply<type, 12>,
     };
     return table[num_rows - 1];
 }

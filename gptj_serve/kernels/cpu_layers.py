@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptj_serve.kernels.cpu_library import Layer, Shape, cpu_library
@@ -113,6 +114,7 @@ class CPULayers:
         described[0, 2:] = 0
         np.cumsum(table[:-1, 1:], axis=0, out=described[1:, 2:])
         tables = np.fromiter((block for row in rows for block in row.block_table), dtype=np.int32)
+        self._check(table, tables, len(hidden))
         self._library.gptj_stage_forward(
             self._stage,
             hidden.data_ptr(),
@@ -123,3 +125,14 @@ class CPULayers:
             torch.get_num_threads(),
         )
         return hidden
+
+    def _check(self, table: NDArray[np.int32], blocks: NDArray[np.int32], num_tokens: int) -> None:
+        """What lies outside of memory is an error here as it is in PyTorch. Raises `IndexError`."""
+        starts, lengths, num_blocks = table.T
+        if lengths.sum() != num_tokens:
+            raise IndexError(f"rows of {lengths.sum()} tokens for {num_tokens} hidden states")
+        ends = starts + lengths
+        if starts.min() < 0 or lengths.min() < 1 or ends.max() > len(self._rotary.sin):
+            raise IndexError(f"positions from {starts.min()} to {ends.max()} in a context of {len(self._rotary.sin)}")
+        if (ends > num_blocks * BLOCK_SIZE).any() or blocks.min() < 0 or blocks.max() >= self._keys.shape[1]:
+            raise IndexError(f"rows are not in the {self._keys.shape[1]} KV blocks")

@@ -4,6 +4,7 @@ It is compiled with g++ (or what `CXX` names) into the user's cache directory, u
 flags and the compiler's version: so it is compiled once on a machine, and a restart takes it from there.
 """
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -139,12 +140,15 @@ def compiled_library() -> Path:
     key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, version]).encode()).hexdigest()[:32]
     directory = _cache_directory()
     target = directory / f"cpu-{key}.so"
-    with (directory / "lock").open("w") as lock:  # of several stages that start at once, one compiles
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            unfinished = target.with_suffix(".unfinished")
-            _output_of([*command, *flags, str(SOURCE), "-o", str(unfinished)])
-            unfinished.replace(target)
+    try:
+        with (directory / "lock").open("w") as lock:  # of several stages that start at once, one compiles
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                unfinished = target.with_suffix(".unfinished")
+                _output_of([*command, *flags, str(SOURCE), "-o", str(unfinished)])
+                unfinished.replace(target)
+    except OSError as error:
+        raise KernelsUnavailableError(f"they can't be compiled into {directory}: {error}") from error
     return target
 
 
@@ -176,7 +180,9 @@ def _cache_directory() -> Path:
 
 @functools.cache
 def _directory_of_this_process() -> Path:
-    return Path(tempfile.mkdtemp(prefix="gptj-serve-kernels-"))
+    directory = tempfile.mkdtemp(prefix="gptj-serve-kernels-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
 
 
 def _openmp_of_torch() -> list[str]:

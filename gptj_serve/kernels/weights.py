@@ -16,7 +16,7 @@ from gptj_serve.kernels.cpu_library import Weight, cpu_library
 PANEL = 32
 """Outputs that lie together; of cpu.cpp."""
 
-PANELS_AT_A_TIME = 64
+PANELS_AT_A_TIME = 16
 
 STEP = 4
 """Groups of 4 bytes of which a row has a multiple; of cpu.cpp."""

@@ -1,5 +1,6 @@
 """`StageRunner`: one stage at work: its layers, its KV cache, and on the last stage heads and sampler."""
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -94,6 +95,7 @@ class StageRunner:
         stage = load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress, pack)
         if stage.is_last:
             _pack_heads(stage, operand_type)
+        _give_back_freed_memory()
         return cls(stage, spec, heads, CPULayers(config, blocks, spec.num_kv_blocks, spec.dtype))
 
     @property
@@ -146,3 +148,10 @@ def _pack_heads(stage: GPTJStage, operand_type: OperandType) -> None:
     ):
         if hasattr(stage, name):
             setattr(stage, name, PackedLinear(getattr(stage, name), head_type))
+
+
+def _give_back_freed_memory() -> None:
+    """glibc keeps what packing has freed, up to some hundred MB; other C libraries have no such function."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

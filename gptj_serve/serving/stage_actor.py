@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import ray
 
+from gptj_serve.environment import keep_openmp_from_spinning
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.serving.logs import log_to_stderr
 
@@ -66,6 +67,7 @@ class GPTJStage:
         longer those that the pipeline started with,
         and `ConfigError` where the machine can't be deterministic."""
         settings = self._settings
+        keep_openmp_from_spinning()
         if settings.kernels == "auto" and not settings.uses_gpu:
             from gptj_serve.kernels.cpu_library import start_compiling
 

@@ -36,6 +36,9 @@ MAX_STAY_S = 3.0
 
 MAX_PAUSE_S = 0.5
 
+FULL_SOON = {"RAY_task_events_max_num_task_in_gcs": "1000"}
+"""Of its 100,000 last tasks, Ray's GCS knows what became: hours of traffic until that no longer grows."""
+
 
 def main(
     minutes: float = 60.0,
@@ -46,7 +49,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="A JSON file for every figure.")] = None,
 ) -> None:
     directory = Path(tempfile.mkdtemp(prefix="soak-"))
-    service = ServeRun(chaos_config(directory), directory / "output.log")
+    service = ServeRun(chaos_config(directory), directory / "output.log", **FULL_SOON)
     try:
         service.wait_until_ready()
         result = asyncio.run(_soak(service, 60 * warm_up_minutes, 60 * minutes, concurrency, num_calls, seed))
