@@ -35,7 +35,7 @@ def profile(config: ServiceConfig, load: Load, **options: bool) -> Profile:
 
 @pytest.fixture(scope="module")
 def demo() -> Profile:
-    config = service(scheduler={"max_microbatch_tokens": 64})
+    config = service(scheduler={"max_microbatch_tokens": 64}, kernels="torch")  # our own call no operators
     return profile(config, Load(REQUESTS, max_concurrency=2), with_operators=True)
 
 

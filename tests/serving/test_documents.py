@@ -41,12 +41,14 @@ TESTED_IN = {
 SUBSTITUTIONS: dict[str, dict[str, str]] = {
     "docs/heads.md": {'"spam"': '"tone"'},
     "docs/operations.md": {"10.0.0.5": "127.0.0.1"},
+    "docs/profiling.md": {"10.0.0.5": "127.0.0.1", "deployments/mine.yaml": str(ROOT / "deployments" / "gptj.yaml")},
 }
 """By document: what stands for the reader's own."""
 
 
 def write_examples(directory: Path) -> None:
-    """The files that docs/heads.md fits heads to, with a few rows each."""
+    """The files that docs/heads.md fits heads to, and the requests of docs/profiling.md, with a few rows each."""
+    (directory / "requests.csv").write_text("arrived_at,prompt,output\n0,20,4\n0.1,30,3\n")
     rows = [("spam", f"Win prize number {n} now") for n in range(12)] + [("ham", f"See you at {n}") for n in range(12)]
     lines = ["label,text", *(f"{label},{text}" for label, text in rows)]
     (directory / "messages.csv").write_text("\n".join(lines) + "\n")

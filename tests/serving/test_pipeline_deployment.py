@@ -46,6 +46,9 @@ class FakeEngine:
     def queue_wait_s(self) -> float:
         return self.wait_s
 
+    def stats(self) -> None:
+        pass
+
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
