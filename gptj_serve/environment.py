@@ -29,8 +29,12 @@ def slow_client_timeout_s() -> float:
 
 
 def compiler() -> list[str]:
-    """The command that compiles our kernels: `CXX`, or g++."""
-    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    """The command that compiles our kernels: `CXX`, or g++. Raises `ConfigError` for what is no command."""
+    text = os.environ.get("CXX", "")
+    try:
+        return shlex.split(text) or ["g++"]
+    except ValueError as error:
+        raise ConfigError(f"CXX={text!r}: is no command: {error}") from error
 
 
 def user_cache() -> Path:
@@ -44,7 +48,8 @@ def keep_openmp_from_spinning() -> None:
     By default it spins for milliseconds: on cores that other processes use too, it keeps those from the core that it
     is waiting for. To be called before anything loads OpenMP.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def api_keys() -> str | None:

@@ -157,7 +157,7 @@ def plan_service(config: PipelineConfig, checkpoint: Checkpoint) -> Plan:
 
 
 def resolve_dtype(requested: str, stored: str, *, uses_gpu: bool) -> str:
-    """`auto` is float32 on CPUs, where half precision gains little and may lack kernels; on GPUs as stored.
+    """`auto` is float32 on CPUs, where greedy tokens are then transformers'; on GPUs as stored.
 
     `stored` is safetensors' name of a dtype; there is no serving in a precision above float32.
     """

@@ -114,7 +114,7 @@ class CPULayers:
         described[0, 2:] = 0
         np.cumsum(table[:-1, 1:], axis=0, out=described[1:, 2:])
         tables = np.fromiter((block for row in rows for block in row.block_table), dtype=np.int32)
-        self._check(table, tables, len(hidden))
+        self._check(table, tables, hidden)
         self._library.gptj_stage_forward(
             self._stage,
             hidden.data_ptr(),
@@ -126,11 +126,11 @@ class CPULayers:
         )
         return hidden
 
-    def _check(self, table: NDArray[np.int32], blocks: NDArray[np.int32], num_tokens: int) -> None:
+    def _check(self, table: NDArray[np.int32], blocks: NDArray[np.int32], hidden: Tensor) -> None:
         """What lies outside of memory is an error here as it is in PyTorch. Raises `IndexError`."""
         starts, lengths, num_blocks = table.T
-        if lengths.sum() != num_tokens:
-            raise IndexError(f"rows of {lengths.sum()} tokens for {num_tokens} hidden states")
+        if hidden.shape != (lengths.sum(), self._shape.width):
+            raise IndexError(f"rows of {lengths.sum()} tokens for hidden states of shape {tuple(hidden.shape)}")
         ends = starts + lengths
         if starts.min() < 0 or lengths.min() < 1 or ends.max() > len(self._rotary.sin):
             raise IndexError(f"positions from {starts.min()} to {ends.max()} in a context of {len(self._rotary.sin)}")

@@ -121,7 +121,7 @@ def start_compiling() -> None:
     """In a thread; whoever calls `cpu_library` meanwhile waits for it, and hears of what went wrong."""
 
     def compile_if_possible() -> None:
-        with contextlib.suppress(KernelsUnavailableError):
+        with contextlib.suppress(GPTJServeError, OSError):
             compiled_library()
 
     threading.Thread(target=compile_if_possible, name="compile-kernels", daemon=True).start()
@@ -137,7 +137,7 @@ def compiled_library() -> Path:
         raise KernelsUnavailableError(f"there is no {command[0]} to compile them with")
     flags = [*FLAGS, *(flag for feature, flag in OPTIONAL.items() if feature in cpu_features()), *_openmp_of_torch()]
     version = _output_of([*command, "--version"])
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, version]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), *flags, version]).encode()).hexdigest()[:32]
     directory = _cache_directory()
     target = directory / f"cpu-{key}.so"
     try:
@@ -155,7 +155,7 @@ def compiled_library() -> Path:
 def _output_of(command: list[str]) -> str:
     try:
         done = subprocess.run(  # noqa: S603 (the compiler, on a file of this package)
-            command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=COMPILE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         raise KernelsUnavailableError(f"{command[0]} took more than {COMPILE_TIMEOUT_S:g} s") from None

@@ -74,7 +74,8 @@ def load_stage(
     """The span's weights in `dtype` on `device`.
 
     Each parameter is allocated once, at its destination, and filled piece by piece, so the peak is the span's own
-    size and one piece more. `take_block` gets each layer as soon as it is whole, in order, instead of the stage.
+    size and one piece more. `take_block` gets each layer as soon as it is whole, in order, instead of the stage:
+    the peak is then what it makes of them, and one layer more.
     """
     with torch.device("meta"):
         stage = GPTJStage(checkpoint.config, span, checkpoint.heads)
@@ -95,6 +96,7 @@ def load_stage(
             block = stage.h.pop(layer)
             assert isinstance(block, GPTJBlock)
             take_block(block)
+            del block, parameter  # before the next is read
     stage.attach_rotary(device)
     return stage.eval()
 

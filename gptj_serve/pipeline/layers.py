@@ -34,6 +34,7 @@ class TorchLayers:
         self, stage: GPTJStage, num_kv_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device,
         attention_plan: AttentionPlan | None = None,
     ) -> None:  # fmt: skip
+        assert len(stage.h) == len(stage.span), "its layers were taken"
         self._stage = stage
         self._dtype = dtype
         self._attention_plan = attention_plan

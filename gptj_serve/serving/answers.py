@@ -5,6 +5,8 @@ of them decides of which version's numbers the whole answer is. Until then they 
 token ids and heads as this ingress does.
 """
 
+import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,11 @@ from gptj_serve.serving.replicas import Replicas
 from gptj_serve.types import ModelVersion
 
 RETRY_AFTER_S = 1.0
+
+ARRIVAL_TIMEOUT_S = 10.0
+"""Serve tells an ingress of new pipelines within a second or two."""
+
+POLL_PERIOD_S = 0.05
 
 
 @dataclass(slots=True)
@@ -53,6 +60,20 @@ class Answers:
     def unfit(self, answer: Answer) -> frozenset[str]:
         """Ids of running replicas that can't go on with it."""
         return frozenset(replica_id for replica_id in self._replicas.running if not self._fits(answer, replica_id))
+
+    async def wait_for_one_that_fits(self, answer: Answer) -> None:
+        """Raises `OverloadedError` if there is none: at once where the answer has begun.
+
+        A new ingress may be asked a moment before it hears of the pipelines that came with it.
+        """
+        deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
+        while True:
+            try:
+                return self.check_not_stranded(answer)
+            except OverloadedError:
+                if answer.numbers_version or time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(POLL_PERIOD_S)
 
     def check_not_stranded(self, answer: Answer) -> None:
         """Raises `OverloadedError` if no running replica can go on with it."""

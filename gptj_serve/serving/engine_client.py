@@ -102,7 +102,7 @@ class ServeEngineClient:
         is_admitted = request.is_admitted
         refusals: dict[str, OverloadedError] = {}  # by replica id, since the last loss
         for number in itertools.count():
-            self._answers.check_not_stranded(answer)
+            await self._answers.wait_for_one_that_fits(answer)
             avoid = self._answers.unfit(answer) | refusals.keys()
             if refusals and not self._replicas.running - self._replicas.recovering - avoid:
                 raise min(refusals.values(), key=lambda refusal: refusal.retry_after_s)

@@ -28,6 +28,9 @@ POLL_PERIOD_S = 0.5
 INGRESS_TIMEOUT_S = 30.0
 """A pipeline waits no longer: there may be no room for a second ingress."""
 
+TAKEOVER_S = 2.0
+"""Then Serve has taken the old ingress out of the proxies' turn."""
+
 _INGRESS, _PIPELINE = "ingress", "pipeline"
 
 
@@ -82,14 +85,22 @@ class Handover:
         self._tell(_INGRESS)
 
     def pipeline_is_loaded(self) -> None:
-        """Returns when this pipeline may serve: an ingress of its version is there, or none of another one."""
+        """Returns when this pipeline may serve: an ingress of its version is there, or none of another one.
+
+        If it came just now, a moment later: with the old pipelines an old ingress loses all that it could ask, so it
+        should get no requests any more.
+        """
         self._tell(_PIPELINE)
         deadline = self._clock.monotonic() + INGRESS_TIMEOUT_S
+        has_waited = False
         while (ingresses := self._others(_INGRESS)) and self._text_version not in ingresses:
             if self._clock.monotonic() >= deadline:
                 logger.warning("no ingress of the new version came within %.0f s", INGRESS_TIMEOUT_S)
                 return
             self._clock.sleep(POLL_PERIOD_S)
+            has_waited = True
+        if has_waited and ingresses:
+            self._clock.sleep(TAKEOVER_S)
 
     def _tell(self, kind: str) -> None:
         self._board.put(f"{self._application}/{kind}/{self._actor_name}", self._text_version)

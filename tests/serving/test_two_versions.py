@@ -184,6 +184,21 @@ async def test_new_requests_take_any_version() -> None:
     assert pipelines.asked == ["b"]
 
 
+async def test_a_new_ingress_waits_for_the_pipelines_that_come_with_it() -> None:
+    """It may be asked before it hears of them, while those of the old version still run."""
+    pipelines = Pipelines(Replicas(), a=OLD, b=NEW)
+    pipelines.replicas.set_running({"a"})
+    pipelines.replicas.set_version("a", ModelVersion("another text", OLD.numbers))
+    answer = asyncio.create_task(token_ids(pipelines))
+    await asyncio.sleep(0.2)
+    assert not answer.done()
+    assert pipelines.asked == []
+    pipelines.replicas.set_running({"a", "b"})
+    pipelines.replicas.set_version("b", NEW)
+    assert await asyncio.wait_for(answer, 5) == tokens_of(NEW)
+    assert pipelines.asked == ["b"]
+
+
 async def test_requests_of_one_id_are_different_answers() -> None:
     """Clients choose the ids of their requests; the sequences of one answer belong together all the same."""
     pipelines = Pipelines(Replicas(), a=OLD, b=NEW)
