@@ -101,6 +101,7 @@ def main(
     max_queue_wait_s: float = 10.0,
     unbounded: Annotated[float | None, typer.Option(help="A load to offer without a limit too.")] = None,
     num_stages: int = 2,
+    kernels: Annotated[str, typer.Option(help="As pipeline.kernels.")] = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="Directory of a tokenizer.json: 405 M model.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG to draw; needs matplotlib.")] = None,
@@ -113,7 +114,7 @@ def main(
         num_prompt, num_new = (statistics.mean(column) for column in zip(*lengths, strict=True))
         console.print(f"{len(shapes)} requests fit; on average {num_prompt:.0f} prompt and {num_new:.0f} new tokens")
         scheduler = {"max_queue_wait_s": max_queue_wait_s}
-        with running_service(directory, num_stages, Path(work), scheduler=scheduler) as service:
+        with running_service(directory, num_stages, Path(work), scheduler=scheduler, kernels=kernels) as service:
             sustainable = asyncio.run(closed_loop(shapes, seconds))
             console.print(f"sustainable: {sustainable:.2f} requests/s")
             for load in map(float, loads.split(",")):
@@ -121,7 +122,8 @@ def main(
                 results.append(asyncio.run(run))
                 show(results)
         if unbounded is not None:
-            with running_service(directory, num_stages, Path(work), scheduler={"max_queue_wait_s": None}) as service:
+            scheduler = {"max_queue_wait_s": None}
+            with running_service(directory, num_stages, Path(work), scheduler=scheduler, kernels=kernels) as service:
                 process = psutil.Process(service.pid)
                 run = offer(shapes, unbounded, sustainable, seconds, max_queue_wait_s, process, is_bounded=False)
                 results.append(asyncio.run(run))
