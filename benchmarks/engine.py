@@ -6,7 +6,6 @@ scheduler and sampler take per step.
 """
 
 import asyncio
-import csv
 import random
 import statistics
 import time
@@ -28,6 +27,7 @@ from gptj_serve.engine.timeline import simulate
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.profiling.load import trace_requests
 from gptj_serve.steps import MicroBatch, RowResult, SampledToken, SampleSpec, StepOutput
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
@@ -55,7 +55,7 @@ def main(
     tokenizer = Tokenizer.from_directory(ServiceConfig().checkpoint_dir)
     asyncio.run(measure_prefix_reuse(checkpoint, tokenizer))
     asyncio.run(measure_drafts(checkpoint, tokenizer))
-    measure_bubbles(read_trace(trace) if trace else drawn_lengths(), num_trace_requests)
+    measure_bubbles(trace_lengths(trace) if trace else drawn_lengths(), num_trace_requests)
     measure_overhead()
 
 
@@ -144,11 +144,11 @@ async def generate(engine: LocalEngine, prompt: list[int], params: SamplingParam
 # ------------------------------------------------------------------------------------------------ simulated stages
 
 
-def read_trace(path: Path) -> list[tuple[int, int]]:
+def trace_lengths(trace: Path) -> list[tuple[int, int]]:
     """(prompt tokens, output tokens) of the requests that fit a context."""
-    with path.open(newline="") as file:
-        rows = [(int(row[1]), int(row[2])) for row in list(csv.reader(file))[1:]]
-    return [(prompt, output) for prompt, output in rows if output and prompt + output <= CONTEXT_LIMIT]
+    return [
+        (planned.num_prompt_tokens, planned.num_new_tokens) for planned in trace_requests(trace, None, CONTEXT_LIMIT)
+    ]
 
 
 def drawn_lengths() -> list[tuple[int, int]]:

@@ -13,7 +13,6 @@ a random model of 405 M parameters with that directory's tokenizer.json and uses
 
 import asyncio
 import contextlib
-import csv
 import itertools
 import json
 import os
@@ -23,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +34,7 @@ from rich.table import Table
 from benchmarks.serve_run import HOST, MODEL_NAME, PORT, make_model, running_service
 from gptj_serve.config import ServiceConfig
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.profiling.load import PlannedRequest, trace_requests
 
 CLOSED_LOOP_REQUESTS = 32
 SLACK_S = 5.0
@@ -43,15 +42,6 @@ PRIORITY, PRIORITY_SHARE = -10, 0.05
 DRAIN_TIMEOUT_S = 120.0
 END_MARKER = b"data: [DONE]"
 console = Console(width=150)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of one request."""
-
-    arrival_s: float
-    num_prompt_tokens: int
-    num_new_tokens: int
 
 
 @dataclass
@@ -109,7 +99,7 @@ def main(
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="overload-") as work:
         directory = ServiceConfig().checkpoint_dir if tokenizer is None else make_model(tokenizer, Path(work))
-        shapes = read_shapes(trace, Checkpoint.open(directory).config.n_positions)
+        shapes = trace_requests(trace, None, Checkpoint.open(directory).config.n_positions)
         lengths = [(shape.num_prompt_tokens, shape.num_new_tokens) for shape in shapes]
         num_prompt, num_new = (statistics.mean(column) for column in zip(*lengths, strict=True))
         console.print(f"{len(shapes)} requests fit; on average {num_prompt:.0f} prompt and {num_new:.0f} new tokens")
@@ -134,22 +124,10 @@ def main(
         draw(plot, results, max_queue_wait_s)
 
 
-def read_shapes(trace: Path, n_positions: int) -> list[Shape]:
-    with trace.open() as file:
-        rows = list(csv.reader(file))[1:]
-    start = _seconds(rows[0][0])
-    shapes = [Shape(_seconds(arrival) - start, int(prompt), int(new)) for arrival, prompt, new in rows]
-    return [s for s in shapes if s.num_prompt_tokens + s.num_new_tokens <= n_positions and s.num_new_tokens > 0]
-
-
-def _seconds(timestamp: str) -> float:
-    return datetime.fromisoformat(timestamp[:26]).timestamp()
-
-
 # ------------------------------------------------------------------------------------------------ clients
 
 
-async def closed_loop(shapes: Sequence[Shape], seconds: float) -> float:
+async def closed_loop(shapes: Sequence[PlannedRequest], seconds: float) -> float:
     """Requests/s that the service finishes when it always has enough of them."""
     source = iter(itertools.cycle(shapes))
     deadline = time.monotonic() + seconds
@@ -167,7 +145,7 @@ async def closed_loop(shapes: Sequence[Shape], seconds: float) -> float:
 
 
 async def offer(
-    shapes: Sequence[Shape],
+    shapes: Sequence[PlannedRequest],
     load: float,
     sustainable: float,
     seconds: float,
@@ -230,7 +208,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
-async def request(shape: Shape, *, has_priority: bool) -> Call:
+async def request(shape: PlannedRequest, *, has_priority: bool) -> Call:
     """One streamed completion over a connection of its own; nothing but its events is counted."""
     call = Call(time.monotonic(), has_priority)
     seed = random.getrandbits(30)

@@ -8,14 +8,14 @@ first. Everything runs in this process, with the kernels and the stage of the se
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from gptj_serve.config import ServiceConfig
+from gptj_serve.config import Kernels, Quantization, ServiceConfig
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
 from gptj_serve.steps import MicroBatch, Row, StepOutput
@@ -29,8 +29,8 @@ console = Console(width=110)
 class Mode(NamedTuple):
     name: str
     dtype: torch.dtype
-    quantization: Literal["none", "int8"] = "none"
-    kernels: Literal["auto", "torch"] = "auto"
+    quantization: Quantization = "none"
+    kernels: Kernels = "auto"
 
 
 MODES = [

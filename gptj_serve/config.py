@@ -24,6 +24,12 @@ from gptj_serve.types import DEFAULT_HEAD
 DEMO_CHECKPOINT = "demo"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 
+Quantization = Literal["none", "int8"]
+"""Of the weights of linear layers, and of what they are multiplied with."""
+
+Kernels = Literal["auto", "torch"]
+"""Our own where they can run, or PyTorch's."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,12 +85,12 @@ class PipelineConfig(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and KV cache. auto: float32 on CPU; on GPU the checkpoint's own half precision."
     )
-    quantization: Literal["none", "int8"] = Field(
+    quantization: Quantization = Field(
         "none",
         description="int8: weights of linear layers in 8 bits, a scale for each output, and what they are multiplied "
         "with rounded to 8 bits for each token. On CPUs with AVX-512 VNNI; docs/performance.md has the effect.",
     )
-    kernels: Literal["auto", "torch"] = Field(
+    kernels: Kernels = Field(
         "auto",
         description="What the layers run on. auto: on CPUs with AVX-512 our own, which g++ compiles when first needed, "
         "else PyTorch's, with a line in the log that says why. torch: PyTorch's.",

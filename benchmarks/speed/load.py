@@ -3,14 +3,13 @@
 Prompts are random, each different from every other, so that no engine finds anything to reuse.
 """
 
-import csv
 import random
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from benchmarks.speed.streams import Request
 from gptj_serve.model.config import GPTJConfig
+from gptj_serve.profiling.load import trace_requests as planned_requests
 
 Shape = tuple[float, int, int]
 """Arrival in seconds, prompt tokens, new tokens."""
@@ -22,15 +21,12 @@ def batch_requests(config: GPTJConfig, batch: int, num_prompt: int, num_new: int
 
 
 def read_trace(path: Path, n_positions: int, shrink: int = 1) -> list[Shape]:
-    """The requests that fit the model when their lengths are divided by `shrink`, from the trace's beginning."""
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    start = datetime.fromisoformat(rows[0][0])
+    """The requests that fit the model when their lengths are divided by `shrink`."""
     shapes = [
-        ((datetime.fromisoformat(at) - start).total_seconds(), -(-int(prompt) // shrink), -(-int(new) // shrink))
-        for at, prompt, new in rows
+        (planned.arrival_s, -(-planned.num_prompt_tokens // shrink), -(-planned.num_new_tokens // shrink))
+        for planned in planned_requests(path, None, n_positions * shrink)
     ]
-    return [shape for shape in shapes if shape[1] > 0 < shape[2] and shape[1] + shape[2] <= n_positions]
+    return [shape for shape in shapes if shape[1] + shape[2] <= n_positions]
 
 
 def drawn_shapes(n_positions: int) -> list[Shape]:

@@ -2,18 +2,15 @@
 
 import functools
 import logging
-from typing import Literal
 
 import torch
 
+from gptj_serve.config import Kernels, Quantization
 from gptj_serve.errors import ConfigError
 from gptj_serve.kernels.cpu_layers import ACTIVATIONS, BLOCK_SIZE
 from gptj_serve.kernels.cpu_library import KernelsUnavailableError, cpu_features, cpu_library
 from gptj_serve.kernels.weights import OperandType
 from gptj_serve.model.config import GPTJConfig
-
-Quantization = Literal["none", "int8"]
-Kernels = Literal["auto", "torch"]
 
 MAX_INT8_WIDTH = (2**31 - 1) // (255 * 127)
 

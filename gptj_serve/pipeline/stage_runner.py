@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gptj_serve.kernels.choice import Kernels, Quantization, choose_operand_type
+from gptj_serve.config import Kernels, Quantization
+from gptj_serve.kernels.choice import choose_operand_type
 from gptj_serve.kernels.cpu_layers import CPULayers, PackedBlock
 from gptj_serve.kernels.weights import OperandType, PackedLinear
 from gptj_serve.model.attention import PagedRow

@@ -55,8 +55,8 @@ def uniform_requests(
     return [planned] * num_requests
 
 
-def trace_requests(trace: Path, num_requests: int, max_tokens: int) -> list[PlannedRequest]:
-    """The first so many of a CSV file that fit into `max_tokens` and have an output.
+def trace_requests(trace: Path, num_requests: int | None, max_tokens: int) -> list[PlannedRequest]:
+    """The first so many (None: all) of a CSV file that fit into `max_tokens` and have an output.
 
     Its lines, after that of the names, begin with arrival (seconds, or a date and time), prompt tokens and output
     tokens, in the order of arrival.

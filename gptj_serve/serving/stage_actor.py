@@ -7,10 +7,11 @@ imports what does.
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
+from gptj_serve.config import Kernels, Quantization
 from gptj_serve.environment import keep_openmp_from_spinning
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.serving.logs import log_to_stderr
@@ -38,8 +39,8 @@ class StageSettings(NamedTuple):
     uses_gpu: bool
     heads: dict[str, str]  # name → directory
     deterministic: bool
-    quantization: Literal["none", "int8"]
-    kernels: Literal["auto", "torch"]
+    quantization: Quantization
+    kernels: Kernels
     logs_json: bool = False
     weights_digest: str = ""  # of checkpoint and heads that the pipeline started with; empty: any
 

@@ -5,8 +5,7 @@ Shapes: `T` tokens of a sequence, `D` n_embd.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,13 +162,3 @@ def alone(stages: Sequence[Layers], sequences: Sequence[Inputs], *, seed: int = 
         (hidden,) = run(stages, [Inputs(sequence.hidden)], [[(0, len(sequence.hidden))]], seed)
         made.append(hidden[sequence.num_shared :])
     return made
-
-
-@contextmanager
-def torch_threads(num_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

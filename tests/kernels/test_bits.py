@@ -22,8 +22,8 @@ from tests.kernels.packed import (
     random_sequences,
     random_stage,
     run,
-    torch_threads,
 )
+from tests.threads import torch_threads
 
 CONFIGS = {
     "even": {"n_embd": 64, "n_head": 2, "rotary_dim": 16},

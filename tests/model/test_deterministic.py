@@ -9,8 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -35,6 +34,7 @@ from gptj_serve.model.config import GPTJConfig
 from gptj_serve.model.deterministic import Conversion, Fused, make_deterministic
 from gptj_serve.model.deterministic_attention import TILE
 from gptj_serve.model.stage import GPTJStage, load_stage
+from tests.threads import torch_threads
 
 CPU = torch.device("cpu")
 HEADS = ("lm_head", "score", "qa_outputs")
@@ -168,16 +168,6 @@ def random_schedule(lengths: Sequence[int], rng: random.Random) -> list[list[Spa
             left[i] -= n
         microbatches.append(microbatch)
     return microbatches
-
-
-@contextmanager
-def torch_threads(num_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_any_schedule(chain: Chain, cut: Chain, lengths: Sequence[int], seed: int) -> None:

@@ -174,12 +174,12 @@ def test_a_trace_is_compressed_to_the_rate(tmp_path: Path) -> None:
     lines = [f"2023-11-16 18:{minute:02}:00.1234560,{10 + minute},{minute}" for minute in range(60)]
     file.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines, "2023-11-16 19:00:00.0,9000,1"]))
     shapes = read_trace(file, n_positions=256)
-    assert shapes[0] == (60.0, 11, 1)  # what generates nothing, or does not fit, is left out
+    assert shapes[0] == (0.0, 11, 1)  # what generates nothing, or does not fit, is left out
     assert len(shapes) == 59
     requests = trace_requests(TINY, shapes, rate=2, seconds=10, seed=0)
     assert [request.arrival_s for request in requests] == pytest.approx([0.5 * index for index in range(20)])
     assert all(len(request.prompt) == 10 + request.num_new_tokens for request in requests)
-    assert read_trace(file, n_positions=256, shrink=10)[0] == (60.0, 2, 1)
+    assert read_trace(file, n_positions=256, shrink=10)[0] == (0.0, 2, 1)
     with pytest.raises(ValueError, match="rate=20 for 10 s takes 200 requests; the trace has 59"):
         trace_requests(TINY, shapes, rate=20, seconds=10, seed=0)
     assert all(prompt + new <= 256 for _, prompt, new in drawn_shapes(256))
