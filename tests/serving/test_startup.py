@@ -11,7 +11,8 @@ from gptj_serve.serving.startup import startup_lines
 
 STAGES = [
     {
-        "layers": [3 * index, 3 * index + 3], "device": "cpu", "dtype": "float32", "kernels": "avx512-int8", "num_threads": 2,
+        "layers": [3 * index, 3 * index + 3], "device": "cpu", "dtype": "float32",
+        "kernels": "avx512-int8", "num_threads": 2,
         "weight_bytes": 1_500_000, "kv_cache_bytes": 2_500_000, "pid": 10 + index, "node_ip": f"10.0.0.{index}",
     }
     for index in range(2)
