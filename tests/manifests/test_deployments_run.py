@@ -54,7 +54,7 @@ def test_each_model_has_all_routes_below_its_prefix(two_models: ServeRun, prefix
         assert "<title>gptj_serve" in http.get("/").text
         assert http.get("/openapi.json").json()["servers"] == [{"url": prefix}]
         assert f'src="{prefix}/docs-assets/' in http.get("/docs").text
-        assert http.post("/classify", json={"inputs": "book a flight"}).json()["label"]
+        assert http.post("/classify", json={"inputs": "book a flight"}).json()[0][0]["label"]
         assert http.get("/nothing").json()["error"] == f"GET {prefix}/nothing: Not Found"
 
 
