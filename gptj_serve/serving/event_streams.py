@@ -134,7 +134,7 @@ class EventStreams:
             self.on_version(replica_id, load.version)
         self._replicas.set_load(replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s)
         if load.is_ready:
-            if load.version is not None and load.queue_wait_s == 0:
+            if load.queue_wait_s == 0 and all(attempt.has_begun for attempt in self._at(replica_id)):
                 self._share_with(replica_id)
             return
         for attempt in self._at(replica_id):
@@ -142,7 +142,7 @@ class EventStreams:
                 attempt.inbox.put_nowait(Leaves())
 
     def _share_with(self, replica_id: str) -> None:
-        """A replica that has come, or had nothing to do, gets its part of what waits elsewhere: of the last that came.
+        """A replica at which nothing waits gets its part of what waits elsewhere: of that the last that came.
 
         What has not begun loses nothing by it; a pipeline that was started for a burst would else get none of that.
         """
@@ -157,7 +157,7 @@ class EventStreams:
             ]
             num_to_go = len(waiting) // (len(others) + 1)
             for attempt in waiting[len(waiting) - num_to_go :]:
-                attempt.inbox.put_nowait(AskElsewhereError("another pipeline has nothing to do"))
+                attempt.inbox.put_nowait(AskElsewhereError("nothing waits at another pipeline"))
 
     def _at(self, replica_id: str) -> list[Attempt]:
         request_ids = self._requests_at.get(replica_id, ())

@@ -143,3 +143,11 @@ def test_a_deployment_begins_with_the_initial_number(scaling: dict[str, int], nu
     told = deployment._deployment_config.autoscaling_config
     assert (told.min_replicas, told.initial_replicas) == (scaling.get("min_pipelines", 1), number)
     assert app._pipeline(ServiceConfig(num_pipelines=3), 100).num_replicas == 3
+
+
+@pytest.mark.parametrize(("num_alive", "number"), [(0, 2), (4, 4), (30, 9)])
+def test_a_rollout_begins_with_no_fewer_than_run(monkeypatch: pytest.MonkeyPatch, num_alive: int, number: int) -> None:
+    monkeypatch.setattr(app, "num_alive", lambda *_: num_alive)
+    autoscaling = AutoscalingConfig(min_pipelines=2, max_pipelines=9)
+    deployment = app._pipeline(ServiceConfig(autoscaling=autoscaling), 100)
+    assert deployment._deployment_config.autoscaling_config.initial_replicas == number

@@ -1,4 +1,4 @@
-"""A pipeline that has come, or was idle, gets its part of the requests that wait elsewhere; no cluster."""
+"""A pipeline at which nothing waits gets its part of the requests that wait elsewhere; no cluster."""
 
 import asyncio
 from collections import defaultdict
@@ -18,7 +18,7 @@ VERSION, OTHER = ModelVersion("text", "numbers"), ModelVersion("text", "other nu
 
 
 class Pipelines:
-    """ "old" begins with some requests and lets the others wait; any other replica answers at once."""
+    """Replica "old" begins with some requests and lets the others wait; any other answers at once."""
 
     def __init__(self, queue_wait_s: float = 20.0, new: ModelVersion = VERSION, begun: tuple[str, ...] = ()) -> None:
         self.replicas = Replicas()
@@ -28,6 +28,8 @@ class Pipelines:
         self.versions = defaultdict(lambda: new, old=VERSION)
         self.taken: defaultdict[str, list[EngineRequest]] = defaultdict(list)
         self.goes_on = asyncio.Event()
+        self.mute: set[str] = set()  # replicas that do not begin before all goes on
+        self.stalls: set[str] = set()  # replicas that begin with what they get, and go on with it later
         self._outboxes: defaultdict[str, asyncio.Queue[bytes]] = defaultdict(asyncio.Queue)
         self.run, self.events = Method(self._run), Method(self._events)
 
@@ -38,11 +40,14 @@ class Pipelines:
         self, _ingress: str, encoded: bytes, *, avoid: frozenset[str] = frozenset()
     ) -> AsyncGenerator[str | bytes]:
         request = msgspec.msgpack.decode(encoded, type=EngineRequest)
-        replica_id = min(self.replicas.best(self.replicas.running - avoid))
+        replica_id = max(self.replicas.best(self.replicas.running - avoid))
         self.taken[replica_id].append(request)
         yield replica_id
         for index in range(NUM_TOKENS):
-            if replica_id == "old" and (index > 0 or request.request_id.split("-")[0] not in self.begun):
+            waits = replica_id in self.mute or (
+                replica_id == "old" and request.request_id.split("-")[0] not in self.begun
+            )
+            if waits or (index > 0 and replica_id in {"old", *self.stalls}):
                 await self.goes_on.wait()
             reason = FinishReason.LENGTH if index == NUM_TOKENS - 1 else None
             self._tell(replica_id, TokenEvent(request.request_id, index, 100 + index, -1.0, reason))
@@ -53,15 +58,23 @@ class Pipelines:
         while True:
             yield await self._outboxes[replica_id].get()
 
-    def _tell(self, replica_id: str, event: TokenEvent) -> None:
+    def _tell(self, replica_id: str, event: TokenEvent | LoadEvent) -> None:
         self._outboxes[replica_id].put_nowait(msgspec.msgpack.encode([event]))
+
+    def has_no_queue(self, replica_id: str) -> None:
+        self._tell(replica_id, LoadEvent(True, 0.0))
 
     def names(self, replica_id: str) -> list[str]:
         return [request.request_id.split("-")[0] for request in self.taken[replica_id]]
 
 
-async def run(pipelines: Pipelines, num_requests: int, *arriving: str) -> dict[str, list[str]]:
-    """Which replica was sent which requests, with these arriving while all are with the old one; all are answered."""
+async def run(
+    pipelines: Pipelines, num_requests: int, *arriving: str, num_load_events: int = 0
+) -> dict[str, list[str]]:
+    """Which replica was sent which requests, with these arriving while all are with the old one; all are answered.
+
+    So often each of these tells of its load, beside the first time.
+    """
     client = ServeEngineClient(
         pipelines,  # type: ignore[arg-type]
         replicas=pipelines.replicas,
@@ -86,6 +99,9 @@ async def run(pipelines: Pipelines, num_requests: int, *arriving: str) -> dict[s
         while pipelines.replicas.version(replica_id) is None:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.02)
+        for _ in range(num_load_events):
+            pipelines.has_no_queue(replica_id)
+            await asyncio.sleep(0.02)
     pipelines.goes_on.set()
     assert await asyncio.wait_for(asyncio.gather(*answers), 10) == [[100, 101, 102]] * num_requests
     return {replica_id: pipelines.names(replica_id) for replica_id in sorted(pipelines.taken)}
@@ -96,6 +112,25 @@ async def test_a_new_pipeline_gets_the_last_half_of_what_waits() -> None:
     sent = await run(pipelines, 7, "new")
     assert sent == {"new": ["r4", "r5", "r6"], "old": [f"r{index}" for index in range(7)]}
     assert [request.is_admitted for request in pipelines.taken["new"]] == [True] * 3, "it has been let in before"
+
+
+async def test_one_that_has_begun_with_all_it_has_gets_more() -> None:
+    pipelines = Pipelines()
+    pipelines.stalls = {"new"}
+    assert (await run(pipelines, 9, "new", num_load_events=1))["new"] == ["r5", "r6", "r7", "r8", "r3", "r4"]
+
+
+async def test_one_at_which_something_waits_gets_no_more() -> None:
+    """It may not know yet how long its queue lasts."""
+    pipelines = Pipelines()
+    pipelines.mute = {"new"}
+    assert (await run(pipelines, 9, "new", num_load_events=3))["new"] == ["r5", "r6", "r7", "r8"]
+
+
+async def test_several_that_come_share_alike() -> None:
+    pipelines = Pipelines()
+    pipelines.stalls = {"b"}
+    assert {name: len(sent) for name, sent in (await run(pipelines, 8, "b", "c")).items()} == {"b": 4, "c": 2, "old": 8}
 
 
 async def test_what_has_begun_stays() -> None:
