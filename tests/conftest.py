@@ -103,8 +103,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `large`, `clients`, `faults` or `manifests` run only when asked for: `pytest -m large`."""
-    for marker in ("large", "clients", "faults", "manifests"):
+    """Tests with a marker of these run only when asked for: `pytest -m large`."""
+    for marker in ("large", "clients", "faults", "scaling", "manifests"):
         if marker not in config.option.markexpr:
             for item in items:
                 if item.get_closest_marker(marker):

@@ -31,7 +31,7 @@ def ours(*names: str) -> tuple[str, ...]:
 
 
 LAYERS = [
-    ours("types", "steps", "errors", "wire", "environment", "config", "queue_wait"),
+    ours("types", "steps", "errors", "wire", "environment", "config", "queue_wait", "scaling"),
     ours("tokenizer", "grammar", "extractive_qa", "generation_rules", "zero_shot", "model", "engine"),
     ours("kernels"),
     ours("pipeline", "planner"),

@@ -39,6 +39,7 @@ from gptj_serve.engine.sequence import Sequence
 from gptj_serve.engine.step import MAX_LOSSES_TOGETHER, Entry, Step
 from gptj_serve.engine.waiting_queue import WaitingQueue
 from gptj_serve.errors import InvalidRequestError
+from gptj_serve.scaling.policy import PipelineLoad
 from gptj_serve.steps import MicroBatch, RowResult, StepOutput
 from gptj_serve.types import PRIORITY_STEP, EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
 
@@ -118,6 +119,16 @@ class Scheduler:
     def queue_wait_s(self, priority: int = 0) -> float:
         """How long a request that came now would wait for its turn, judged by what waits before it."""
         return self._waiting.wait_s(self._rank_of_next(priority))
+
+    def load(self) -> PipelineLoad:
+        """What autoscaling judges by. Its speed is such that the backlog lasts as long as the queue's would."""
+        work = NO_WORK
+        for entry in self._entries.values():
+            work = work.plus(entry.work_left)
+        num_tokens = work.prompt + work.new
+        seconds = self._waiting.seconds_for(work)
+        tokens_per_s = num_tokens / seconds if seconds > 0 else 0.0
+        return PipelineLoad(num_tokens, tokens_per_s, self.blocks.num_used / self.blocks.num_blocks, self.num_waiting)
 
     @property
     def has_work(self) -> bool:

@@ -56,6 +56,10 @@ class WaitingQueue:
             if entry.rank > rank:
                 break
             work = work.plus(entry.work_left)
+        return self.seconds_for(work)
+
+    def seconds_for(self, work: Work) -> float:
+        """How long so much work takes, at the speed shown lately while something waited; 0 where that is not known."""
         return self._work_rate.seconds_for(work, self._step_costs.cost)
 
     def check(self, request: EngineRequest, rank: Rank) -> None:
