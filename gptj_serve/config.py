@@ -201,6 +201,17 @@ class IngressConfig(_Part):
         return None if self.api_keys_file is None else Path(self.api_keys_file).expanduser().absolute()
 
 
+class RoutingConfig(_Part):
+    """Which of several pipelines a request goes to."""
+
+    prefer_cached_prefixes: bool = Field(
+        True,
+        description="A request goes to the pipeline that holds most of its beginning in its KV blocks, unless it would "
+        "wait there for longer than that saves, or the pipeline has its share of the requests already. false: to the "
+        "less loaded of two random ones. Needs pipeline.kv_cache.reuse_prefixes; docs/routing.md has the rule.",
+    )
+
+
 class RolloutConfig(_Part):
     """How a new config or new weights replace what is running."""
 
@@ -241,6 +252,7 @@ class ServiceConfig(_Part):
     pipeline: PipelineConfig = PipelineConfig()
     num_pipelines: PositiveInt = Field(1, description="Replicas of the whole pipeline.")
     ingress: IngressConfig = IngressConfig()
+    routing: RoutingConfig = RoutingConfig()
     rollout: RolloutConfig = RolloutConfig()
 
     @field_validator("heads")

@@ -11,6 +11,7 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from gptj_serve.errors import InvalidRequestError, OverloadedError, RequestFailedError, WireError
+from gptj_serve.routing.choice import PipelineChoice
 from gptj_serve.serving import calls, engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import REFUSAL_COUNTS_S, Replicas
@@ -131,6 +132,7 @@ def make_client(
         pipelines,  # type: ignore[arg-type]
         on_replay,
         Replicas() if replicas is None else replicas,
+        choice=PipelineChoice(16, 1024),
         replay_timeout_s=replay_timeout_s,
         max_queue_wait_s=max_queue_wait_s,
     )
