@@ -29,9 +29,9 @@ from gptj_serve.engine.kv_blocks import BlockKey, BlockKeys
 from gptj_serve.routing.prefixes import CachedPrefixes
 from gptj_serve.types import EngineRequest, Pooling, Task
 
-MAX_SHARE = 1.25
-"""Of the mean number of requests, what one pipeline may have before others are taken instead. Less would move more
-requests away from their prefixes; with more, the one that has most would be so much slower."""
+MAX_SHARE = 1.5
+"""Of the mean number of requests, what one pipeline may have before others are taken instead. With 1.25 more requests
+leave their prefixes, and first tokens come later; with 2 nothing is gained but a busier pipeline (docs/routing.md)."""
 
 
 class RoutedBy(StrEnum):
