@@ -203,6 +203,17 @@ class IngressConfig(_Part):
         return None if self.api_keys_file is None else Path(self.api_keys_file).expanduser().absolute()
 
 
+class RoutingConfig(_Part):
+    """Which of several pipelines a request goes to."""
+
+    prefer_cached_prefixes: bool = Field(
+        True,
+        description="A request goes to the pipeline that holds most of its beginning in its KV blocks, unless it would "
+        "wait there for longer than that saves, or the pipeline has its share of the requests already. false: to the "
+        "less loaded of two random ones. Needs pipeline.kv_cache.reuse_prefixes; docs/routing.md has the rule.",
+    )
+
+
 class RolloutConfig(_Part):
     """How a new config or new weights replace what is running."""
 
@@ -315,6 +326,7 @@ class ServiceConfig(_Part):
         None, description="Let the load decide how many pipelines there are. Default: always num_pipelines."
     )
     ingress: IngressConfig = IngressConfig()
+    routing: RoutingConfig = RoutingConfig()
     rollout: RolloutConfig = RolloutConfig()
 
     @field_validator("heads")

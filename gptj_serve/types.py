@@ -180,6 +180,7 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
 
     A smaller `priority` is served sooner: one step of it counts as much as arriving `PRIORITY_STEP` requests earlier,
     so nothing waits for ever. Requests share computed blocks of a common prefix exactly if their `cache_salt` is equal.
+    Those of one `session_id` (empty: of none) go to the same pipeline, if they can; it is for who chooses a pipeline.
     """
 
     request_id: str
@@ -195,6 +196,7 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     is_admitted: bool = False
     time_left_s: float | None = None
     cache_salt: str = ""
+    session_id: str = ""
     text_version: str = ""
     numbers_version: str = ""
     traceparent: str = ""  # of the span that the request belongs to (W3C Trace Context); empty: it is not traced
@@ -306,11 +308,13 @@ Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent
 
 class LoadEvent(Struct, frozen=True, array_like=True, tag="load"):
     """Of no request. The pipeline is ready, or it has lost a stage and is bringing it back; and how long a request of
-    priority 0 that came now would wait. The first one on a stream also has the pipeline's version."""
+    priority 0 that came now would wait. The first one on a stream also has the pipeline's version. `num_others` counts
+    the requests there, running or waiting, that came from other ingresses than the one that is told."""
 
     is_ready: bool
     queue_wait_s: Annotated[float, Meta(ge=0)] = 0.0
     version: ModelVersion | None = None
+    num_others: Annotated[int, Meta(ge=0)] = 0
 
 
 def is_terminal(event: Event) -> bool:

@@ -33,7 +33,7 @@ def ours(*names: str) -> tuple[str, ...]:
 LAYERS = [
     ours("types", "steps", "errors", "wire", "environment", "config", "queue_wait", "scaling"),
     ours("tokenizer", "grammar", "extractive_qa", "generation_rules", "zero_shot", "model", "engine"),
-    ours("kernels"),
+    ours("kernels", "routing"),
     ours("pipeline", "planner"),
     ours("modeling"),
     ours("api", "fit"),

@@ -35,6 +35,7 @@ class RequestContext:
     arrived_at: float = field(default_factory=time.monotonic)
     deadline: float | None = None
     priority: int = 0  # of what sets none itself
+    session_id: str = ""  # empty: of none
     account: Account | None = None
     record: RequestRecord = field(default_factory=RequestRecord)  # without a `RequestLog`, one that nobody reads
     _answer_id: str = field(default_factory=lambda: secrets.token_hex(4), init=False)

@@ -205,6 +205,7 @@ class Service:
             priority=context.priority if priority is None else priority,
             is_admitted=record.num_sequences > 0,
             time_left_s=_time_left_s(context, options.get("sampling")),
+            session_id=context.session_id,
             **options,
         )
         record.add_sequence(request)

@@ -44,11 +44,12 @@ class Leaves:
 
 @dataclass(slots=True)
 class Attempt:
-    """A request on its way to a replica, none of those to `avoid`, or there."""
+    """A request on its way to a replica, none of those to `avoid` and that to `prefer` if it can, or there."""
 
     request_id: str  # of its own
     answer: Answer
     avoid: frozenset[str]
+    prefer: str | None = None
     inbox: asyncio.Queue[Event | Exception | Leaves] = field(default_factory=asyncio.Queue)
     has_ended: asyncio.Event = field(default_factory=asyncio.Event)
     is_taken: bool = False  # by a replica

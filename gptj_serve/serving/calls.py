@@ -71,8 +71,9 @@ class Calls:
         if self._is_traced:  # the span that the call belongs to is in the request's context
             context = contextvars.copy_context()
             context.run(ray.serve.context._serve_request_context.set, None)
-        avoid = {"avoid": attempt.avoid} if attempt.avoid else {}
-        call = context.run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request), **avoid)
+        where = {"avoid": attempt.avoid, "prefer": attempt.prefer}
+        for_router = {name: value for name, value in where.items() if value}
+        call = context.run(self._pipelines.run.remote, self._ingress_id, msgspec.msgpack.encode(request), **for_router)
         self._streams.add(attempt)  # from here on nothing is left behind
         watcher = asyncio.create_task(self._watch(call, attempt))
         self._watchers.add(watcher)

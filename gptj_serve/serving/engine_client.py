@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle
 from gptj_serve.api.status import PipelineChanges
 from gptj_serve.errors import OverloadedError
 from gptj_serve.queue_wait import check_wait
+from gptj_serve.routing.choice import PipelineChoice, RoutedBy
 from gptj_serve.serving.answers import Answer, Answers
 from gptj_serve.serving.attempt import (
     AskElsewhereError,
@@ -65,7 +66,9 @@ class ServeEngineClient:
         pipelines: DeploymentHandle,
         on_replay: Callable[[], None] = lambda: None,
         replicas: Replicas = REPLICAS,
+        on_route: Callable[[RoutedBy], None] = lambda _: None,
         *,
+        choice: PipelineChoice,
         replay_timeout_s: float,
         max_queue_wait_s: float | None = None,
         text_version: str = "",
@@ -74,21 +77,23 @@ class ServeEngineClient:
     ) -> None:
         """`counts` are asked for what is started and stopped; `may_have_none`: that no pipeline runs is no problem.
 
-        `on_replay` is called when a request is sent again. One that gets no further for `replay_timeout_s` after
-        the loss of its replica is given up. `max_queue_wait_s` is the pipelines' own limit, `text_version` the
-        ingress's own (`ModelVersion`).
+        `on_replay` is called when a request is sent again, `on_route` each time that it is sent. One that gets no
+        further for `replay_timeout_s` after the loss of its replica is given up. `max_queue_wait_s` is the pipelines'
+        own limit, `text_version` the ingress's own (`ModelVersion`).
         """
         self._counts = counts
         self._may_have_none = may_have_none
         self._max_queue_wait_s = max_queue_wait_s
         self._on_replay = on_replay
+        self._on_route = on_route
+        self._choice = choice
         self._replicas = replicas
         self._replay_timeout_s = replay_timeout_s
         self._answers = Answers(text_version, replicas)
         self._pipeline_ids: set[str] = set()  # of those that answered the last question for their status
         self._pipelines = pipelines.options(stream=True)
         ingress_id = secrets.token_hex(8)
-        self._streams = EventStreams(self._pipelines, ingress_id, self._answers, replicas)
+        self._streams = EventStreams(self._pipelines, ingress_id, self._answers, replicas, choice)
         self._calls = Calls(self._pipelines, ingress_id, self._streams, replicas)
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[Event]:
@@ -126,7 +131,8 @@ class ServeEngineClient:
                 text_version=self._answers.text_version,
                 numbers_version=answer.numbers_version,
             )
-            attempt = Attempt(attempt_request.request_id, answer, avoid)
+            num_before = len(tokens)
+            attempt = Attempt(attempt_request.request_id, answer, avoid, self._route(attempt_request, avoid))
             try:
                 # What was lost once with a request in it may be lost by it: there the scheduler finds out, elsewhere
                 # it would start anew.
@@ -174,6 +180,8 @@ class ServeEngineClient:
                     delay_s = max(delay_s, REPLAY_DELAY_S)
                 await asyncio.sleep(delay_s)
                 delay_s = min(max(2 * delay_s, REPLAY_DELAY_S), MAX_REPLAY_DELAY_S)
+            finally:
+                self._choice.ended(attempt_request.request_id, tokens[num_before:])
             is_admitted |= attempt.is_taken
         message = f"no pipeline took the request further for {self._replay_timeout_s:g} s"
         yield FailureEvent(request.request_id, message)
@@ -199,6 +207,14 @@ class ServeEngineClient:
 
     async def pipeline_changes(self) -> PipelineChanges | None:
         return None if self._counts is None else await self._counts.get()
+
+    def _route(self, request: EngineRequest, avoid: frozenset[str]) -> str | None:
+        """The replica to prefer for it, if any."""
+        replicas = self._replicas
+        self._choice.keep_only(replicas.running - replicas.recovering)
+        route = self._choice.route(request, replicas.best(replicas.running - avoid), replicas.num_others)
+        self._on_route(route.routed_by)
+        return route.pipeline
 
     def _refuse_if_full(self, request: EngineRequest) -> None:
         """As a pipeline would, without asking one, if all have told that their queues are too long.

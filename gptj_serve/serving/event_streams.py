@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from gptj_serve.routing.choice import PipelineChoice
 from gptj_serve.serving.answers import Answers
 from gptj_serve.serving.attempt import (
     AskElsewhereError,
@@ -38,12 +39,20 @@ VERSION_RETRY_S = 1.0
 class EventStreams:
     """Used in one event loop, but for what `Replicas` tells."""
 
-    def __init__(self, pipelines: DeploymentHandle, ingress_id: str, answers: Answers, replicas: Replicas) -> None:
+    def __init__(
+        self,
+        pipelines: DeploymentHandle,
+        ingress_id: str,
+        answers: Answers,
+        replicas: Replicas,
+        choice: PipelineChoice,
+    ) -> None:
         """`pipelines` streams what its methods yield."""
         self._pipelines = pipelines
         self._ingress_id = ingress_id
         self._answers = answers
         self._replicas = replicas
+        self._choice = choice
         self._loop: asyncio.AbstractEventLoop | None = None
         self._attempts: dict[str, Attempt] = {}  # by their request ids
         self._requests_at: defaultdict[str, set[str]] = defaultdict(set)  # these ids by replica id
@@ -132,7 +141,9 @@ class EventStreams:
     def _on_load(self, replica_id: str, load: LoadEvent) -> None:
         if load.version is not None:
             self.on_version(replica_id, load.version)
-        self._replicas.set_load(replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s)
+        self._replicas.set_load(
+            replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s, num_others=load.num_others
+        )
         if load.is_ready:
             if load.queue_wait_s == 0 and all(attempt.has_begun for attempt in self._at(replica_id)):
                 self._share_with(replica_id)
@@ -176,6 +187,7 @@ class EventStreams:
                         self._on_load(replica_id, event)
                     elif (attempt := self._attempts.get(event.request_id)) is not None:
                         attempt.is_taken = attempt.has_begun = True
+                        self._choice.on_event(event.request_id, replica_id)
                         is_fit = self._answers.takes(attempt.answer, replica_id)
                         attempt.inbox.put_nowait(event if is_fit else AskElsewhereError("it is of another version"))
                 batch = await anext(stream, None)

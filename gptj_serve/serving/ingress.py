@@ -17,6 +17,7 @@ from gptj_serve.api.chat_schemas import ChatCompletionRequest
 from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.completion_plan import make_plan
 from gptj_serve.api.completions import complete, stream_completion
+from gptj_serve.api.door.request_headers import checked_session_id
 from gptj_serve.api.embedding_schemas import EmbedRequest
 from gptj_serve.api.embeddings import embed
 from gptj_serve.api.errors import invalid_request, most_telling
@@ -33,6 +34,8 @@ from gptj_serve.errors import GPTJServeError, InvalidRequestError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.model.version import model_version
+from gptj_serve.planner import plan_service
+from gptj_serve.routing.choice import PipelineChoice
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.handover import MAX_CONSTRUCTOR_TRIES, own_handover
 from gptj_serve.serving.logs import IngressLines, use_serve_logging
@@ -63,9 +66,16 @@ class Ingress:
         heads = open_heads(config.head_dirs, checkpoint)
         named_heads = {name: head.info for name, head in heads.items()}
         text_version = model_version(checkpoint, heads, arithmetic="").text
+        plan = plan_service(config.pipeline, checkpoint)
         engine = ServeEngineClient(
             pipelines,
             metrics.replayed,
+            on_route=metrics.routed,
+            choice=PipelineChoice(
+                plan.resources.block_size,
+                plan.num_kv_blocks,
+                is_prefix_aware=config.routing.prefer_cached_prefixes and config.pipeline.kv_cache.reuse_prefixes,
+            ),
             replay_timeout_s=config.ingress.replay_timeout_s,
             max_queue_wait_s=config.pipeline.scheduler.max_queue_wait_s,
             text_version=text_version,
@@ -159,10 +169,14 @@ class Ingress:
 
     @contextmanager
     def _call(self, method: str) -> Iterator[None]:
-        """A call through the handle is a request as one over HTTP is, under the id that Serve gave it."""
-        request = RequestContext(request_id=ray.serve.context._get_serve_request_context().request_id)
-        with _plain_errors(), answering(request), self._request_log.recording(f"CALL {method}"):
-            yield
+        """A call through the handle is a request as one over HTTP is, under the id that Serve gave it, and of the
+        session that `handle.options(session_id=...)` names."""
+        call = ray.serve.context._get_serve_request_context()
+        with _plain_errors():
+            session_id = checked_session_id("session_id", call.session_id) if call.session_id else ""
+            request = RequestContext(request_id=call.request_id, session_id=session_id)
+            with answering(request), self._request_log.recording(f"CALL {method}"):
+                yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from gptj_serve.api.request_record import RequestRecord
 from gptj_serve.engine.milestones import Milestone
+from gptj_serve.routing.choice import RoutedBy
 from gptj_serve.serving.stage_actor import StageReport
 from gptj_serve.types import EngineRequest, EngineStats
 
@@ -71,6 +72,10 @@ class RequestMetrics:
             "gptj_replays", "Times that a sequence was sent to a pipeline again, its own being lost", ("model",)
         ).set_default_tags(tags)
 
+        self._routes = Counter(
+            "gptj_routes", "Times that a sequence was sent to a pipeline, by what it was chosen for", ("model", "by")
+        ).set_default_tags(tags)
+
     def first_token(self, record: RequestRecord, seconds: float) -> None:
         self._first_token.observe(seconds)
 
@@ -85,6 +90,9 @@ class RequestMetrics:
 
     def replayed(self) -> None:
         self._replays.inc()
+
+    def routed(self, by: RoutedBy) -> None:
+        self._routes.inc(1, {"by": str(by)})
 
 
 class PipelineMetrics:

@@ -144,12 +144,13 @@ class Pipeline:
         await asyncio.to_thread(own_handover(self._version.text).pipeline_is_loaded)
 
     async def run(
-        self, ingress_id: str, encoded_request: bytes, *, avoid: frozenset[str] = frozenset()
+        self, ingress_id: str, encoded_request: bytes, *, avoid: frozenset[str] = frozenset(), prefer: str = ""
     ) -> AsyncGenerator[str | bytes]:
         """Serve one request: yields this replica's id once it is taken, and ends when it has ended.
 
         A request that can't be taken gets a `Refusal`, an `Overload` or an `OtherVersion` instead: of what is raised
-        here, Serve logs the traceback. `avoid` is for the router, which brings the call to a replica not in there.
+        here, Serve logs the traceback. `avoid` and `prefer` are for the router, which brings the call to a replica
+        not in there, and to the preferred one if it can.
         When the engine stops, so does this process. Raises `WireError` for what is no request: an ingress of another
         version.
         """
@@ -198,7 +199,7 @@ class Pipeline:
         try:
             # First of all "here": the ingress waits for it for a limited time.
             load_told_at = time.monotonic()
-            yield msgspec.msgpack.encode([self._load(self._version)])
+            yield msgspec.msgpack.encode([self._load(outbox, self._version)])
             while True:
                 try:
                     await asyncio.wait_for(outbox.arrived.wait(), IDLE_STREAM_S)
@@ -208,7 +209,7 @@ class Pipeline:
                 outbox.arrived.clear()
                 events, outbox.events = outbox.events, []
                 if time.monotonic() - load_told_at > LOAD_PERIOD_S:
-                    events.append(self._load())
+                    events.append(self._load(outbox))
                     load_told_at = time.monotonic()
                 if events:
                     yield msgspec.msgpack.encode(events)
@@ -261,12 +262,13 @@ class Pipeline:
             logging.shutdown()
             os._exit(1)
 
-    def _load(self, version: ModelVersion | None = None) -> LoadEvent:
-        return LoadEvent(self._engine.is_ready, self._engine.queue_wait_s(), version)
+    def _load(self, outbox: _Outbox, version: ModelVersion | None = None) -> LoadEvent:
+        num_others = len(self._outbox_of) - outbox.num_requests
+        return LoadEvent(self._engine.is_ready, self._engine.queue_wait_s(), version, num_others)
 
     def _tell_readiness(self, _: bool) -> None:
         for outbox in self._outboxes.values():
-            outbox.put(self._load())
+            outbox.put(self._load(outbox))
 
     def _distribute(self, events: list[Event]) -> None:
         if self._tracing is not None:

@@ -8,7 +8,7 @@ are ready and have the shortest, and the client takes its requests away from tho
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from gptj_serve.types import ModelVersion
 
@@ -29,6 +29,7 @@ class Replicas:
         self._running: frozenset[str] = frozenset()
         self._recovering: frozenset[str] = frozenset()
         self._queue_waits_s: dict[str, tuple[float, float]] = {}  # by id: how long, and until when that counts
+        self._num_others: dict[str, int] = {}
         self._versions: dict[str, ModelVersion] = {}
         self._listeners: list[Callable[[frozenset[str]], None]] = []
         self._arrival_listeners: list[Callable[[frozenset[str]], None]] = []
@@ -67,6 +68,11 @@ class Replicas:
         """Who could take over from this one at once."""
         return self._running - self._recovering - {replica_id}
 
+    @property
+    def num_others(self) -> Mapping[str, int]:
+        """How many requests of other ingresses each has, as far as it has told."""
+        return self._num_others
+
     def version(self, replica_id: str) -> ModelVersion | None:
         """Which version of the model it serves, as far as it has told."""
         return self._versions.get(replica_id)
@@ -90,6 +96,7 @@ class Replicas:
             left, arrived = before - self._running, self._running - before
             self._recovering &= self._running
             self._queue_waits_s = {id_: wait for id_, wait in self._queue_waits_s.items() if id_ in self._running}
+            self._num_others = {id_: number for id_, number in self._num_others.items() if id_ in self._running}
             listeners, arrival_listeners = list(self._listeners), list(self._arrival_listeners)
         if arrived:
             for on_arrived in arrival_listeners:
@@ -102,8 +109,9 @@ class Replicas:
         with self._lock:
             self._versions = self._versions | {replica_id: version}
 
-    def set_load(self, replica_id: str, *, is_ready: bool, queue_wait_s: float) -> None:
+    def set_load(self, replica_id: str, *, is_ready: bool, queue_wait_s: float, num_others: int = 0) -> None:
         with self._lock:
+            self._num_others = self._num_others | {replica_id: num_others}
             self._recovering = self._recovering - {replica_id} if is_ready else self._recovering | {replica_id}
             self._queue_waits_s[replica_id] = (queue_wait_s, math.inf)
 
@@ -121,6 +129,7 @@ class Replicas:
         with self._lock:
             self._recovering -= {replica_id}
             self._queue_waits_s.pop(replica_id, None)
+            self._num_others = {other: number for other, number in self._num_others.items() if other != replica_id}
             if replica_id not in self._running:
                 self._versions = {other: version for other, version in self._versions.items() if other != replica_id}
 

@@ -73,6 +73,9 @@ async def test_an_id_that_somebody_in_front_sends_back_is_not_sent_twice(
         ("X-Request-ID", "a\tb", "must be 1 to 128 printable ASCII characters, no blanks"),
         ("X-Request-ID", "é", "must be 1 to 128 printable ASCII characters, no blanks"),
         ("X-Request-ID", "a\x7f", "must be 1 to 128 printable ASCII characters, no blanks"),
+        ("X-Session-Id", "", "must be 1 to 128 printable ASCII characters, no blanks"),
+        ("X-Session-Id", "a b", "must be 1 to 128 printable ASCII characters, no blanks"),
+        ("X-Session-Id", "é", "must be 1 to 128 printable ASCII characters, no blanks"),
         ("X-Priority", "1001", "must be an integer from -1000 to 1000"),
         ("X-Priority", "-1001", "must be an integer from -1000 to 1000"),
         ("X-Priority", "1.5", "must be an integer from -1000 to 1000"),
@@ -102,6 +105,21 @@ async def test_a_wrong_header_is_refused_by_name(
     assert response.headers["x-content-type-options"] == "nosniff"
     assert len(response.headers["x-request-id"]) == 16
     assert engine.requests == []
+
+
+@pytest.mark.parametrize(("path", "body"), [*CALLS, ("/classify", {"inputs": ["a", "b"]}), ("/embed", {"inputs": "a"})])
+async def test_all_sequences_of_a_request_are_of_its_session(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, body: Any
+) -> None:
+    for session_id in ("user-7", "~" * 128):
+        response = await client.post(path, json=body, headers={"X-Session-Id": session_id})
+        assert response.status_code == 200, response.text
+        assert {request.session_id for request in engine.requests} == {session_id}
+        engine.requests.clear()
+    await client.post(path, json=body)
+    assert {request.session_id for request in engine.requests} == {""}
+    response = await client.post(path, json=body, headers={"X-Session-Id": "~" * 129})
+    assert response.status_code == 400
 
 
 async def test_headers_at_their_limits(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -11,6 +11,7 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from gptj_serve.errors import InvalidRequestError, OverloadedError, RequestFailedError, WireError
+from gptj_serve.routing.choice import PipelineChoice, RoutedBy
 from gptj_serve.serving import calls, engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.pipeline_counts import PipelineCounts
@@ -127,11 +128,14 @@ def make_client(
     replicas: Replicas | None = None,
     replay_timeout_s: float = 120.0,
     max_queue_wait_s: float | None = None,
+    on_route: Callable[[RoutedBy], None] = lambda _: None,
 ) -> ServeEngineClient:
     return ServeEngineClient(
         pipelines,  # type: ignore[arg-type]
         on_replay,
         Replicas() if replicas is None else replicas,
+        on_route,
+        choice=PipelineChoice(16, 1024),
         replay_timeout_s=replay_timeout_s,
         max_queue_wait_s=max_queue_wait_s,
     )
@@ -664,3 +668,67 @@ async def test_a_request_that_ends_before_it_is_known_to_be_taken_leaves_nothing
     pipelines.goes_on.set()
     assert await other == [FailureEvent("r-0", "the end")]
     assert not any(client._streams._requests_at.values())
+
+
+class Preferred(Full):
+    """Of what is not preferred the first one in the alphabet takes it. Each gives the tokens 100, 101, …"""
+
+    def __init__(self, replicas: Replicas) -> None:
+        super().__init__(replicas)
+        self.preferred: list[str | None] = []
+
+    async def _run(self, ingress: str, encoded: bytes, *, prefer: str | None = None) -> AsyncGenerator[str | bytes]:
+        self.preferred.append(prefer)
+        others = self.replicas.running - {prefer}
+        async for item in super()._run(ingress, encoded, avoid=frozenset(others if prefer else ())):
+            yield item
+
+
+async def test_a_conversation_goes_on_where_it_is_cached() -> None:
+    """Prompt and answer are known to be there; what moves to another pipeline is known there as well."""
+    prompt = list(range(40))
+    pipelines = Preferred(replicas := ready("a", "b"))
+    routes: list[RoutedBy] = []
+    client = make_client(pipelines, replicas=replicas, on_route=routes.append)
+
+    async def ask(prompt: list[int]) -> None:
+        events = client.submit(msgspec.structs.replace(REQUEST, prompt_token_ids=prompt))
+        assert [event.token_id async for event in events] == [100 + index for index in range(NUM_TOKENS)]
+
+    await ask(prompt)
+    await ask([*prompt, *[100 + index for index in range(NUM_TOKENS)], 1, 2, 3])
+    replicas.set_running({"b", "c"})
+    await ask(prompt)
+    replicas.set_running({"a", "b", "c"})
+    await ask(prompt)
+    replicas.set_load("b", is_ready=False, queue_wait_s=0.0)  # its blocks are lost
+    await ask([1, 2, 3])
+    replicas.set_load("b", is_ready=True, queue_wait_s=0.0)
+    await ask(prompt)
+    assert pipelines.preferred == [None, "a", None, "b", None, None]
+    assert pipelines.asked == ["a", "a", "b", "b", "a", "a"]
+    by = {None: RoutedBy.LOAD, "a": RoutedBy.PREFIX, "b": RoutedBy.PREFIX}
+    assert routes == [by[preferred] for preferred in pipelines.preferred]
+
+
+async def test_a_session_stays_until_its_pipeline_leaves() -> None:
+    """By two ingresses, which know nothing of each other."""
+    replicas = ready("a", "b", "c")
+    ingresses = [Preferred(replicas) for _ in range(2)]
+    clients = [make_client(pipelines, replicas=replicas) for pipelines in ingresses]
+
+    async def asked() -> set[str]:
+        """Where it goes now."""
+        for client, pipelines in zip(clients, ingresses, strict=True):
+            pipelines.asked.clear()
+            in_session = msgspec.structs.replace(REQUEST, session_id="user-7")
+            for _ in range(2):
+                assert len(await all_of(client.submit(in_session))) == NUM_TOKENS
+        return {*ingresses[0].asked, *ingresses[1].asked}
+
+    (own,) = await asked()
+    replicas.set_running({"a", "b", "c"} - {own})
+    (second,) = await asked()
+    assert second != own
+    replicas.set_running({"a", "b", "c"})
+    assert await asked() == {own}

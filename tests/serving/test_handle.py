@@ -119,6 +119,14 @@ def test_a_refusal(handle: DeploymentHandle, method: str, body: dict[str, Any], 
         getattr(handle, method).remote(body).result()
 
 
+def test_a_call_may_be_of_a_session(handle: DeploymentHandle) -> None:
+    body = {"inputs": "The President said", "parameters": {"max_new_tokens": 5}}
+    expected = handle.generate.remote(body).result()
+    assert handle.options(session_id="user-7").generate.remote(body).result() == expected
+    with pytest.raises(ValueError, match=r"session_id='user 7': must be 1 to 128 printable ASCII characters"):
+        handle.options(session_id="user 7").generate.remote(body).result()
+
+
 def test_a_refused_stream(handle: DeploymentHandle) -> None:
     with pytest.raises(ValueError, match="temperature=-1"):
         next(handle.options(stream=True).complete_stream.remote(PROMPT | {"temperature": -1}))

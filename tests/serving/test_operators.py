@@ -44,7 +44,7 @@ async def read_metrics(http: httpx.AsyncClient) -> Samples:
             continue
         labels = dict(re.findall(r'(\w+)="([^"]*)"', sample["labels"]))
         assert labels["model"] == "gptj-demo"
-        own = ",".join(f"{key}={labels[key]}" for key in ("outcome", "stage", "task", "le") if key in labels)
+        own = ",".join(f"{key}={labels[key]}" for key in ("by", "outcome", "stage", "task", "le") if key in labels)
         samples[f"{sample['name']}{{{own}}}", labels["WorkerId"]] = float(sample["value"])
     return samples
 
@@ -133,7 +133,8 @@ async def test_counters_are_exact(http: httpx.AsyncClient, cluster: None, demo: 
         "request_seconds_count{task=classify}",
         "queue_seconds_count{task=generate}",
         "queue_seconds_count{task=classify}",
-    ) == [4, 1, 1, 4 * 17, 4, 4 * 16, 4, 1, 4, 1]
+        "routes_total{by=load}",
+    ) == [4, 1, 1, 4 * 17, 4, 4 * 16, 4, 1, 4, 1, 6]
     encode = Tokenizer.from_directory(demo).encode
     texts = [encode("what is my balance"), encode(QUESTION["question"]), encode(QUESTION["context"])]
     assert growth(before, now, "prompt_tokens_total{}") == [4 * len(prompt) + sum(map(len, texts))]

@@ -131,6 +131,29 @@ async def test_ingresses_are_told_how_long_the_queue_is(monkeypatch: pytest.Monk
     await call.aclose()
 
 
+async def test_ingresses_are_told_how_many_requests_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_deployment, "LOAD_PERIOD_S", 0.0)
+    monkeypatch.setattr(pipeline_deployment, "IDLE_STREAM_S", 0.01)
+    pipeline = make_pipeline(FakeEngine())
+    calls = [
+        pipeline.run(ingress, msgspec.msgpack.encode(msgspec.structs.replace(REQUEST, request_id=request_id)))
+        for ingress, request_id in (("one", "r1"), ("one", "r2"), ("two", "r3"))
+    ]
+    for call in calls:
+        await anext(call)
+
+    async def told(stream: AsyncGenerator[bytes]) -> int:
+        (load,) = msgspec.msgpack.decode(await asyncio.wait_for(anext(stream), 5), type=list[LoadEvent])
+        return load.num_others
+
+    streams = [pipeline.events(ingress, replica_id="replica") for ingress in ("one", "two", "three")]
+    assert [await told(stream) for stream in streams] == [1, 2, 3]
+    await calls[0].aclose()
+    assert [await told(stream) for stream in streams[:2]] == [1, 1]
+    for generator in (*streams, *calls):
+        await generator.aclose()
+
+
 async def test_while_a_stage_is_lost_its_ingresses_go_on_knowing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without requests too: else each new one would come here first."""
     monkeypatch.setattr(pipeline_deployment, "IDLE_STREAM_S", 0.01)

@@ -30,6 +30,32 @@ async def test_absent_replica_is_waited_for_with_pauses() -> None:
     assert await choose(replica_id="gone") == ([], True)
 
 
+async def ranks(prefer: str, **kwargs: Any) -> list[list[str]]:
+    """The chosen replicas' ids, those that are tried first before the others."""
+    router = PipelineRouter.__new__(PipelineRouter)
+    routing_context = SimpleNamespace(should_backoff=False)
+    pending = SimpleNamespace(kwargs={"prefer": prefer, **kwargs}, routing_context=routing_context)
+    chosen = await router.choose_replicas(REPLICAS, pending)
+    return [[replica.replica_id.unique_id for replica in rank] for rank in chosen]
+
+
+async def test_a_preferred_replica_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have as many requests as it takes: then any other two are asked. It may have gone, or be busy."""
+    monkeypatch.setattr(replicas_module, "REPLICAS", replicas := Replicas())
+    first, others = await ranks("b")
+    assert (first, len(set(others))) == (["b"], 2)
+    for prefer, kwargs in (("gone", {}), ("b", {"avoid": {"b"}})):
+        assert [len(set(rank)) for rank in await ranks(prefer, **kwargs)] == [2]
+    assert await ranks("b", replica_id="c") == [["c"]]
+    replicas.set_running("abc")
+    replicas.set_load("b", is_ready=False, queue_wait_s=0.0)
+    assert [set(rank) for rank in await ranks("b")] == [{"a", "c"}]
+    replicas.set_load("b", is_ready=True, queue_wait_s=5.0)
+    assert [set(rank) for rank in await ranks("b")] == [{"a", "c"}]
+    replicas.set_load("b", is_ready=True, queue_wait_s=0.5)
+    assert (await ranks("b"))[0] == ["b"]
+
+
 @pytest.mark.parametrize("_", range(20))
 async def test_otherwise_two_different_ones(_: int) -> None:
     chosen, _ = await choose()
@@ -84,6 +110,17 @@ def test_what_a_refusal_told_counts_for_a_while() -> None:
     replicas.set_load("a", is_ready=True, queue_wait_s=3.0)  # its event stream goes on telling
     now += replicas_module.REFUSAL_COUNTS_S
     assert (replicas.best("ab"), replicas.shortest_wait_s()) == ({"a"}, 3.0)
+
+
+def test_requests_of_other_ingresses_are_known_while_they_are_told() -> None:
+    replicas = Replicas()
+    replicas.set_running("abc")
+    for replica_id, number in (("a", 3), ("b", 5), ("c", 7), ("a", 4)):
+        replicas.set_load(replica_id, is_ready=True, queue_wait_s=0.0, num_others=number)
+    assert replicas.num_others == {"a": 4, "b": 5, "c": 7}
+    replicas.forget("a")
+    replicas.set_running("ab")
+    assert replicas.num_others == {"b": 5}
 
 
 def test_who_left_is_told() -> None:

@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from gptj_serve.api.request_context import RequestContext
 from gptj_serve.errors import OverloadedError
+from gptj_serve.routing.choice import PipelineChoice
 from gptj_serve.serving import event_streams
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import Replicas
@@ -100,6 +101,7 @@ def make_client(pipelines: Pipelines) -> ServeEngineClient:
     return ServeEngineClient(
         pipelines,  # type: ignore[arg-type]
         replicas=pipelines.replicas,
+        choice=PipelineChoice(16, 1024),
         replay_timeout_s=60.0,
         text_version="text",
     )

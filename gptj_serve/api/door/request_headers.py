@@ -5,6 +5,7 @@
 | X-Request-ID      | 1 to 128 printable ASCII characters, no blank | an id is made; the answer has it too |
 | X-Priority        | integer, -1000 to 1000; lower is sooner      | 0; a body's own `priority` goes first |
 | X-Request-Timeout | seconds > 0; at most `request_timeout_s`     | `request_timeout_s`                 |
+| X-Session-Id      | 1 to 128 printable ASCII characters, no blank | it is of no session                 |
 """
 
 import asyncio
@@ -29,8 +30,10 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = "X-Request-ID"
 PRIORITY = "X-Priority"
 TIMEOUT = "X-Request-Timeout"
+SESSION_ID = "X-Session-Id"  # by which Serve's proxy knows a session too
 
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_ID = re.compile(r"[!-~]{1,128}")
+_ID_FORM = "must be 1 to 128 printable ASCII characters, no blanks"
 _PRIORITY = re.compile(r"[+-]?[0-9]{1,4}")
 _TIMEOUT = re.compile(r"[0-9.]+([eE][+-]?[0-9]{1,3})?")
 
@@ -102,8 +105,9 @@ class RequestHeaders:
 
     def _context(self, headers: Headers) -> RequestContext:
         request_id = _only(headers, REQUEST_ID)
-        if request_id is not None and not _REQUEST_ID.fullmatch(request_id):
-            raise InvalidRequestError(REQUEST_ID, request_id, "must be 1 to 128 printable ASCII characters, no blanks")
+        if request_id is not None and not _ID.fullmatch(request_id):
+            raise InvalidRequestError(REQUEST_ID, request_id, _ID_FORM)
+        session_id = _only(headers, SESSION_ID)
         priority = _only(headers, PRIORITY)
         if priority is not None and (not _PRIORITY.fullmatch(priority) or abs(int(priority)) > MAX_PRIORITY):
             raise InvalidRequestError(PRIORITY, priority, f"must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}")
@@ -114,6 +118,7 @@ class RequestHeaders:
             arrived_at=now,
             deadline=now + min(limits) if limits else None,
             priority=int(priority or 0),
+            session_id=checked_session_id(SESSION_ID, session_id) if session_id is not None else "",
         )
 
     def _with_headers(self, send: Send, request_id: str) -> Send:
@@ -126,6 +131,13 @@ class RequestHeaders:
             await send(message)
 
         return send_with_headers
+
+
+def checked_session_id(field: str, session_id: str) -> str:
+    """Raises `InvalidRequestError` if it is none."""
+    if not _ID.fullmatch(session_id):
+        raise InvalidRequestError(field, session_id, _ID_FORM)
+    return session_id
 
 
 def _timeout_s(headers: Headers) -> float | None:

@@ -1,0 +1,1 @@
+"""Which of several pipelines a request goes to."""
