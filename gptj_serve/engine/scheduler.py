@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-from gptj_serve.engine.admission import check_fits, make_job, max_blocks
+from gptj_serve.engine.admission import MakeJob, check_fits, make_job, max_blocks
 from gptj_serve.engine.backlog import NO_WORK
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
@@ -67,12 +67,14 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         clock: Callable[[], float] = time.monotonic,
         on_milestone: OnMilestone = ignore,
+        make_job: MakeJob = make_job,
     ) -> None:
         self.limits = limits
         self.blocks = blocks
         self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._on_milestone = on_milestone
+        self._make_job = make_job
         self._entries: dict[str, Entry] = {}  # all unfinished ones
         self._waiting = WaitingQueue(limits.max_queue_wait_s)
         self._running: list[Entry] = []  # by rank
@@ -127,7 +129,7 @@ class Scheduler:
         now = self._clock()
         rank = self._rank_of_next(request.priority)
         self._waiting.check(request, rank)
-        job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
+        job = self._make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
         self._num_arrivals += 1
         entry = Entry(job, rank, now, job.work_left, now + self._patience_s(request))
         self._entries[request.request_id] = entry
