@@ -146,8 +146,8 @@ class KVBlocks:
             block = self._free.pop()
         else:
             block = next(iter(self._idle))
-            self.withdraw([block])
-            self._free.remove(block)
+            del self._idle[block]
+            del self._block_of[self._key_of.pop(block)]
         self._num_owners[block] = 1
         return block
 
