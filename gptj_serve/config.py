@@ -13,12 +13,14 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
 )
 
+from gptj_serve.scaling.policy import ScalingLimits
 from gptj_serve.types import DEFAULT_HEAD
 
 DEMO_CHECKPOINT = "demo"
@@ -219,6 +221,73 @@ class RolloutConfig(_Part):
     )
 
 
+class AutoscalingConfig(_Part):
+    """How many pipelines there are, by what they have to do (docs/scaling.md)."""
+
+    min_pipelines: NonNegativeInt = Field(
+        1,
+        description="Never fewer. 0: an idle service ends its last pipeline; the next request waits for a new one.",
+    )
+    max_pipelines: PositiveInt = Field(description="Never more.")
+    initial_pipelines: PositiveInt | None = Field(
+        None,
+        description="So many are started first. Default: min_pipelines, or 1: a start shows whether one can load.",
+    )
+    target_drain_s: PositiveFloat = Field(
+        10.0,
+        description="As many pipelines as get through the backlog of tokens within this time, at the speed they show.",
+    )
+    target_kv_share: float = Field(
+        0.8, gt=0, le=1, description="As many as the KV blocks of running sequences take this share of."
+    )
+    upscale_delay_s: NonNegativeFloat = Field(2.0, description="More are started after a need that lasts so long.")
+    downscale_delay_s: PositiveFloat = Field(
+        300.0, description="Of those that were not needed at any moment for so long, all are stopped."
+    )
+    scale_to_zero_delay_s: PositiveFloat = Field(
+        900.0, description="With min_pipelines 0, the last one is stopped after so long without any request."
+    )
+    may_add_nodes: bool = Field(
+        False,
+        description="Ask for pipelines that no node has room for, so that a Ray autoscaler adds nodes. false: only as "
+        "many as fit into the cluster as it is.",
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.max_pipelines < self.min_pipelines:
+            raise ValueError(f"max_pipelines={self.max_pipelines} is below min_pipelines={self.min_pipelines}")
+        if not self.min_pipelines <= self.num_initial <= self.max_pipelines:
+            raise ValueError(
+                f"initial_pipelines={self.num_initial} must be from min_pipelines={self.min_pipelines} to "
+                f"max_pipelines={self.max_pipelines}"
+            )
+        if self.downscale_delay_s < self.upscale_delay_s:
+            raise ValueError(
+                f"downscale_delay_s={self.downscale_delay_s:g} is below upscale_delay_s={self.upscale_delay_s:g}: "
+                "the number would swing with the load"
+            )
+        if self.min_pipelines > 0 and "scale_to_zero_delay_s" in self.model_fields_set:
+            raise ValueError(f"scale_to_zero_delay_s goes with min_pipelines=0, not {self.min_pipelines}")
+        return self
+
+    @property
+    def num_initial(self) -> int:
+        return max(1, self.min_pipelines) if self.initial_pipelines is None else self.initial_pipelines
+
+    @property
+    def limits(self) -> ScalingLimits:
+        return ScalingLimits(
+            min_pipelines=self.min_pipelines,
+            max_pipelines=self.max_pipelines,
+            target_drain_s=self.target_drain_s,
+            target_kv_share=self.target_kv_share,
+            upscale_delay_s=self.upscale_delay_s,
+            downscale_delay_s=self.downscale_delay_s,
+            scale_to_zero_delay_s=self.scale_to_zero_delay_s,
+        )
+
+
 class ServiceConfig(_Part):
     """The argument of the application builder: `args` in a Serve config file."""
 
@@ -239,7 +308,10 @@ class ServiceConfig(_Part):
         "`model`; 'default' is the checkpoint's own.",
     )
     pipeline: PipelineConfig = PipelineConfig()
-    num_pipelines: PositiveInt = Field(1, description="Replicas of the whole pipeline.")
+    num_pipelines: PositiveInt = Field(1, description="Replicas of the whole pipeline, where autoscaling is not set.")
+    autoscaling: AutoscalingConfig | None = Field(
+        None, description="Let the load decide how many pipelines there are. Default: always num_pipelines."
+    )
     ingress: IngressConfig = IngressConfig()
     rollout: RolloutConfig = RolloutConfig()
 
@@ -249,6 +321,23 @@ class ServiceConfig(_Part):
         if DEFAULT_HEAD in heads:
             raise ValueError(f"{DEFAULT_HEAD!r} is the name of the checkpoint's own heads; choose another")
         return heads
+
+    @model_validator(mode="after")
+    def _can_be_scaled(self) -> Self:
+        if self.autoscaling is None:
+            return self
+        if "num_pipelines" in self.model_fields_set:
+            raise ValueError(
+                f"num_pipelines={self.num_pipelines} and autoscaling contradict each other: set one of them "
+                "(autoscaling.initial_pipelines is how many are started first)"
+            )
+        target_s, longest_s = self.autoscaling.target_drain_s, self.pipeline.scheduler.max_queue_wait_s
+        if longest_s is not None and target_s >= longest_s:
+            raise ValueError(
+                f"autoscaling.target_drain_s={target_s:g} must be below pipeline.scheduler.max_queue_wait_s="
+                f"{longest_s:g}: requests would be refused before more pipelines are started"
+            )
+        return self
 
     @property
     def head_dirs(self) -> dict[str, Path]:

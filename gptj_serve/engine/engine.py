@@ -17,6 +17,7 @@ from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.rate import Rate
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.errors import PipelineError
+from gptj_serve.scaling.policy import PipelineLoad
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.types import EngineRequest, EngineStats, Event, FailureEvent, is_terminal, num_generated
 
@@ -118,6 +119,10 @@ class Engine:
     def queue_wait_s(self) -> float:
         """How long a request of priority 0 that came now would wait for its turn."""
         return self._scheduler.queue_wait_s()
+
+    def load(self) -> PipelineLoad:
+        """What autoscaling judges by."""
+        return self._scheduler.load()
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from gptj_serve.engine.admission import MakeJob, check_fits, make_job, max_blocks
-from gptj_serve.engine.backlog import NO_WORK
+from gptj_serve.engine.backlog import NO_WORK, Work
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.logit_editor import TokenMatcher
@@ -38,6 +38,7 @@ from gptj_serve.engine.sequence import Sequence
 from gptj_serve.engine.step import MAX_LOSSES_TOGETHER, Entry, Step
 from gptj_serve.engine.waiting_queue import WaitingQueue
 from gptj_serve.errors import InvalidRequestError
+from gptj_serve.scaling.policy import PipelineLoad
 from gptj_serve.steps import MicroBatch, RowResult, StepOutput
 from gptj_serve.types import PRIORITY_STEP, EngineRequest, Event, FailureEvent, TokenEvent, is_terminal
 
@@ -112,6 +113,14 @@ class Scheduler:
     def queue_wait_s(self, priority: int = 0) -> float:
         """How long a request that came now would wait for its turn, judged by what waits before it."""
         return self._waiting.wait_s(self._rank_of_next(priority))
+
+    def load(self) -> PipelineLoad:
+        """What autoscaling judges by. Its speed is such that the backlog lasts as long as the queue's would."""
+        work = self._work_left()
+        num_tokens = work.prompt + work.new
+        seconds = self._waiting.seconds_for(work)
+        tokens_per_s = num_tokens / seconds if seconds > 0 else 0.0
+        return PipelineLoad(num_tokens, tokens_per_s, self.blocks.num_used / self.blocks.num_blocks, self.num_waiting)
 
     @property
     def has_work(self) -> bool:
@@ -265,6 +274,13 @@ class Scheduler:
         assert {id(e) for e in self._suspects} == {id(e) for e in self._entries.values() if e.is_suspect}
         assert [e.rank for e in self._running] == sorted(e.rank for e in self._running)
         assert [e.rank for e in self._waiting] == sorted(e.rank for e in self._waiting)
+
+    def _work_left(self) -> Work:
+        """As last counted."""
+        work = NO_WORK
+        for entry in self._entries.values():
+            work = work.plus(entry.work_left)
+        return work
 
     def _schedule_decoding(self, entries: list[Entry], max_rows: int, step: Step) -> None:
         """One token of each sequence of these jobs; then, as far as there is room, drafts to go with them."""

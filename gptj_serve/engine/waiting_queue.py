@@ -57,7 +57,11 @@ class WaitingQueue:
                 break
             num_prompt += entry.work_left.prompt
             num_new += entry.work_left.new
-        return self._work_rate.seconds_for(Work(num_prompt, num_new), self._step_costs.cost)
+        return self.seconds_for(Work(num_prompt, num_new))
+
+    def seconds_for(self, work: Work) -> float:
+        """How long so much work takes, at the speed shown lately while something waited; 0 where that is not known."""
+        return self._work_rate.seconds_for(work, self._step_costs.cost)
 
     def check(self, request: EngineRequest, rank: Rank) -> None:
         """Raises `OverloadedError` if a request that comes now would wait for too long."""

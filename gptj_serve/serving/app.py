@@ -8,7 +8,6 @@ import logging
 from typing import Any, Self
 
 import ray
-import ray._private.state
 import ray.serve.context
 from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
@@ -23,6 +22,7 @@ from gptj_serve.errors import CheckpointError, ConfigError, GPTJServeError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
 from gptj_serve.planner import plan_service
+from gptj_serve.serving.autoscaling import free_resources, serve_autoscaling
 from gptj_serve.serving.capacity import Group, num_that_fit, surge_percent, surges
 from gptj_serve.serving.handover import MAX_CONSTRUCTOR_TRIES
 from gptj_serve.serving.ingress import Ingress
@@ -54,7 +54,8 @@ class BuilderConfig(ServiceConfig):
         except ValidationError as error:
             details = most_telling(error.errors())
             field = ".".join(map(str, details["loc"]))
-            end_serve_run(f"the application's args can't be used: {field}={details['input']!r}: {details['msg']}")
+            value = f"{field}={details['input']!r}: " if field else ""  # fields that contradict each other name theirs
+            end_serve_run(f"the application's args can't be used: {value}{details['msg']}")
             raise
 
 
@@ -162,10 +163,13 @@ def _ingress(config: ServiceConfig, max_surge_percent: int) -> serve.Deployment:
 
 def _pipeline(config: ServiceConfig, max_surge_percent: int) -> serve.Deployment:
     pipeline = config.pipeline
+    num_first = _num_first_pipelines(config)
+    scaling = serve_autoscaling(config, _pipeline_bundles(config), num_first)
+    number: dict[str, Any] = {"num_replicas": num_first} if scaling is None else {"autoscaling_config": scaling}
     return serve.deployment(
         Pipeline,
         name="Pipeline",
-        num_replicas=config.num_pipelines,
+        **number,
         max_ongoing_requests=pipeline.max_ongoing_requests,
         max_queued_requests=pipeline.max_queued_requests,
         ray_actor_options={"num_cpus": pipeline.engine_num_cpus},
@@ -179,6 +183,14 @@ def _pipeline(config: ServiceConfig, max_surge_percent: int) -> serve.Deployment
     )
 
 
+def _num_first_pipelines(config: ServiceConfig) -> int:
+    """With which the new config begins. Where load decides, no fewer than run now, whatever they were started for."""
+    scaling = config.autoscaling
+    if scaling is None:
+        return config.num_pipelines
+    return min(max(scaling.num_initial, num_alive("Pipeline", application_being_built())), scaling.max_pipelines)
+
+
 def _pipeline_bundles(config: ServiceConfig) -> list[dict[str, float]]:
     stage = {"CPU": config.pipeline.stage.num_cpus, "GPU": config.pipeline.stage.num_gpus}
     stage_bundle = {resource: amount for resource, amount in stage.items() if amount > 0}
@@ -189,7 +201,7 @@ def _free_resources() -> list[dict[str, float]]:
     """Of each node, while something is served; nothing else."""
     if not anything_is_served():
         return []
-    return [dict(node) for node in ray._private.state.available_resources_per_node().values()]
+    return free_resources()
 
 
 def _max_surge_percents(config: ServiceConfig) -> tuple[int, int]:
@@ -206,7 +218,7 @@ def _max_surge_percents(config: ServiceConfig) -> tuple[int, int]:
     ingresses = Group(
         [{"CPU": config.ingress.num_cpus}], config.ingress.num_replicas, num_alive("Ingress", application)
     )
-    pipelines = Group(_pipeline_bundles(config), config.num_pipelines, num_alive("Pipeline", application))
+    pipelines = Group(_pipeline_bundles(config), _num_first_pipelines(config), num_alive("Pipeline", application))
     numbers = surges(ingresses, pipelines, config.pipeline.placement_strategy, free)
     for group, num_surging in zip((ingresses, pipelines), numbers, strict=True):
         if num_surging == 0:

@@ -224,6 +224,10 @@ class Pipeline:
         """As `api.status.PipelineStatus`; of the stages what they told last, so it never waits for one."""
         return {"replica_id": self._replica_id, **self._engine.status()}
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it, where the number of pipelines is not fixed, and gives it to `PipelineScaling`."""
+        return self._engine.load()._asdict()
+
     def __del__(self) -> None:
         self._closing = True
         for task in ("_engine_task", "_observer_task"):

@@ -19,13 +19,14 @@ class Cohort:
     `block_size` steps: `phases` has them by the step in which they do.
     """
 
-    __slots__ = ("block_size", "ends", "last_s", "num_rows", "num_steps", "num_tokens", "parts", "phases")
+    __slots__ = ("block_size", "ends", "last_s", "num_left", "num_rows", "num_steps", "num_tokens", "parts", "phases")
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.num_steps = 0
         self.num_rows = 0
         self.num_tokens = 0  # of all its sequences together
+        self.num_left = 0  # tokens to make, of all together
         self.ends: list[End] = []  # a heap of all its sequences
         self.phases: list[list[Entry]] = [[] for _ in range(block_size)]
         self.parts: list[tuple[float, int]] = []  # when its sequences got their last token, and how many then
@@ -43,6 +44,7 @@ class Cohort:
         self.phases[job.base % self.block_size].append(entry)
         self.num_rows += 1
         self.num_tokens += num_tokens
+        self.num_left += num_left
 
     def absorb(self, other: "Cohort") -> None:
         for end, _, entry in other.ends:
@@ -62,6 +64,7 @@ class Cohort:
         """Each has got its token now; returns those that have ended, by rank."""
         self.num_steps += 1
         self.num_tokens += self.num_rows
+        self.num_left -= self.num_rows
         ended = []
         while self.ends and self.ends[0][0] == self.num_steps:
             entry = heappop(self.ends)[2]

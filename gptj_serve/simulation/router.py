@@ -6,7 +6,7 @@ long their queue is, so what is known of it is some moments old.
 
 import random
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 TELL_PERIOD_S = 0.25
 """As `serving.pipeline_deployment.LOAD_PERIOD_S`."""
@@ -18,14 +18,17 @@ SAME_WAIT_S = 1.0
 class Queue(Protocol):
     """Of a pipeline, at the time that the router looks at it."""
 
-    num_ongoing: int
-    num_waiting: int
+    @property
+    def num_waiting(self) -> int: ...
 
     def queue_wait_s(self) -> float:
         """How long a request that came now would wait."""
 
 
-class SimulatedRouter[Q: Queue]:
+Q = TypeVar("Q", bound=Queue)
+
+
+class SimulatedRouter(Generic[Q]):
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)  # noqa: S311  # no secret
         self._running: list[Q] = []

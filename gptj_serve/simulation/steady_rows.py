@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from gptj_serve.engine.backlog import Work
+from gptj_serve.engine.backlog import NO_WORK, Work
 from gptj_serve.engine.job import Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
@@ -112,13 +112,16 @@ class SteadyRows(Scheduler):
         return len(self._running) + self._num_steady
 
     @property
-    def num_tokens_left(self) -> int:
-        """To compute or to make, of all its requests."""
-        one_by_one = [*self._running, *self._waiting]
-        cohorts = [*self._ready, *(cohort for cohort in self._cohorts_in_flight())]
-        return sum(sum(entry.job.work_left) for entry in one_by_one) + sum(
-            num_left + 1 for cohort in cohorts for _, num_left in cohort
-        )
+    def num_ongoing(self) -> int:
+        return len(self._entries)
+
+    def _work_left(self) -> Work:
+        work = NO_WORK
+        for entry in (*self._running, *self._waiting):
+            work = work.plus(entry.work_left)
+        for cohort in (*self._ready, *self._cohorts_in_flight()):
+            work = work.plus(Work(cohort.num_rows, cohort.num_left))
+        return work
 
     def _num_blocks_to_give(self) -> int:
         return super()._num_blocks_to_give() - sum(len(cohort.in_need_of_a_block()) for cohort in self._ready)
