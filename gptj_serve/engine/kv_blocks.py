@@ -66,7 +66,7 @@ class KVBlocks:
             self._num_owners[shared] -= 1  # it keeps at least one owner
             table[index] = own
             copies.append((shared, own))
-        while len(table) < self.blocks_for(end):
+        for _ in range(self.blocks_for(end) - len(table)):
             table.append(self._take())
         return copies
 

@@ -62,9 +62,7 @@ class Cohort:
 
     def step(self, now: float) -> list[Entry]:
         """Each has got its token now; returns those that have ended, by rank."""
-        self.num_steps += 1
-        self.num_tokens += self.num_rows
-        self.num_left -= self.num_rows
+        self.advance(now)
         ended = []
         while self.ends and self.ends[0][0] == self.num_steps:
             entry = heappop(self.ends)[2]
@@ -74,8 +72,15 @@ class Cohort:
             self.num_tokens -= base + self.num_steps
             ended.append(entry)
         self.parts = [(now, self.num_rows)]
-        self.last_s = now
         return ended
+
+    def advance(self, now: float) -> None:
+        """Each has got its token now, and none has ended."""
+        self.num_steps += 1
+        self.num_tokens += self.num_rows
+        self.num_left -= self.num_rows
+        self.parts = [(now, self.num_rows)]
+        self.last_s = now
 
     def write_back(self, entry: Entry, num_left: int) -> None:
         """What the sequence has by now, as its last token is not computed yet."""

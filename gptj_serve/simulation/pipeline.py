@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from gptj_serve.simulation.step_shape import StepShape
 from gptj_serve.simulation.steps_source import StepsSource
@@ -22,23 +22,22 @@ class StepCosts(Protocol):
         """Of the engine, which does one thing at a time, when the microbatch is back."""
 
 
+Clock = Callable[[], float]
+S = TypeVar("S", bound=StepsSource)
+
 OnSpan = Callable[[int, int, StepShape, float, float], None]
 """Microbatch, stage, shape, start and end of a stage's work."""
 
 
-class SimulatedPipeline:
+class SimulatedPipeline(Generic[S]):
     """As `Engine`: up to as many microbatches in flight as there are stages, which run them in their order."""
 
     def __init__(
-        self,
-        make_source: Callable[[Callable[[], float]], StepsSource],
-        costs: StepCosts,
-        num_stages: int,
-        on_span: OnSpan | None = None,
+        self, make_source: Callable[[Clock], S], costs: StepCosts, num_stages: int, on_span: OnSpan | None = None
     ) -> None:
         """`make_source` is given the clock of this pipeline."""
         self.now = 0.0
-        self.source = make_source(lambda: self.now)
+        self.source: S = make_source(lambda: self.now)
         self._costs = costs
         self._on_span = on_span
         self._num_stages = num_stages
@@ -65,8 +64,12 @@ class SimulatedPipeline:
                 break
             in_flight.popleft()
             self.now = self._engine_free_s = done_s
-            self.source.complete()
-            self._fill()
+            shape = self.source.repeat()
+            if shape is not None:
+                self._start(shape)
+            else:
+                self.source.complete()
+                self._fill()
         if until > self.now:
             self.now = until
 

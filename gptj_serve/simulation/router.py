@@ -53,9 +53,11 @@ class SimulatedRouter(Generic[Q]):
 
     def pair(self) -> list[Q]:
         """Two random ones of the best, or the only one; none if none runs."""
-        if len(self._best) <= 2:
-            return self._best
-        return self._chance.sample(self._best, 2)
+        best = self._best
+        if len(best) <= 2:
+            return best
+        first, second = int(self._chance.random() * len(best)), int(self._chance.random() * (len(best) - 1))
+        return [best[first], best[second + (second >= first)]]
 
     def has_queue(self, queue: Q) -> None:
         """It will be asked how long it is."""

@@ -89,6 +89,36 @@ class SteadyRows(Scheduler):
         if cohort is not None and cohort.num_rows:
             self._ready.append(cohort)
 
+    def repeat(self) -> StepShape | None:
+        """`complete`, and if all that follows is the same rows once more, that as `next_step`; else nothing is done.
+
+        It is what nearly all steps are: nobody waits or has a prompt to be computed, and none of the rows has ended.
+        Then nothing is saturated either, and the queue's rate of work does not change.
+        """
+        microbatch_id, step = next(iter(self._in_flight.items()))
+        cohort = step.cohort  # type: ignore[attr-defined]
+        if cohort is None or step.rows or self._running or self._ready or len(self._waiting):
+            return None
+        num_rows = cohort.num_rows
+        if cohort.ends[0][0] == cohort.num_steps + 1 or num_rows * self.num_stages >= self._num_steady + self.num_stages:
+            return None
+        growing = cohort.phases[-cohort.num_steps % cohort.block_size]  # after the step that is complete now
+        if len(growing) > self.blocks.num_free:
+            return None
+        now = self._clock()
+        outcomes = self._outcomes
+        for last_s, count in cohort.parts:
+            outcomes.on_gaps(now - last_s, count)
+        cohort.advance(now)
+        self._waiting.on_step(step.work, now - self._step_began_at)
+        self._step_began_at = now
+        if growing:
+            self._grow(cohort, growing)
+        del self._in_flight[microbatch_id]
+        self._in_flight[self._next_microbatch_id] = step
+        self._next_microbatch_id += 1
+        return StepShape(num_rows, num_rows, cohort.num_tokens, num_rows)
+
     def refuse_late(self) -> bool:
         failures = self.take_failures()
         for failure in failures:
@@ -171,17 +201,20 @@ class SteadyRows(Scheduler):
                 if other is not cohort:
                     cohort.absorb(other)
             self._ready = []
-        growing = cohort.in_need_of_a_block()
-        if len(growing) > 1:
-            growing = sorted(growing, key=_rank)
-        for entry in growing:
-            job = job_of(entry)
-            sequence, num_tokens = job.sequence, job.base + cohort.num_steps
-            sequence.publish(self.blocks, num_tokens - 1)
-            self.blocks.prepare(sequence.block_table, num_tokens - 1, num_tokens)
+        self._grow(cohort, cohort.in_need_of_a_block())
         step.cohort = cohort
         step.budget -= cohort.num_rows
         step.work = Work(0, cohort.num_rows)
+
+    def _grow(self, cohort: Cohort, growing: list[Entry]) -> None:
+        if len(growing) > 1:
+            growing = sorted(growing, key=_rank)
+        blocks = self.blocks
+        for entry in growing:
+            job = job_of(entry)
+            num_tokens = job.base + cohort.num_steps
+            job.sequence.publish(blocks, num_tokens - 1)
+            blocks.prepare(job.sequence.block_table, num_tokens - 1, num_tokens)
 
     def _split(self, num_rows: int) -> tuple[Cohort, list[Cohort]]:
         """The first so many in rank of those that are ready, and cohorts of the others."""

@@ -26,6 +26,9 @@ class StepsSource(Protocol):
     def complete(self) -> None:
         """The oldest microbatch in flight is back."""
 
+    def repeat(self) -> StepShape | None:
+        """`complete` and then `next_step`, if there is a shorter way to both; else nothing is done."""
+
     def refuse_late(self) -> bool:
         """Note who has been given up since it was last asked; whether there was anybody."""
 
@@ -55,6 +58,9 @@ class EveryRow:
 
     def complete(self) -> None:
         note_events(self._outcomes, self._clock(), self.scheduler.update(self._answer(self._in_flight.pop(0))))
+
+    def repeat(self) -> StepShape | None:
+        return None
 
     def refuse_late(self) -> bool:
         failures = self.scheduler.take_failures()
