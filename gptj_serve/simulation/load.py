@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from gptj_serve.profiling.load import PlannedRequest
 
 COPY_SPREAD_S = 30.0
-"""Each copy of a request arrives up to so long after the request: bursts of the trace stay, but nobody comes at once."""
+"""Each copy of a request arrives up to so long after the request: bursts of the trace stay, but not to the moment."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,11 @@ class Deployment:
     scaling: ScalingLimits | None = None
     startup_s: float = 60.0
 
+    @property
+    def num_kv_tokens(self) -> int:
+        """Of a pipeline's pool, in whole blocks."""
+        return self.num_kv_blocks * self.block_size
+
 
 @dataclass(frozen=True, slots=True)
 class Moment:

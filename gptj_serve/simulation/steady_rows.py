@@ -9,7 +9,6 @@ on with all of them. `tests/simulation` hold this against `EveryRow`: the result
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 
 from gptj_serve.engine.backlog import NO_WORK, Work
 from gptj_serve.engine.job import Ride
@@ -36,7 +35,6 @@ class SteadyRows(Scheduler):
         self, limits: SchedulerLimits, blocks: KVBlocks, outcomes: Outcomes, clock: Callable[[], float]
     ) -> None:
         super().__init__(limits, blocks, frozenset(), clock, make_job=make_simulated_job)
-        self.num_stages = limits.num_stages
         self._outcomes = outcomes
         self._ready: list[Cohort] = []  # not in flight, and each with its last tokens of one time
         self._num_steady = 0  # in all cohorts
@@ -100,7 +98,8 @@ class SteadyRows(Scheduler):
         if cohort is None or step.rows or self._running or self._ready or len(self._waiting):
             return None
         num_rows = cohort.num_rows
-        if cohort.ends[0][0] == cohort.num_steps + 1 or num_rows * self.num_stages >= self._num_steady + self.num_stages:
+        is_too_large = num_rows * self.limits.num_stages >= self._num_steady + self.limits.num_stages
+        if is_too_large or cohort.ends[0][0] == cohort.num_steps + 1:
             return None
         growing = cohort.phases[-cohort.num_steps % cohort.block_size]  # after the step that is complete now
         if len(growing) > self.blocks.num_free:
@@ -121,8 +120,7 @@ class SteadyRows(Scheduler):
 
     def refuse_late(self) -> bool:
         failures = self.take_failures()
-        for failure in failures:
-            self._outcomes.on_refused(int(failure.request_id))
+        note_events(self._outcomes, self._clock(), failures)
         return bool(failures)
 
     def _end(self, cohort: Cohort, entry: Entry, now: float) -> None:
@@ -176,7 +174,7 @@ class SteadyRows(Scheduler):
             self._dissolve()
             return super()._fill(step)
         if self._ready:
-            self._board_cohort(step, min(-(-num_decoding // self.num_stages), step.budget))
+            self._board_cohort(step, min(-(-num_decoding // self.limits.num_stages), step.budget))
         for entry in self._running:
             if not entry.job.is_decoding:
                 self._schedule_prompt(entry, step)

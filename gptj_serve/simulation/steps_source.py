@@ -1,5 +1,6 @@
 """`StepsSource`: what a simulated pipeline gets its steps from; `EveryRow`, the real scheduler, row by row."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -7,15 +8,13 @@ from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.simulation.outcomes import Outcomes
 from gptj_serve.simulation.step_shape import StepShape, shape_of
 from gptj_serve.steps import MicroBatch, RowResult, SampledToken, StepOutput
-from gptj_serve.types import EngineRequest, Event, TokenEvent
+from gptj_serve.types import EngineRequest, Event, FailureEvent, TokenEvent
 
 Answer = Callable[[MicroBatch], StepOutput]
 
 
 class StepsSource(Protocol):
     """The scheduler of a simulated pipeline, and what becomes of its requests."""
-
-    num_stages: int
 
     def add(self, request: EngineRequest) -> None:
         """Raises what `Scheduler.add` does."""
@@ -30,21 +29,20 @@ class StepsSource(Protocol):
         """`complete` and then `next_step`, if there is a shorter way to both; else nothing is done."""
 
     def refuse_late(self) -> bool:
-        """Note who has been given up since it was last asked; whether there was anybody."""
+        """Note who has been given up since this was last called; whether there was anybody."""
 
 
 class EveryRow:
     """All that a service does in its scheduler, for each row of each step. Slow, and what `SteadyRows` must equal."""
 
     def __init__(
-        self, scheduler: Scheduler, outcomes: Outcomes, clock: Callable[[], float], answer: Answer | None = None
+        self, scheduler: Scheduler, on_events: Callable[[list[Event]], None], answer: Answer | None = None
     ) -> None:
+        """`on_events` is called after each step, and with the failures of those who have waited too long."""
         self.scheduler = scheduler
-        self.num_stages = scheduler.limits.num_stages
-        self._outcomes = outcomes
-        self._clock = clock
+        self._on_events = on_events
         self._answer = answer or any_answer
-        self._in_flight: list[MicroBatch] = []
+        self._in_flight: deque[MicroBatch] = deque()
 
     def add(self, request: EngineRequest) -> None:
         self.scheduler.add(request)
@@ -57,26 +55,28 @@ class EveryRow:
         return shape_of(microbatch.rows)
 
     def complete(self) -> None:
-        note_events(self._outcomes, self._clock(), self.scheduler.update(self._answer(self._in_flight.pop(0))))
+        self._on_events(self.scheduler.update(self._answer(self._in_flight.popleft())))
 
     def repeat(self) -> StepShape | None:
         return None
 
     def refuse_late(self) -> bool:
         failures = self.scheduler.take_failures()
-        for failure in failures:
-            self._outcomes.on_refused(int(failure.request_id))
+        if failures:
+            self._on_events(failures)
         return bool(failures)
 
 
 def note_events(outcomes: Outcomes, now: float, events: list[Event]) -> None:
     """Of requests whose ids are their indexes."""
     for event in events:
-        assert isinstance(event, TokenEvent)
         index = int(event.request_id)
-        outcomes.on_token(index, now)
-        if event.finish_reason is not None:
-            outcomes.on_end(index, event.index + 1)
+        if isinstance(event, FailureEvent):
+            outcomes.on_refused(index)
+        elif isinstance(event, TokenEvent):
+            outcomes.on_token(index, now)
+            if event.finish_reason is not None:
+                outcomes.on_end(index, event.index + 1)
 
 
 def any_answer(microbatch: MicroBatch) -> StepOutput:
