@@ -96,18 +96,22 @@ def fit_engine(cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, rou
     client share a machine's cores.
     """
 
+    single = min(rounds, key=lambda measured: measured.num_requests)
+
+    def with_request_s(candidate: CostModel) -> CostModel:
+        alone = simulate_round(candidate.model_copy(update={"request_s": 0.0}), limits, num_kv_blocks, single)
+        return candidate.model_copy(update={"request_s": max(0.0, single.first_token_s - alone.first_token_s)})
+
     def error(candidate: CostModel) -> float:
+        candidate = with_request_s(candidate)
         found = (simulate_round(candidate, limits, num_kv_blocks, measured) for measured in rounds)
         return sum(
             math.log(simulated.tokens_per_s / measured.tokens_per_s) ** 2
             for simulated, measured in zip(found, rounds, strict=True)
         )
 
-    cost = cost.model_copy(update={"engine_step_s": 2e-4, "engine_row_s": 2e-5, "request_s": 0.0})
-    cost = _descend(cost, ("engine_step_s", "engine_row_s"), error)
-    single = min(rounds, key=lambda measured: measured.num_requests)
-    simulated = simulate_round(cost, limits, num_kv_blocks, single)
-    return cost.model_copy(update={"request_s": max(0.0, single.first_token_s - simulated.first_token_s)})
+    cost = cost.model_copy(update={"engine_step_s": 2e-4, "engine_row_s": 2e-5})
+    return with_request_s(_descend(cost, ("engine_step_s", "engine_row_s"), error))
 
 
 def _descend(cost: CostModel, fields: Sequence[str], error: Callable[[CostModel], float]) -> CostModel:

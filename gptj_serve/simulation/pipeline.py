@@ -45,6 +45,7 @@ class SimulatedPipeline(Generic[S]):
         self._engine_free_s = 0.0
         self._in_flight: deque[tuple[float, float]] = deque()  # when it is back, and the engine's time for it
         self._num_microbatches = 0
+        self._has_new = False  # requests that nothing was scheduled for since they came
 
     @property
     def next_event_s(self) -> float | None:
@@ -56,6 +57,8 @@ class SimulatedPipeline(Generic[S]):
 
     def advance(self, until: float) -> None:
         """Do all that happens up to that time."""
+        if self._has_new and until > self.now:
+            self._fill()
         in_flight = self._in_flight
         while in_flight:
             back_s, engine_s = in_flight[0]
@@ -74,16 +77,18 @@ class SimulatedPipeline(Generic[S]):
             self.now = until
 
     def add(self, request: EngineRequest) -> None:
-        """A request arrives now. Raises what `Scheduler.add` does."""
+        """A request arrives now; it is scheduled with all that do. Raises what `Scheduler.add` does."""
         self.source.add(request)
-        self._fill()
+        self._has_new = True
 
     def finish(self) -> None:
         """Go on until all is done; `now` is then when it was."""
+        self._fill()
         while (next_s := self.next_event_s) is not None:
             self.advance(next_s)
 
     def _fill(self) -> None:
+        self._has_new = False
         source = self.source
         while len(self._in_flight) < self._num_stages:
             shape = source.next_step()

@@ -51,19 +51,19 @@ def test_one_request_takes_what_its_steps_take():
 
 
 def test_more_pipelines_serve_what_is_too_much_for_one():
-    load = make_load(steady(12, 60))
+    load = make_load(steady(60, 12))
     alone, _, _ = serve(deployment(1, max_queue_wait_s=2.0), load)
     many, _, outcomes = serve(deployment(6, max_queue_wait_s=2.0), load)
     assert alone.num_refused > 100
     assert many.num_refused == 0
-    assert many.share_both == 1.0
-    assert alone.share_both < 0.8
+    assert many.share_first_token > 0.99
+    assert alone.share_first_token < 0.8
     assert list(outcomes.num_tokens) == [20] * len(load)
     assert alone.num_requests == many.num_requests == 720
 
 
 def test_a_refused_request_is_neither_served_nor_forgotten():
-    found, _, outcomes = serve(deployment(1, max_queue_wait_s=0.5), make_load(steady(30, 20)))
+    found, _, outcomes = serve(deployment(1, max_queue_wait_s=0.5), make_load(steady(60, 10)))
     served = sum(tokens == 20 for tokens in outcomes.num_tokens)
     assert served + found.num_refused == 600
     assert found.share_first_token <= served / 600
@@ -71,7 +71,7 @@ def test_a_refused_request_is_neither_served_nor_forgotten():
 
 def test_the_policy_starts_pipelines_for_a_burst_and_stops_them_after_it():
     scaling = ScalingLimits(1, 5, 2.0, 0.8, 1.0, 20.0, 900.0)
-    quiet_before, burst = steady(0.5, 20), steady(12, 60)
+    quiet_before, burst = steady(0.5, 20), steady(60, 60)
     planned = quiet_before + [PlannedRequest(20 + r.arrival_s, r.num_prompt_tokens, r.num_new_tokens) for r in burst]
     planned += [PlannedRequest(80 + r.arrival_s, r.num_prompt_tokens, r.num_new_tokens) for r in steady(0.5, 120)]
     found, result, _ = serve(deployment(1, scaling), make_load(planned))

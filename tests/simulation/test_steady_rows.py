@@ -141,9 +141,9 @@ def test_every_time_and_count_is_that_of_the_real_scheduler(
 @pytest.mark.parametrize("num_stages", [1, 3])
 def test_a_long_load_that_preempts_and_refuses(num_stages: int):
     """Big enough that all of it happens, which the test says."""
-    requests = [(0.001 * index, 1 + index * 7 % 23, 1 + index * 11 % 17) for index in range(400)]
-    limits = SchedulerLimits(num_stages, 24, 32, 40, 0.4)
-    real, short = both(requests, limits, 30, 4, reuse=True)
+    requests = [(0.001 * index, 1 + index * 7 % 23, 1 + index * 11 % 17) for index in range(600)]
+    limits = SchedulerLimits(num_stages, 24, 32, 40, 0.3)
+    real, short = both(requests, limits, 20, 4, reuse=True)
     assert short.result == real.result
     assert real.result["preemptions"] > 10
     assert real.result["refused"] > 10
