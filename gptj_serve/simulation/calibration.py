@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,16 +30,25 @@ from gptj_serve.steps import MicroBatch, Row, SampleSpec
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import TokenEvent
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-CONTEXTS = (16, 128, 512, 1536)
-CHUNKS = (16, 64, 256, 512)
-REPEATS = 9
-ROUND_SIZES = (1, 4, 16, 64)
-NUM_ROUNDS = 4
-ROUND_PROMPT, ROUND_NEW = 64, 48
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of what is measured. Shapes that don't fit the model or its KV pool are left out."""
+
+    rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128)  # that decode
+    contexts: Sequence[int] = (16, 128, 512, 1536)  # of these
+    chunks: Sequence[int] = (16, 64, 256, 512)  # of a prompt
+    repeats: int = 9
+    rounds: Sequence[int] = (1, 4, 16, 64)  # equal requests at a time
+    num_prompt_tokens: int = 64  # of these
+    num_new_tokens: int = 48
+    num_rounds: int = 4
 
 
-def calibrate(config: ServiceConfig) -> CostModel:
+FULL = Sizes()
+
+
+def calibrate(config: ServiceConfig, sizes: Sizes = FULL) -> CostModel:
     """Raises `ConfigError` or `CheckpointError` for what can't be served like that."""
     checkpoint = Checkpoint.open(config.checkpoint_dir)
     if "lm_head" not in checkpoint.heads:
@@ -49,11 +58,11 @@ def calibrate(config: ServiceConfig) -> CostModel:
     plan = plan_service(pipeline, checkpoint)
     torch.set_num_threads(pipeline.stage.num_threads or max(1, torch.get_num_threads() // pipeline.num_stages))
     runners = [StageRunner.load(checkpoint, spec) for spec in stage_specs(pipeline, plan, num_token_ids)]
-    times = [time for runner in runners for time in stage_times(runner, checkpoint.config.n_positions)]
+    times = [time for runner in runners for time in stage_times(runner, checkpoint.config.n_positions, sizes)]
     if pipeline.num_stages > 1:  # other numbers of layers tell what a layer costs
         alone = pipeline.model_copy(update={"num_stages": 1})
         (spec,) = stage_specs(alone, plan_service(alone, checkpoint), num_token_ids)
-        times += stage_times(StageRunner.load(checkpoint, spec), checkpoint.config.n_positions)
+        times += stage_times(StageRunner.load(checkpoint, spec), checkpoint.config.n_positions, sizes)
     shape = ModelShape(
         name=config.served_name,
         num_layers=checkpoint.config.n_layer,
@@ -63,7 +72,7 @@ def calibrate(config: ServiceConfig) -> CostModel:
     cost = fit_stages(CostModel(source="measured", model=shape), times)
     errors = np.abs(stage_errors(cost, times))
     limits = _limits(config, checkpoint)
-    rounds = asyncio.run(_rounds(runners, limits, plan, num_token_ids))
+    rounds = asyncio.run(_rounds(runners, limits, plan, num_token_ids, sizes))
     cost = fit_engine(cost, limits, plan.num_kv_blocks, rounds)
     notes: dict[str, str | int | float] = {
         "machine": platform.processor() or platform.machine(),
@@ -93,16 +102,18 @@ def _limits(config: ServiceConfig, checkpoint: Checkpoint) -> SchedulerLimits:
 # ------------------------------------------------------------------------------------------------ stages
 
 
-def stage_times(runner: StageRunner, max_tokens: int) -> Iterator[StageTime]:
-    """The fastest of several, since whatever else a machine does only adds, over a grid of shapes: rows that decode over
-    contexts, chunks of prompts, and both."""
+def stage_times(runner: StageRunner, max_tokens: int, sizes: Sizes) -> Iterator[StageTime]:
+    """Over a grid of shapes: rows that decode over contexts, chunks of prompts, and both.
+
+    Each is the fastest of several: whatever else a machine does only adds.
+    """
     stage = runner.stage
     microbatch_id = 0
-    for rows in _grid(runner, max_tokens):
+    for rows in _grid(runner, max_tokens, sizes):
         shape = shape_of(rows)
         hidden = None if stage.is_first else torch.randn(shape.num_tokens, stage.config.n_embd, dtype=runner.spec.dtype)
         seconds = []
-        for _ in range(1 + REPEATS):  # the first to warm up
+        for _ in range(1 + sizes.repeats):  # the first to warm up
             began_at = time.perf_counter()
             runner.run(MicroBatch(microbatch_id, rows), hidden)
             runner.synchronize()
@@ -112,10 +123,10 @@ def stage_times(runner: StageRunner, max_tokens: int) -> Iterator[StageTime]:
     runner.restart()
 
 
-def _grid(runner: StageRunner, max_tokens: int) -> Iterator[list[Row]]:
-    decode = [[(context, 1)] * rows for rows in ROWS for context in CONTEXTS if context < max_tokens]
-    chunks = [[(start, size)] for size in CHUNKS for start in (0, max_tokens // 2) if start + size <= max_tokens]
-    mixed = [[(128, 1)] * 16 + [(0, size)] for size in CHUNKS if max(128, size) < max_tokens]
+def _grid(runner: StageRunner, max_tokens: int, sizes: Sizes) -> Iterator[list[Row]]:
+    decode = [[(context, 1)] * rows for rows in sizes.rows for context in sizes.contexts if context < max_tokens]
+    chunks = [[(start, size)] for size in sizes.chunks for start in (0, max_tokens // 2) if start + size <= max_tokens]
+    mixed = [[(128, 1)] * 16 + [(0, size)] for size in sizes.chunks if max(128, size) < max_tokens]
     spec = runner.spec
     for spans in decode + chunks + mixed:
         needed = [-(-(start + size) // spec.block_size) for start, size in spans]
@@ -131,7 +142,7 @@ def _grid(runner: StageRunner, max_tokens: int) -> Iterator[list[Row]]:
 
 
 async def _rounds(
-    runners: Sequence[StageRunner], limits: SchedulerLimits, plan: Plan, num_token_ids: int
+    runners: Sequence[StageRunner], limits: SchedulerLimits, plan: Plan, num_token_ids: int, sizes: Sizes
 ) -> list[Round]:
     """Each the fastest of several."""
     blocks = KVBlocks(plan.num_kv_blocks, plan.resources.block_size)
@@ -140,16 +151,16 @@ async def _rounds(
     try:
         async with LocalEngine(Scheduler(limits, blocks, frozenset()), pipeline) as engine:
             rounds = []
-            for size in ROUND_SIZES:
-                found = [await _round(engine, size, number, num_token_ids) for number in range(NUM_ROUNDS)]
+            for size in sizes.rounds:
+                found = [await _round(engine, size, number, num_token_ids, sizes) for number in range(sizes.num_rounds)]
                 rounds.append(max(found, key=lambda one: one.tokens_per_s))
             return rounds
     finally:
         pipeline.close()
 
 
-async def _round(engine: LocalEngine, size: int, number: int, num_token_ids: int) -> Round:
-    planned = PlannedRequest(0.0, ROUND_PROMPT, ROUND_NEW)
+async def _round(engine: LocalEngine, size: int, number: int, num_token_ids: int, sizes: Sizes) -> Round:
+    planned = PlannedRequest(0.0, sizes.num_prompt_tokens, sizes.num_new_tokens)
     requests = [planned.request(f"{size} {number} {index}", num_token_ids) for index in range(size)]
     began_at = time.perf_counter()
 
@@ -163,5 +174,5 @@ async def _round(engine: LocalEngine, size: int, number: int, num_token_ids: int
         return first_s
 
     firsts_s = await asyncio.gather(*map(first_token_s, range(size)))
-    tokens_per_s = size * ROUND_NEW / (time.perf_counter() - began_at)
-    return Round(size, ROUND_PROMPT, ROUND_NEW, tokens_per_s, statistics.median(firsts_s))
+    tokens_per_s = size * sizes.num_new_tokens / (time.perf_counter() - began_at)
+    return Round(size, sizes.num_prompt_tokens, sizes.num_new_tokens, tokens_per_s, statistics.median(firsts_s))

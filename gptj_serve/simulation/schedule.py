@@ -1,4 +1,4 @@
-"""`simulate_schedule`: the timeline of a scheduler's steps over stages of given speed, to look at a schedule by itself."""
+"""`simulate_schedule`: a scheduler's steps over stages of given speed, as a timeline to look at."""
 
 from collections.abc import Callable, Iterable
 

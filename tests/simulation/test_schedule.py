@@ -1,9 +1,9 @@
 import pytest
-from tests.engine.fake_stages import FakeStages, expected_events, generate_request, make_scheduler
 
 from gptj_serve.engine.timeline import Timeline
 from gptj_serve.simulation.schedule import simulate_schedule
 from gptj_serve.types import EngineRequest, Event
+from tests.engine.fake_stages import FakeStages, expected_events, generate_request, make_scheduler
 
 
 def run(requests: list[EngineRequest], arrivals_s: list[float] | None = None, **limits: int) -> tuple[Timeline, list]:
