@@ -136,7 +136,7 @@ class SimulatedService:
             except OverloadedError:
                 self._router.refused(chosen)
                 continue
-            if chosen.rows.num_waiting:
+            if chosen.rows.num_waiting > 1:  # one is this request, which is not scheduled yet
                 self._router.has_queue(chosen)
             return None
 
