@@ -58,6 +58,9 @@ def bench(
 
 
 def _measured(config: Path | None) -> "CostModel":
+    from gptj_serve.environment import keep_openmp_from_spinning
+
+    keep_openmp_from_spinning()  # as in the service; from here on torch is loaded
     from gptj_serve.profiling.deployment import DEMO, read_deployment
     from gptj_serve.simulation.calibration import calibrate
 

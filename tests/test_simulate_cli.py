@@ -77,7 +77,7 @@ def test_a_config_gives_limits_and_scaling(run, trace: Path, cost: Path):
             "kv_cache": {"num_tokens": 256},
             "scheduler": {"max_num_sequences": 2},
         },
-        "autoscaling": {"min_pipelines": 1, "max_pipelines": 3, "target_drain_s": 0.5},
+        "autoscaling": {"min_pipelines": 1, "max_pipelines": 3, "target_drain_s": 0.5, "upscale_delay_s": 0.0},
     }
     application = {"name": "gptj", "import_path": "gptj_serve.serving.app:build", "args": args}
     Path("serve.yaml").write_text(yaml.safe_dump({"applications": [application]}))

@@ -81,6 +81,7 @@ class SimulatedService:
     def run(self, load: SimulatedLoad) -> Result:
         self._running = [_Replica(self._deployment, self._outcomes, 0.0, 0.0) for _ in range(self._num_target)]
         self._router.set_running(self._running)
+        self._result.most_pipelines = self._num_target
         arrivals = zip(
             load.arrival_s.tolist(), load.num_prompt_tokens.tolist(), load.num_new_tokens.tolist(), strict=True
         )
@@ -171,6 +172,8 @@ class SimulatedService:
             self._starting.append(_Replica(self._deployment, self._outcomes, now, now + self._deployment.startup_s))
         if num_missing < 0:
             self._stop(-num_missing, now)
+        num_alive = len(self._starting) + len(self._running) + len(self._ending)
+        self._result.most_pipelines = max(self._result.most_pipelines, num_alive)
 
     def _stop(self, count: int, now: float) -> None:
         """Those that start, then those with the fewest requests, which they finish first."""
@@ -194,7 +197,6 @@ class SimulatedService:
         num_running = sum(replica.rows.num_running for replica in self._alive)
         sizes = len(self._running), len(self._starting), len(self._ending)
         self._result.moments.append(Moment(now, *sizes, num_waiting + len(self._homeless), num_running))
-        self._result.most_pipelines = max(self._result.most_pipelines, sum(sizes))
 
 
 class _Replica:
