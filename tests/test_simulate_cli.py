@@ -92,7 +92,6 @@ def test_a_config_gives_limits_and_scaling(run, trace: Path, cost: Path):
 
 
 def test_a_picture_is_drawn(run, trace: Path, cost: Path):
-    pytest.importorskip("matplotlib")
     result = run("simulate", trace, "--cost", cost, "--plot", "course.png", "--max-pipelines", 2)
     assert (result.status, result.err) == (0, "")
     assert Path("course.png").read_bytes().startswith(b"\x89PNG")
