@@ -63,8 +63,9 @@ def configuration_reference() -> str:
             lines += ["", part.__doc__.strip().splitlines()[0]]
         lines += ["", "| field | type | unit | default | what it does |", "|---|---|---|---|---|"]
         for name, field in part.model_fields.items():
-            if _part_of(field) is None:
-                cells = [f"`{name}`", _type_text(field), _unit(name), _default_text(field), field.description or ""]
+            if _part_of(field) is None or _is_optional(field):
+                type_text = _type_text(field) if _part_of(field) is None else f"[fields](#{name}) or none"
+                cells = [f"`{name}`", type_text, _unit(name), _default_text(field), field.description or ""]
                 lines.append(_row(cells))
     return "\n".join(lines) + "\n"
 
@@ -79,8 +80,13 @@ def _parts(part: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseMod
 
 
 def _part_of(field: FieldInfo) -> type[BaseModel] | None:
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    annotations = typing.get_args(field.annotation) if _is_optional(field) else [field.annotation]
+    parts = [each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)]
+    return parts[0] if parts else None
+
+
+def _is_optional(field: FieldInfo) -> bool:
+    return type(None) in typing.get_args(field.annotation)
 
 
 def _unit(name: str) -> str:

@@ -235,14 +235,16 @@ class AutoscalingConfig(_Part):
     )
     target_drain_s: PositiveFloat = Field(
         10.0,
-        description="As many pipelines as get through the backlog of tokens within this time, at the speed they show.",
+        description="So many that they get through the backlog of tokens within this time, at the speed they show.",
     )
     target_kv_share: float = Field(
-        0.8, gt=0, le=1, description="As many as the KV blocks of running sequences take this share of."
+        0.8, gt=0, le=1, description="So many that running sequences hold at most this share of their KV blocks."
     )
-    upscale_delay_s: NonNegativeFloat = Field(2.0, description="More are started after a need that lasts so long.")
+    upscale_delay_s: NonNegativeFloat = Field(
+        2.0, description="More are started once they have been needed for so long."
+    )
     downscale_delay_s: PositiveFloat = Field(
-        300.0, description="Of those that were not needed at any moment for so long, all are stopped."
+        300.0, description="Pipelines that were not needed at any moment of so long a time are stopped."
     )
     scale_to_zero_delay_s: PositiveFloat = Field(
         900.0, description="With min_pipelines 0, the last one is stopped after so long without any request."

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptj_serve import environment
-from gptj_serve.api.status import PipelineStatus, StageStatus, Status
+from gptj_serve.api.status import PipelineStatus, ScalingStatus, StageStatus, Status
 from gptj_serve.errors import ConfigError, GPTJServeError
 
 TIMEOUT_S = 10.0
@@ -127,6 +127,8 @@ def _hint(error: urllib.error.HTTPError) -> str:
 def render(status: Status, width: int = MIN_WIDE_WIDTH) -> RenderableType:
     """For a terminal of so many columns."""
     lines: list[RenderableType] = [_service_line(status)]
+    if status["scaling"] is not None:
+        lines.append(_scaling_line(status["scaling"], len(status["pipelines"])))
     for pipeline in status["pipelines"]:
         lines += ["", _pipeline_line(pipeline), _stage_table(pipeline["stages"], is_narrow=width < MIN_WIDE_WIDTH)]
     lines += [Text(problem, style="red") for problem in status["problems"]]
@@ -144,6 +146,19 @@ def _service_line(status: Status) -> Text:
             (f"{ingress['num_requests']} of at most {ingress['max_requests']} requests", ""),
         ]
     )
+
+
+def _scaling_line(scaling: ScalingStatus, num_pipelines: int) -> Text:
+    bounds = f"{scaling['min_pipelines']} to {scaling['max_pipelines']}"
+    parts = [("pipelines by load", "bold"), (f"{num_pipelines} of {bounds}", "")]
+    changes = scaling["changes"] or {"num_starting": 0, "num_stopping": 0}
+    if changes["num_starting"]:
+        parts.append((f"{changes['num_starting']} starting", "yellow"))
+    elif num_pipelines == scaling["min_pipelines"] == 0:
+        parts.append(("the next request starts one", ""))
+    if changes["num_stopping"]:
+        parts.append((f"{changes['num_stopping']} finishing what they have begun", "yellow"))
+    return _line(parts)
 
 
 def _pipeline_line(pipeline: PipelineStatus) -> Text:

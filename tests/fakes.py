@@ -11,6 +11,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gptj_serve.api.status import PipelineChanges
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import (
@@ -99,6 +100,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.num_running = 0
         self.num_status_calls = 0
+        self.changes: PipelineChanges | None = None
         self.wait_s = 0.0
         self.refusal: Callable[[EngineRequest], Exception | None] = lambda request: None
         self.fail_at: Callable[[EngineRequest, int], str | Exception | FailureEvent | None] = lambda request, index: (
@@ -134,6 +136,9 @@ class FakeEngine:
         self.num_status_calls += 1
         pipeline = {"replica_id": "a", "is_ready": True, "now": 1.5, "tokens_per_s": 2.5, "stages": []}
         return [pipeline | {"engine": {"num_running": self.num_running}}], ["pipeline b does not answer"]
+
+    async def pipeline_changes(self) -> PipelineChanges | None:
+        return self.changes
 
     def logprobs_after(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """[vocab_size]; what the made-up model says of the token after these."""

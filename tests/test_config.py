@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from gptj_serve.config import IngressConfig, ServiceConfig
+from gptj_serve.config import AutoscalingConfig, IngressConfig, ServiceConfig
+from gptj_serve.scaling.policy import ScalingLimits
 
 
 def test_defaults() -> None:
@@ -117,6 +118,68 @@ def test_int8_is_refused_where_there_are_no_kernels_for_it(others: dict[str, Any
 def test_int8_on_cpus(dtype: str) -> None:
     config = ServiceConfig.model_validate({"pipeline": {"quantization": "int8", "dtype": dtype}})
     assert (config.pipeline.quantization, config.pipeline.kernels) == ("int8", "auto")
+
+
+def test_autoscaling_defaults() -> None:
+    assert ServiceConfig().autoscaling is None
+    scaling = AutoscalingConfig(max_pipelines=4)
+    assert (scaling.num_initial, scaling.may_add_nodes) == (1, False)
+    assert scaling.limits == ScalingLimits(
+        min_pipelines=1,
+        max_pipelines=4,
+        target_drain_s=10.0,
+        target_kv_share=0.8,
+        upscale_delay_s=2.0,
+        downscale_delay_s=300.0,
+        scale_to_zero_delay_s=900.0,
+    )
+    assert AutoscalingConfig(min_pipelines=0, max_pipelines=4).num_initial == 1
+    assert AutoscalingConfig(min_pipelines=3, max_pipelines=4).num_initial == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "Field required"),
+        ({"max_pipelines": 0}, "greater than 0"),
+        ({"max_pipelines": 2, "min_pipelines": -1}, "greater than or equal to 0"),
+        ({"max_pipelines": 2, "min_pipelines": 3}, "max_pipelines=2 is below min_pipelines=3"),
+        ({"max_pipelines": 2, "initial_pipelines": 0}, "greater than 0"),
+        ({"max_pipelines": 2, "initial_pipelines": 3}, "initial_pipelines=3 must be from min_pipelines=1 to max"),
+        ({"max_pipelines": 4, "min_pipelines": 3, "initial_pipelines": 2}, "initial_pipelines=2 must be from min"),
+        ({"max_pipelines": 2, "target_kv_share": 1.5}, "less than or equal to 1"),
+        ({"max_pipelines": 2, "target_kv_share": 0}, "greater than 0"),
+        ({"max_pipelines": 2, "target_drain_s": 0}, "greater than 0"),
+        ({"max_pipelines": 2, "upscale_delay_s": -1}, "greater than or equal to 0"),
+        (
+            {"max_pipelines": 2, "upscale_delay_s": 20, "downscale_delay_s": 10},
+            "downscale_delay_s=10 is below upscale_delay_s=20",
+        ),
+        ({"max_pipelines": 2, "scale_to_zero_delay_s": 60}, "scale_to_zero_delay_s goes with min_pipelines=0, not 1"),
+        ({"max_pipelines": 2, "target_ongoing_requests": 2}, "Extra inputs are not permitted"),
+    ],
+)
+def test_autoscaling_that_contradicts_itself(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AutoscalingConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"num_pipelines": 1}, "num_pipelines=1 and autoscaling contradict each other"),
+        (
+            {"pipeline": {"scheduler": {"max_queue_wait_s": 10}}},
+            "autoscaling.target_drain_s=10 must be below pipeline.scheduler.max_queue_wait_s=10",
+        ),
+    ],
+)
+def test_autoscaling_that_contradicts_the_rest(others: dict[str, Any], message: str) -> None:
+    scaling = {"autoscaling": {"max_pipelines": 4}}
+    with pytest.raises(ValidationError, match=message):
+        ServiceConfig.model_validate(scaling | others)
+    endless = {"pipeline": {"scheduler": {"max_queue_wait_s": None}}}
+    assert ServiceConfig.model_validate(scaling | endless).autoscaling == AutoscalingConfig(max_pipelines=4)
 
 
 def test_nothing_changes_a_configuration() -> None:

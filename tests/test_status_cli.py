@@ -92,7 +92,8 @@ def make_status(**changes: Any) -> Status:
     )  # fmt: skip
     status: dict[str, Any] = {
         "model": "my-gptj", "version": "1.2.3", "uptime_s": 93784.0, "tasks": ["generate", "classify"],
-        "heads": {"tone": "classifier"}, "max_model_len": 1024, "pipelines": [pipeline], "problems": [],
+        "heads": {"tone": "classifier"}, "max_model_len": 1024, "pipelines": [pipeline],
+        "scaling": None, "problems": [],
         "ingress": {"num_requests": 5, "max_requests": 1024},
     }  # fmt: skip
     return Status(**status | changes)  # type: ignore[typeddict-item]
@@ -114,6 +115,31 @@ def test_once_shows_service_pipelines_and_stages(run: Any, service: Service, mon
     assert first.split() == ["0", "0-3", "cpu", "float32", "0.40", "GB", bar, "50%", "0", "100", "on", "10.0.0.1"]
     assert second.split()[-6:] == ["1.23", "ms", "2", "101", "on", "10.0.0.1"]
     assert problem == "pipeline def does not answer: TimeoutError"
+
+
+@pytest.mark.parametrize(
+    ("num_pipelines", "minimum", "changes", "line"),
+    [
+        (1, 0, {"num_starting": 2, "num_stopping": 0}, "pipelines by load  1 of 0 to 3  2 starting"),
+        (0, 0, {"num_starting": 0, "num_stopping": 0}, "pipelines by load  0 of 0 to 3  the next request starts one"),
+        (0, 0, {"num_starting": 1, "num_stopping": 0}, "pipelines by load  0 of 0 to 3  1 starting"),
+        (0, 1, None, "pipelines by load  0 of 1 to 3"),
+        (
+            1,
+            1,
+            {"num_starting": 0, "num_stopping": 2},
+            "pipelines by load  1 of 1 to 3  2 finishing what they have begun",
+        ),
+    ],
+)
+def test_pipelines_that_come_and_go_by_load(
+    run: Any, service: Service, num_pipelines: int, minimum: int, changes: dict[str, int] | None, line: str
+) -> None:
+    scaling = {"min_pipelines": minimum, "max_pipelines": 3, "changes": changes}
+    pipelines = make_status()["pipelines"] * num_pipelines
+    service.body = json.dumps(make_status(pipelines=pipelines, scaling=scaling)).encode()
+    _, out, _ = run("--once")
+    assert out.splitlines()[1].rstrip() == line
 
 
 def test_a_pipeline_that_is_not_ready_says_so(run: Any, service: Service) -> None:

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from gptj_serve import __version__
 from gptj_serve.api.huggingface_responses import HuggingFaceError
 from gptj_serve.api.service_status import ServiceStatus
-from gptj_serve.api.status import Status
+from gptj_serve.api.status import ScalingStatus, Status
 
 router = APIRouter(tags=["Operations"])
 
@@ -24,6 +24,7 @@ class PipelineReadiness(TypedDict):
 class Readiness(TypedDict):
     is_ready: bool
     pipelines: list[PipelineReadiness]  # that answered; /status, which may need a key, tells of the others
+    scaling: ScalingStatus | None
 
 
 @router.head("/health", include_in_schema=False)
@@ -36,13 +37,15 @@ async def health() -> dict[str, str]:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Is there a pipeline to work?", responses={503: {"model": Readiness}})
 async def ready(request: Request) -> Any:
-    """200 if at least one pipeline is ready, else 503 with Retry-After."""
+    """200 if at least one pipeline is ready, or if there is none and requests start one. Else 503 with Retry-After."""
     status = await _status(request)
     pipelines: list[PipelineReadiness] = [
         {"replica_id": each["replica_id"], "is_ready": each["is_ready"]} for each in status["pipelines"]
     ]
-    is_ready = any(each["is_ready"] for each in pipelines)
-    body: Readiness = {"is_ready": is_ready, "pipelines": pipelines}
+    scaling = status["scaling"]
+    may_be_none = scaling is not None and scaling["min_pipelines"] == 0 and not status["problems"]
+    is_ready = any(each["is_ready"] for each in pipelines) or (may_be_none and not pipelines)
+    body: Readiness = {"is_ready": is_ready, "pipelines": pipelines, "scaling": scaling}
     if is_ready:
         return JSONResponse(body)
     return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.request_context import RequestContext, current_request
+from gptj_serve.api.status import PipelineChanges
 from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import (
     GPTJServeError,
@@ -57,6 +58,9 @@ class EngineClient(Protocol):
 
     async def status(self) -> tuple[list[dict[str, Any]], list[str]]:
         """What each pipeline is doing, as `api.status.PipelineStatus`, and a line for each that did not answer."""
+
+    async def pipeline_changes(self) -> PipelineChanges | None:
+        """How many pipelines are being started and stopped, if that can be told. Asked only where load decides it."""
 
 
 class Service:

@@ -51,6 +51,19 @@ class IngressStatus(TypedDict):
     max_requests: int
 
 
+class PipelineChanges(TypedDict):
+    num_starting: int
+    num_stopping: int  # these finish what they have begun
+
+
+class ScalingStatus(TypedDict):
+    """Where the load decides how many pipelines there are. Changes are None where they aren't known just now."""
+
+    min_pipelines: int
+    max_pipelines: int
+    changes: PipelineChanges | None
+
+
 class Status(TypedDict):
     model: str
     version: str
@@ -60,4 +73,5 @@ class Status(TypedDict):
     max_model_len: int
     ingress: IngressStatus
     pipelines: list[PipelineStatus]
+    scaling: ScalingStatus | None  # None where their number is fixed
     problems: list[str]  # one line for each pipeline that did not answer

@@ -61,6 +61,9 @@ class LocalEngine:
         """As of a service with one pipeline, and no problem to tell of."""
         return [{"replica_id": "local", **self._engine.status()}], []
 
+    async def pipeline_changes(self) -> None:
+        """There are none."""
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 

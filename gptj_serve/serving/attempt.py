@@ -52,6 +52,7 @@ class Attempt:
     inbox: asyncio.Queue[Event | Exception | Leaves] = field(default_factory=asyncio.Queue)
     has_ended: asyncio.Event = field(default_factory=asyncio.Event)
     is_taken: bool = False  # by a replica
+    has_begun: bool = False  # an event has come
 
     def end_if_not_taken(self) -> None:
         if not self.is_taken:

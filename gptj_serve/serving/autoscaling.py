@@ -66,7 +66,9 @@ class PipelineScaling:
         self._decided_at = now
         num_wanted = self._policy.decide(now, _loads(context), num_target, ceil(context.total_queued_requests))
         if num_wanted > num_target and not self._may_add_nodes:
-            num_wanted = max(self._num_possible(num_wanted, num_target, now), context.capacity_adjusted_min_replicas)
+            # One that requests wait for, and the fewest there shall be, wait for their room.
+            num_least = max(1, context.capacity_adjusted_min_replicas)
+            num_wanted = max(self._num_possible(num_wanted, num_target, now), num_least)
         if num_wanted > num_target:
             self._raised_at = now
         return num_wanted, {}

@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle
 
+from gptj_serve.api.status import PipelineChanges
 from gptj_serve.errors import OverloadedError
 from gptj_serve.queue_wait import check_wait
 from gptj_serve.serving.answers import Answer, Answers
@@ -33,6 +34,7 @@ from gptj_serve.serving.attempt import (
 )
 from gptj_serve.serving.calls import Calls
 from gptj_serve.serving.event_streams import EventStreams
+from gptj_serve.serving.pipeline_counts import PipelineCounts
 from gptj_serve.serving.replicas import REPLICAS, Replicas
 from gptj_serve.types import EngineRequest, Event, FailureEvent, PromptEvent, SamplingParams, TokenEvent, is_terminal
 
@@ -67,11 +69,17 @@ class ServeEngineClient:
         replay_timeout_s: float,
         max_queue_wait_s: float | None = None,
         text_version: str = "",
+        counts: PipelineCounts | None = None,
+        may_have_none: bool = False,
     ) -> None:
-        """`on_replay` is called when a request is sent again. One that gets no further for `replay_timeout_s` after
+        """`counts` are asked for what is started and stopped; `may_have_none`: that no pipeline runs is no problem.
+
+        `on_replay` is called when a request is sent again. One that gets no further for `replay_timeout_s` after
         the loss of its replica is given up. `max_queue_wait_s` is the pipelines' own limit, `text_version` the
         ingress's own (`ModelVersion`).
         """
+        self._counts = counts
+        self._may_have_none = may_have_none
         self._max_queue_wait_s = max_queue_wait_s
         self._on_replay = on_replay
         self._replicas = replicas
@@ -177,6 +185,8 @@ class ServeEngineClient:
         try:
             answers = await _all_answers(self._pipelines.broadcast("status"), STATUS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
+            if self._may_have_none and not self._replicas.running:
+                return [], []
             return [], [f"no pipeline can be asked: {first_line(error)}"]
         pipelines = [answer for answer in answers if isinstance(answer, dict)]
         errors = [answer for answer in answers if isinstance(answer, BaseException)]
@@ -186,6 +196,9 @@ class ServeEngineClient:
         self._pipeline_ids = answered.union(silent) if errors else answered
         problems = [f"pipeline {n} does not answer: {first_line(e)}" for n, e in zip(names, errors, strict=True)]
         return sorted(pipelines, key=lambda pipeline: str(pipeline["replica_id"])), problems
+
+    async def pipeline_changes(self) -> PipelineChanges | None:
+        return None if self._counts is None else await self._counts.get()
 
     def _refuse_if_full(self, request: EngineRequest) -> None:
         """As a pipeline would, without asking one, if all have told that their queues are too long.

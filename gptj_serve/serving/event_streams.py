@@ -22,7 +22,7 @@ from gptj_serve.serving.attempt import (
     ReplicaLostError,
     first_line,
 )
-from gptj_serve.serving.replicas import Replicas
+from gptj_serve.serving.replicas import SAME_WAIT_S, Replicas
 from gptj_serve.types import Event, LoadEvent, ModelVersion
 from gptj_serve.wire import WireDecoder
 
@@ -134,10 +134,30 @@ class EventStreams:
             self.on_version(replica_id, load.version)
         self._replicas.set_load(replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s)
         if load.is_ready:
+            if load.queue_wait_s == 0 and all(attempt.has_begun for attempt in self._at(replica_id)):
+                self._share_with(replica_id)
             return
         for attempt in self._at(replica_id):
             if self._answers.others(attempt.answer, replica_id):
                 attempt.inbox.put_nowait(Leaves())
+
+    def _share_with(self, replica_id: str) -> None:
+        """A replica at which nothing waits gets its part of what waits elsewhere: of that the last that came.
+
+        What has not begun loses nothing by it; a pipeline that was started for a burst would else get none of that.
+        """
+        others = [id_ for id_ in self._replicas.running - {replica_id} if self._replicas.wait_s(id_) > SAME_WAIT_S]
+        for other in others:
+            waiting = [
+                attempt
+                for attempt in self._attempts.values()  # in the order of their arrival
+                if attempt.request_id in self._requests_at.get(other, ())
+                and not attempt.has_begun
+                and replica_id in self._answers.others(attempt.answer, other)
+            ]
+            num_to_go = len(waiting) // (len(others) + 1)
+            for attempt in waiting[len(waiting) - num_to_go :]:
+                attempt.inbox.put_nowait(AskElsewhereError("nothing waits at another pipeline"))
 
     def _at(self, replica_id: str) -> list[Attempt]:
         request_ids = self._requests_at.get(replica_id, ())
@@ -155,7 +175,7 @@ class EventStreams:
                     if isinstance(event, LoadEvent):
                         self._on_load(replica_id, event)
                     elif (attempt := self._attempts.get(event.request_id)) is not None:
-                        attempt.is_taken = True
+                        attempt.is_taken = attempt.has_begun = True
                         is_fit = self._answers.takes(attempt.answer, replica_id)
                         attempt.inbox.put_nowait(event if is_fit else AskElsewhereError("it is of another version"))
                 batch = await anext(stream, None)

@@ -37,6 +37,7 @@ from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.handover import MAX_CONSTRUCTOR_TRIES, own_handover
 from gptj_serve.serving.logs import IngressLines, use_serve_logging
 from gptj_serve.serving.metrics import RequestMetrics
+from gptj_serve.serving.pipeline_counts import PipelineCounts, own_states
 from gptj_serve.serving.proxy_loss import ProxyLossIsDisconnect
 from gptj_serve.tokenizer import Tokenizer
 
@@ -68,6 +69,8 @@ class Ingress:
             replay_timeout_s=config.ingress.replay_timeout_s,
             max_queue_wait_s=config.pipeline.scheduler.max_queue_wait_s,
             text_version=text_version,
+            counts=PipelineCounts(own_states),
+            may_have_none=config.autoscaling is not None and config.autoscaling.min_pipelines == 0,
         )
         chat_template = ChatTemplate.open(config, checkpoint.config, tokenizer)
         self._service = Service(

@@ -49,6 +49,11 @@ class Replicas:
             ids = self._running - self._recovering or self._running
             return min(map(self._wait_s, ids), default=0.0)
 
+    def wait_s(self, replica_id: str) -> float:
+        """How long a request would wait there; 0 where that is not known."""
+        with self._lock:
+            return self._wait_s(replica_id)
+
     def best(self, replica_ids: Iterable[str]) -> frozenset[str]:
         """Of these, those that are ready and have the shortest queues; all of them if none is ready."""
         with self._lock:

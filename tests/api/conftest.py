@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from gptj_serve.api.app import create_app
 from gptj_serve.api.chat_template import ChatTemplate
 from gptj_serve.api.service import Service
-from gptj_serve.config import IngressConfig, ServiceConfig
+from gptj_serve.config import AutoscalingConfig, IngressConfig, ServiceConfig
 from gptj_serve.model.heads import HeadInfo, HeadKind
 
 NAMED_HEADS = {
@@ -53,8 +53,10 @@ def service(engine: FakeEngine) -> Service:
 def app_with(engine: FakeEngine) -> Callable[..., FastAPI]:
     """`app_with(**ingress)` → the application with these settings of `IngressConfig`."""
 
-    def make(*, echoes_request_id: bool = True, **ingress: Any) -> FastAPI:
-        config = ServiceConfig(model_name="tiny", ingress=IngressConfig(**ingress))
+    def make(
+        *, echoes_request_id: bool = True, autoscaling: AutoscalingConfig | None = None, **ingress: Any
+    ) -> FastAPI:
+        config = ServiceConfig(model_name="tiny", ingress=IngressConfig(**ingress), autoscaling=autoscaling)
         service = Service(config, engine.model, HEADS, engine.tokenizer, engine, NAMED_HEADS)
         return create_app(service, echoes_request_id=echoes_request_id)
 

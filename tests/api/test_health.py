@@ -11,6 +11,7 @@ from fakes import FakeEngine, small_model, small_tokenizer
 from fastapi import FastAPI
 
 from gptj_serve import __version__
+from gptj_serve.config import AutoscalingConfig
 
 
 class _Pipelines(FakeEngine):
@@ -55,7 +56,37 @@ async def test_ready_if_one_pipeline_is(
     engine.problems = ("pipeline x does not answer: died",)
     response = await client.get("/ready")
     assert (response.status_code, response.headers.get("retry-after")) == (status, None if status == 200 else "2")
-    assert response.json() == {"is_ready": status == 200, "pipelines": listed}, "problems are for those with a key"
+    expected = {"is_ready": status == 200, "pipelines": listed, "scaling": None}
+    assert response.json() == expected, "problems are for those with a key"
+
+
+@pytest.mark.parametrize(
+    ("min_pipelines", "ready", "problems", "status"),
+    [
+        (0, [], [], 200),
+        (0, [False], [], 503),
+        (0, [], ["p does not answer"], 503),
+        (0, [True], [], 200),
+        (1, [], [], 503),
+    ],
+)
+async def test_ready_without_a_pipeline_where_a_request_starts_one(
+    app_with: Callable[..., FastAPI],
+    client_of: Callable[[FastAPI], httpx.AsyncClient],
+    engine: _Pipelines,
+    min_pipelines: int,
+    ready: list[bool],
+    problems: list[str],
+    status: int,
+) -> None:
+    scaling = {"min_pipelines": min_pipelines, "max_pipelines": 3}
+    client = client_of(app_with(autoscaling=AutoscalingConfig(**scaling)))
+    engine.pipelines = tuple({"replica_id": "p", "is_ready": is_ready, "stages": []} for is_ready in ready)
+    engine.problems = tuple(problems)
+    engine.changes = {"num_starting": 1, "num_stopping": 2}
+    response = await client.get("/ready")
+    assert response.status_code == status
+    assert response.json()["scaling"] == scaling | {"changes": {"num_starting": 1, "num_stopping": 2}}
 
 
 async def test_probes_and_status_together_are_one_question(client: httpx.AsyncClient, engine: _Pipelines) -> None:

@@ -18,6 +18,7 @@ def status(*pipelines: PipelineStatus, **changes: Any) -> Status:
         "max_model_len": 2048,
         "ingress": {"num_requests": 12, "max_requests": 1024},
         "pipelines": list(pipelines),
+        "scaling": None,
         "problems": [],
     }
     return values | changes

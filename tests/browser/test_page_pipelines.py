@@ -179,3 +179,17 @@ def test_the_live_service_draws_its_stages(open_page: OpenPage) -> None:
     expect(card(page).locator(".counts")).to_contain_text("running 1")
     expect(card(page).locator(".lanes svg rect").nth(30)).to_be_attached()
     expect(card(page)).to_contain_text("layers 0–3")
+
+
+@pytest.mark.parametrize(
+    ("num_starting", "state", "words"),
+    [
+        (0, "asleep: the next request starts a pipeline", "No pipeline runs: the next request starts one."),
+        (1, "starting", "1 pipeline starting …"),
+    ],
+)
+def test_a_service_that_sleeps_says_so(open_page: OpenPage, num_starting: int, state: str, words: str) -> None:
+    changes = {"num_starting": num_starting, "num_stopping": 0}
+    page = open_page(status=status(scaling={"min_pipelines": 0, "max_pipelines": 3, "changes": changes}))
+    expect(page.get_by_role("status").first).to_have_text(state)
+    expect(page.locator("#pipelines")).to_have_text(words)

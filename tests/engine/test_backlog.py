@@ -260,3 +260,27 @@ def test_who_was_begun_is_not_given_up_for_being_late():
     events = run(scheduler, stages, clock, 30)
     assert not any(isinstance(event, FailureEvent) for event in events)
     assert not scheduler.has_work
+
+
+def test_the_load_says_how_long_the_backlog_lasts():
+    clock = Clock()
+    scheduler, stages = busy_scheduler(clock)
+    load = scheduler.load()
+    assert (load.kv_share, load.num_waiting) == (scheduler.blocks.num_used / 8, scheduler.num_waiting)
+    assert load.num_waiting * 6 <= load.num_tokens_waiting <= (load.num_waiting + 2) * 6
+    began_at = clock.now
+    while scheduler.has_work:
+        run(scheduler, stages, clock, 1)
+    assert load.num_tokens_waiting / load.tokens_per_s == pytest.approx(clock.now - began_at, rel=0.15)
+    assert scheduler.load() == (0, 0.0, 0.0, 0)
+
+
+def test_without_a_queue_so_far_the_load_has_no_speed():
+    clock = Clock()
+    scheduler = make_scheduler(clock=clock)
+    scheduler.add(generate_request("only", [1, 2], max_new_tokens=4, ignore_eos=True))
+    run(scheduler, FakeStages(4), clock, 2)
+    load = scheduler.load()
+    # two to be generated, and the newest one to be computed
+    assert (load.num_tokens_waiting, load.tokens_per_s, load.num_waiting) == (3, 0.0, 0)
+    assert load.kv_share == 1 / 64

@@ -28,6 +28,11 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ({"pipeline": {"num_stage": 2}}, "pipeline.num_stage=2: Extra inputs are not permitted"),
         ({"chekpoint": "demo"}, "chekpoint='demo': Extra inputs are not permitted"),
         ({"pipeline": {"num_stages": 0}}, "pipeline.num_stages=0: Input should be greater than 0"),
+        (
+            {"num_pipelines": 2, "autoscaling": {"max_pipelines": 3}},
+            "Value error, num_pipelines=2 and autoscaling contradict each other: set one of them "
+            "(autoscaling.initial_pipelines is how many are started first)",
+        ),
     ],
 )
 def test_args_that_are_no_config(args: dict[str, Any], message: str, said: list[str]) -> None:

@@ -13,6 +13,7 @@ from ray.serve.exceptions import RayServeException
 from gptj_serve.errors import InvalidRequestError, OverloadedError, RequestFailedError, WireError
 from gptj_serve.serving import calls, engine_client
 from gptj_serve.serving.engine_client import ServeEngineClient
+from gptj_serve.serving.pipeline_counts import PipelineCounts
 from gptj_serve.serving.replicas import REFUSAL_COUNTS_S, Replicas
 from gptj_serve.types import (
     EngineRequest,
@@ -366,6 +367,21 @@ async def test_a_silent_pipeline_does_not_hide_the_others(monkeypatch: pytest.Mo
 
 async def test_no_pipeline_at_all_is_a_problem_too() -> None:
     client = make_client(Asked())
+    assert await client.status() == ([], ["no pipeline can be asked: no replica is running"])
+
+
+async def test_no_pipeline_is_no_problem_where_requests_start_one() -> None:
+    replicas = Replicas()
+    client = ServeEngineClient(
+        Asked(),  # type: ignore[arg-type]
+        replicas=replicas,
+        replay_timeout_s=1.0,
+        counts=PipelineCounts(lambda: {"STARTING": 1}),
+        may_have_none=True,
+    )
+    assert await client.status() == ([], [])
+    assert await client.pipeline_changes() == {"num_starting": 1, "num_stopping": 0}
+    replicas.set_running({"a"})
     assert await client.status() == ([], ["no pipeline can be asked: no replica is running"])
 
 
