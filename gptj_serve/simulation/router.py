@@ -36,6 +36,11 @@ class SimulatedRouter(Generic[Q]):
         self._told_s: dict[int, tuple[Q, float]] = {}  # by id(): those that have a queue, and how long it is
 
     @property
+    def slow(self) -> list[Q]:
+        """Those where a request would wait for longer than that counts as none."""
+        return [queue for queue, wait_s in self._told_s.values() if wait_s > SAME_WAIT_S]
+
+    @property
     def queued(self) -> list[Q]:
         return [queue for queue, _ in self._told_s.values()]
 

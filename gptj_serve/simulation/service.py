@@ -147,9 +147,22 @@ class SimulatedService:
         for replica in self._router.queued:
             replica.pipeline.advance(now)
         self._router.tell()
+        self._share(now)
         if self._policy is not None and self._num_ticks % TICKS_PER_DECISION == 0:
             self._scale(self._policy, now)
         self._num_ticks += 1
+
+    def _share(self, now: float) -> None:
+        """Where nothing waits, a part of what waits elsewhere goes, as `serving.event_streams` has it."""
+        slow = self._router.slow
+        if not slow:
+            return
+        for replica in self._running:
+            if replica.rows.num_waiting == 0:
+                for other in slow:
+                    for request in other.rows.give_away(len(slow) + 1):
+                        replica.pipeline.advance(now)
+                        replica.pipeline.add(request)
 
     def _scale(self, policy: ScalingPolicy, now: float) -> None:
         ready = [replica for replica in self._starting if replica.ready_s <= now]

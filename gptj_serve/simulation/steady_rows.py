@@ -10,6 +10,8 @@ on with all of them. `tests/simulation` hold this against `EveryRow`: the result
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from gptj_serve.engine.backlog import NO_WORK, Work
 from gptj_serve.engine.job import Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
@@ -21,6 +23,7 @@ from gptj_serve.simulation.simulated_job import make_simulated_job
 from gptj_serve.simulation.step_shape import StepShape, shape_of
 from gptj_serve.simulation.steps_source import note_events
 from gptj_serve.steps import StepOutput
+from gptj_serve.types import EngineRequest
 
 
 @dataclass(slots=True)
@@ -122,6 +125,14 @@ class SteadyRows(Scheduler):
         failures = self.take_failures()
         note_events(self._outcomes, self._clock(), failures)
         return bool(failures)
+
+    def give_away(self, num_parts: int) -> list[EngineRequest]:
+        """Of those who have not begun the last ones, one in so many; they go elsewhere."""
+        waiting = [entry.job.request for entry in self._waiting if not entry.was_preempted]
+        given = waiting[len(waiting) - len(waiting) // num_parts :]
+        for request in given:
+            self.abort(request.request_id)
+        return [msgspec.structs.replace(request, is_admitted=True) for request in given]
 
     def _end(self, cohort: Cohort, entry: Entry, now: float) -> None:
         cohort.write_back(entry, 0)

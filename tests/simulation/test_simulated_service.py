@@ -83,6 +83,17 @@ def test_the_policy_starts_pipelines_for_a_burst_and_stops_them_after_it():
     assert any(moment.num_starting for moment in result.moments)
 
 
+def test_a_pipeline_that_comes_gets_its_part_of_what_waits():
+    """All requests come before it does; it would have nothing to do."""
+    scaling = ScalingLimits(1, 2, 1.0, 0.8, 0.5, 100.0, 900.0)
+    load = make_load(steady(200, 2))
+    alone, _, _ = serve(deployment(1), load)
+    shared, _, outcomes = serve(deployment(1, scaling, startup_s=1.0), load)
+    assert shared.most_pipelines == 2
+    assert shared.duration_s < 0.75 * alone.duration_s
+    assert list(outcomes.num_tokens) == [20] * 400
+
+
 def test_from_zero_the_first_request_waits_for_a_pipeline():
     scaling = ScalingLimits(0, 2, 2.0, 0.8, 1.0, 5.0, 5.0)
     planned = [PlannedRequest(0.0, 10, 5), PlannedRequest(60.0, 10, 5)]
