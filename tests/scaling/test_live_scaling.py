@@ -170,6 +170,7 @@ async def test_a_burst_brings_more_pipelines_and_a_trickle_ends_them(
         await asyncio.gather(trickle(), down := asyncio.create_task(watch.until(lambda number: number == 1, 60)))
     assert [line for line in wrong if line] == []
     assert watch.not_ready == []
+    assert asked_s is not None, "new pipelines came without having been started"
     tell(
         f"burst of {len(burst)}: {MAX_PIPELINES - 1} more pipelines asked for after {asked_s:.1f} s, ready after "
         f"{up_s:.1f} s, all answered after {burst_s:.1f} s; "
