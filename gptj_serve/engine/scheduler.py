@@ -200,12 +200,17 @@ class Scheduler:
         num_chunks = CHUNKS_PER_STAGE * self.limits.num_stages
         if self.limits.num_stages == 1:
             return self.limits.max_microbatch_tokens
+        num_tokens = self._num_prompt_tokens(num_chunks * self.limits.max_microbatch_tokens)
+        return min(max(-(-num_tokens // num_chunks), MIN_CHUNK_TOKENS), self.limits.max_microbatch_tokens)
+
+    def _num_prompt_tokens(self, enough: int) -> int:
+        """Still to be computed; no more are counted than are enough."""
         num_tokens = 0
         for entry in (*self._running, *self._waiting):
             num_tokens += entry.work_left.prompt
-            if num_tokens >= num_chunks * self.limits.max_microbatch_tokens:
+            if num_tokens >= enough:
                 break
-        return min(max(-(-num_tokens // num_chunks), MIN_CHUNK_TOKENS), self.limits.max_microbatch_tokens)
+        return num_tokens
 
     def _fill_with_suspect(self, step: Step) -> None:
         """Rows of the first suspect and of nobody else, once nothing is in flight."""

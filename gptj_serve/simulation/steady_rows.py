@@ -46,7 +46,7 @@ class SteadyRows(Scheduler):
 
     def next_step(self) -> StepShape | None:
         """As `schedule`."""
-        step = _Step(self.limits.max_microbatch_tokens)
+        step = _Step(self.limits.max_microbatch_tokens, self._prompt_budget())
         self._fill(step)
         now = self._clock()
         self._waiting.on_scheduled(now)
@@ -162,6 +162,9 @@ class SteadyRows(Scheduler):
             work = work.plus(Work(cohort.num_rows, cohort.num_left))
         return work
 
+    def _num_prompt_tokens(self, enough: int) -> int:
+        return self._num_steady + super()._num_prompt_tokens(enough)  # the last token of each is not computed yet
+
     def _num_blocks_to_give(self) -> int:
         return super()._num_blocks_to_give() - sum(len(cohort.in_need_of_a_block()) for cohort in self._ready)
 
@@ -190,7 +193,7 @@ class SteadyRows(Scheduler):
             if not entry.job.is_decoding:
                 self._schedule_prompt(entry, step)
         self._give_up_the_late()
-        while step.budget > 0 and (admitted := self._admit_next()) is not None:
+        while min(step.budget, step.prompt_budget) > 0 and (admitted := self._admit_next()) is not None:
             self._schedule_prompt(admitted, step)
         return None
 

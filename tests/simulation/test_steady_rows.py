@@ -150,6 +150,15 @@ def test_a_long_load_that_preempts_and_refuses(num_stages: int):
     assert sum(real.result["tokens"]) > 1000
 
 
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_prompts_so_long_that_they_are_cut_for_the_stages(num_stages: int):
+    requests = [(0.013 * index, 1 + index * 173 % 900, 1 + index * 11 % 40) for index in range(80)]
+    limits = SchedulerLimits(num_stages, 24, 512, 1000)
+    real, short = both(requests, limits, 600, 16, reuse=True)
+    assert short.result == real.result
+    assert sum(real.result["tokens"]) > 1000
+
+
 def test_decoding_alone_is_one_repeated_step():
     """A hundred sequences over many steps: nothing but the first steps and the last is done row by row."""
     requests = [(0.0, 4, 30)] * 20
