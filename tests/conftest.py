@@ -98,9 +98,13 @@ def _save_random_gptj(config: dict[str, Any], directory: Path) -> None:
     model.config.save_pretrained(directory)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kuberay-crd", metavar="FILE", help="KubeRay's CRD of RayService, to check manifests with")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `large`, `clients`, `faults` or `scaling` run only when asked for: `pytest -m large`."""
-    for marker in ("large", "clients", "faults", "scaling"):
+    """Tests marked `large`, `clients`, `faults`, `manifests` or `scaling` run only when asked for: `pytest -m large`."""
+    for marker in ("large", "clients", "faults", "manifests", "scaling"):
         if marker not in config.option.markexpr:
             for item in items:
                 if item.get_closest_marker(marker):

@@ -74,7 +74,8 @@ def run(capsys: pytest.CaptureFixture[str], service: Service) -> Callable[..., t
 def make_stage(index: int, **changes: Any) -> StageStatus:
     stage: dict[str, Any] = {
         "stage_index": index, "layers": [4 * index, 4 * index + 4], "device": "cpu", "dtype": "float32",
-        "num_threads": 1, "pid": 100 + index, "node_ip": "10.0.0.1", "weight_bytes": 10, "kv_cache_bytes": 20,
+        "kernels": "torch", "num_threads": 1, "pid": 100 + index, "node_ip": "10.0.0.1",
+        "weight_bytes": 10, "kv_cache_bytes": 20,
         "memory_bytes": 400_000_000, "num_restarts": 0, "busy_ratio": 0.5, "handoff_s": 0.00123 if index else None,
         "steps": [],
     }  # fmt: skip

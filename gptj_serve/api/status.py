@@ -22,7 +22,8 @@ class StageStatus(TypedDict):
     stage_index: int
     layers: list[int]  # half-open span [first, end)
     device: str
-    dtype: str
+    dtype: str  # of the KV cache, and of weights where they are not quantized
+    kernels: str  # "torch", or ours by the type of their operands, as in "avx512-int8"
     num_threads: int
     pid: int
     node_ip: str

@@ -95,6 +95,10 @@ class CPULayers:
             self._library.gptj_stage_free(self._stage)
 
     @property
+    def kernels(self) -> str:
+        return f"avx512-{OperandType(self._blocks[0].inward.struct.type).name.lower()}"
+
+    @property
     def weight_bytes(self) -> int:
         return sum(block.num_bytes for block in self._blocks)
 

@@ -12,6 +12,10 @@ from gptj_serve.model.stage import GPTJStage
 
 class Layers(Protocol):
     @property
+    def kernels(self) -> str:
+        """What they run on: "torch", or ours by the type of their operands, as in "avx512-int8"."""
+
+    @property
     def weight_bytes(self) -> int:
         """Of weights that are not parameters of the stage's module."""
 
@@ -28,6 +32,7 @@ class Layers(Protocol):
 class TorchLayers:
     """The blocks of a `GPTJStage`, called one after the other."""
 
+    kernels = "torch"
     weight_bytes = 0
 
     def __init__(

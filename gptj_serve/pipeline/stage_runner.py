@@ -106,6 +106,10 @@ class StageRunner:
         return cls(stage, spec, heads, CPULayers(config, blocks, spec.num_kv_blocks, spec.dtype))
 
     @property
+    def kernels(self) -> str:
+        return self._layers.kernels
+
+    @property
     def weight_bytes(self) -> int:
         packed = sum(module.num_bytes for module in self.stage.modules() if isinstance(module, PackedLinear))
         return sum(parameter.nbytes for parameter in self.stage.parameters()) + self._layers.weight_bytes + packed

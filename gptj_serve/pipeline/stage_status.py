@@ -16,6 +16,7 @@ def describe_stage(runner: StageRunner) -> dict[str, Any]:
         "layers": [spec.span.start, spec.span.stop],
         "device": str(spec.device),
         "dtype": str(spec.dtype).removeprefix("torch."),
+        "kernels": runner.kernels,
         "num_threads": torch.get_num_threads(),
         "weight_bytes": runner.weight_bytes,
         "kv_cache_bytes": runner.kv_cache_bytes,

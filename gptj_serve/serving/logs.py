@@ -89,9 +89,9 @@ class IngressLines(logging.Filter):
 
 
 def _is_told_elsewhere(access_line: str) -> bool:
-    """Serve's line is `[client] method route status latency`."""
+    """Serve's line is `[client] method route status latency`; the route begins with the application's prefix."""
     words = access_line.split()
     if len(words) < 4:
         return False
     method, route, status = words[-4:-1]
-    return method in ("POST", "CALL") or (status == "200" and route in QUIET_ROUTES)
+    return method in ("POST", "CALL") or (status == "200" and route.endswith(QUIET_ROUTES))

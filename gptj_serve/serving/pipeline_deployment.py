@@ -281,8 +281,10 @@ class Pipeline:
 
 
 def _service_url() -> str:
-    url: str = ray.serve.context._get_global_client().root_url
-    return url
+    """Of this application, which may have a route prefix."""
+    client = ray.serve.context._get_global_client()
+    application = client.get_serve_details()["applications"].get(serve.get_replica_context().app_name, {})
+    return f"{client.root_url}{application.get('route_prefix') or ''}".rstrip("/")
 
 
 def stage_settings(

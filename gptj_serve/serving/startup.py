@@ -37,6 +37,6 @@ def _stage_line(stage: Mapping[str, Any], index: int, num_stages: int) -> str:
     first, end = stage["layers"]
     return (
         f"stage {index} of {num_stages} ready: layers {first} to {end - 1}, {stage['device']}, {stage['dtype']}, "
-        f"{stage['num_threads']} thread(s), {stage['weight_bytes'] / 1e6:.1f} MB weights, "
+        f"{stage['kernels']} kernels, {stage['num_threads']} thread(s), {stage['weight_bytes'] / 1e6:.1f} MB weights, "
         f"{stage['kv_cache_bytes'] / 1e6:.1f} MB KV cache, process {stage['pid']} on {stage['node_ip']}"
     )

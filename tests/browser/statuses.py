@@ -54,6 +54,7 @@ def stage(index: int, durations_s: list[float], steps: list[StepSpan], is_ready:
         "layers": [index * num_layers, (index + 1) * num_layers],
         "device": "cuda:0",
         "dtype": "float16",
+        "kernels": "torch",
         "num_threads": 4,
         "pid": 4100 + index,
         "node_ip": f"10.0.0.{index + 1}",

@@ -18,6 +18,7 @@ from gptj_serve.kernels.choice import Kernels, Quantization
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.pipeline.stage_status import describe_stage
 from gptj_serve.steps import MicroBatch, Row, StepOutput
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent
@@ -107,6 +108,8 @@ async def test_greedy_answers_are_the_same_alone_and_in_a_crowd(
     prompts: list[list[int]], dtype: torch.dtype, quantization: Quantization
 ) -> None:
     runners = load(dtype, quantization)
+    operands = "int8" if quantization == "int8" else str(dtype).removeprefix("torch.")
+    assert [describe_stage(runner)["kernels"] for runner in runners] == [f"avx512-{operands}"] * 2
     together = await greedy(runners, prompts)
     assert [len(events) for events in together] == [MAX_NEW_TOKENS] * len(prompts)
     assert all(-20 < event.logprob <= 0 for events in together for event in events)

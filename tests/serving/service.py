@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -49,12 +50,17 @@ class ServeRun:
     def output(self) -> str:
         return re.sub(r"\x1b\[[0-9;]*m", "", self._log_file.read_text())
 
-    def wait_until_ready(self) -> Self:
+    def wait_until_ready(self, route_prefixes: Sequence[str] = ("",)) -> Self:
+        """Until each application has generated."""
+        waiting = list(route_prefixes)
         while time.monotonic() - self.started_at < STARTUP_TIMEOUT_S:
             assert self.process.poll() is None, f"serve run ended:\n{self.output}"
             try:
-                response = httpx.post(f"{self.url}/generate", json={"inputs": "Hello"}, timeout=STARTUP_TIMEOUT_S)
+                url = f"{self.url}{waiting[0]}/generate"
+                response = httpx.post(url, json={"inputs": "Hello"}, timeout=STARTUP_TIMEOUT_S)
                 if response.status_code == 200:
+                    waiting.pop(0)
+                if not waiting:
                     time.sleep(LOG_FORWARDING_S)
                     self.startup_output = self.output
                     return self

@@ -68,6 +68,8 @@ def failed_call(cause: GPTJServeError | None, error: Exception) -> logging.LogRe
         ("GET /status 503 1.0ms", True),
         ("GET /ready 200 1.0ms", False),
         ("GET /ready 503 1.0ms", True),
+        ("GET /below/a/prefix/ready 200 1.0ms", False),
+        ("GET /below/a/prefix/ready 503 1.0ms", True),
         ("GET /v1/models 200 1.0ms", True),
         ("odd", True),
     ],

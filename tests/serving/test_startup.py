@@ -11,7 +11,8 @@ from gptj_serve.serving.startup import startup_lines
 
 STAGES = [
     {
-        "layers": [3 * index, 3 * index + 3], "device": "cpu", "dtype": "float32", "num_threads": 2,
+        "layers": [3 * index, 3 * index + 3], "device": "cpu", "dtype": "float32",
+        "kernels": "avx512-int8", "num_threads": 2,
         "weight_bytes": 1_500_000, "kv_cache_bytes": 2_500_000, "pid": 10 + index, "node_ip": f"10.0.0.{index}",
     }
     for index in range(2)
@@ -24,10 +25,10 @@ def test_what_is_served_where(demo: Path) -> None:
     blocks = KVBlocks(512, 16)
     lines = startup_lines(ServiceConfig(), Checkpoint.open(demo), heads, STAGES, blocks, "http://127.0.0.1:8000")
     assert lines == [
-        "stage 0 of 2 ready: layers 0 to 2, cpu, float32, 2 thread(s), 1.5 MB weights, 2.5 MB KV cache, "
-        "process 10 on 10.0.0.0",
-        "stage 1 of 2 ready: layers 3 to 5, cpu, float32, 2 thread(s), 1.5 MB weights, 2.5 MB KV cache, "
-        "process 11 on 10.0.0.1",
+        "stage 0 of 2 ready: layers 0 to 2, cpu, float32, avx512-int8 kernels, 2 thread(s), 1.5 MB weights, "
+        "2.5 MB KV cache, process 10 on 10.0.0.0",
+        "stage 1 of 2 ready: layers 3 to 5, cpu, float32, avx512-int8 kernels, 2 thread(s), 1.5 MB weights, "
+        "2.5 MB KV cache, process 11 on 10.0.0.1",
         "gptj-demo is ready on http://127.0.0.1:8000; generation, classification, question answering, "
         "tone (classifier); 2 stage(s) on cpu; KV cache of 8,192 tokens for sequences of at most 1,024",
     ]

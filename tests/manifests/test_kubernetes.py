@@ -1,0 +1,160 @@
+"""cluster/kuberay: against the schemas of Kubernetes and KubeRay, Ray Serve's and our own."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from gptj_serve.config import ServiceConfig
+from tests.manifests.ray_service import RayService, WorkerGroup
+from tests.serving.service import ROOT
+
+DIRECTORY = ROOT / "cluster" / "kuberay"
+KUBERNETES = "1.32"
+OBJECTS = [
+    (f"{file.name}, {each['kind']} {each['metadata']['name']}", each)
+    for file in sorted(DIRECTORY.glob("*.yaml"))
+    for each in yaml.safe_load_all(file.read_text())
+]
+BY_OPERATORS = ("ray.io/", "monitoring.coreos.com/")
+DEPLOYMENT_OF = {"gptj-6b-gpu": "gptj-6b-4gpu", "gptj-6b-cpu": "gptj-6b-cpu"}
+
+
+def manifest(name: str) -> dict[str, Any]:
+    return yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text())
+
+
+def pods(service: RayService) -> list[dict[str, Any]]:
+    """Of head and workers, as Kubernetes would be given them."""
+    cluster = service.spec.rayClusterConfig
+    templates = [cluster.headGroupSpec.template, *[group.template for group in cluster.workerGroupSpecs]]
+    return [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"], "name": "a"}, "spec": template["spec"]}
+        for template in templates
+    ]
+
+
+@pytest.mark.manifests
+@pytest.mark.parametrize(
+    "each", [pytest.param(each, id=name) for name, each in OBJECTS if not each["apiVersion"].startswith(BY_OPERATORS)]
+)
+def test_kubernetes_takes_it(each: dict[str, Any]) -> None:
+    import kubernetes_validate
+
+    kubernetes_validate.validate(each, KUBERNETES, strict=True)
+
+
+@pytest.mark.manifests
+@pytest.mark.parametrize("name", DEPLOYMENT_OF)
+def test_kubernetes_takes_the_pods(name: str) -> None:
+    import kubernetes_validate
+
+    for pod in pods(RayService.model_validate(manifest(name))):
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", DEPLOYMENT_OF)
+def test_a_misspelt_field_is_found(name: str) -> None:
+    spec = manifest(name)
+    spec["spec"]["rayClusterConfig"]["gcsFaultTolerance"] = spec["spec"]["rayClusterConfig"].pop(
+        "gcsFaultToleranceOptions"
+    )
+    with pytest.raises(ValidationError, match="gcsFaultTolerance"):
+        RayService.model_validate(spec)
+
+
+@pytest.mark.parametrize("name", DEPLOYMENT_OF)
+def test_kuberays_crd_takes_it(name: str, pytestconfig: pytest.Config) -> None:
+    """`pytest --kuberay-crd ray.io_rayservices.yaml`, a file of KubeRay's; it is not in this repository."""
+    if (file := pytestconfig.getoption("--kuberay-crd")) is None:
+        pytest.skip("needs --kuberay-crd FILE")
+    versions = yaml.safe_load(Path(file).read_text())["spec"]["versions"]
+    (schema,) = [each["schema"]["openAPIV3Schema"] for each in versions if each["name"] == "v1"]
+    del schema["properties"]["metadata"]
+    schema = {**as_json_schema(schema), "additionalProperties": True}
+    jsonschema.validate(manifest(name), schema)
+    wrong = manifest(name)
+    wrong["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagine"] = "x"
+    with pytest.raises(jsonschema.ValidationError, match="imagine"):
+        jsonschema.validate(wrong, schema)
+
+
+def as_json_schema(schema: Any) -> Any:
+    """As the API server reads it: it knows integers that may be strings, and refuses fields that are not there."""
+    if isinstance(schema, list):
+        return [as_json_schema(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: as_json_schema(value) for key, value in schema.items()}
+    if made.get("x-kubernetes-int-or-string") is True:
+        made.pop("type", None)
+    if made.get("type") == "object" and isinstance(made.get("properties"), dict):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@pytest.mark.parametrize(("name", "deployment"), DEPLOYMENT_OF.items())
+def test_it_serves_what_the_deployment_serves(name: str, deployment: str) -> None:
+    """But for where it listens, and that a rollout may ask the autoscaler for room."""
+    own = yaml.safe_load(RayService.model_validate(manifest(name)).spec.serveConfigV2)
+    ServeDeploySchema.model_validate(own)
+    plain = yaml.safe_load((ROOT / "deployments" / f"{deployment}.yaml").read_text())
+    assert own["http_options"] == {"host": "0.0.0.0", "port": 8000}
+    (application,), (expected,) = own["applications"], plain["applications"]
+    assert application["args"].pop("rollout") == {"surge": "always"}
+    assert application == expected
+    ServiceConfig.model_validate(application["args"])
+
+
+def gpus_and_cpus(group: WorkerGroup) -> tuple[int, float]:
+    requests = group.template["spec"]["containers"][0]["resources"]["requests"]
+    return int(requests.get("nvidia.com/gpu", 0)), float(requests["cpu"])
+
+
+@pytest.mark.parametrize("name", DEPLOYMENT_OF)
+def test_the_fewest_workers_have_room_for_the_service_and_the_most_for_a_rollout(name: str) -> None:
+    service = RayService.model_validate(manifest(name))
+    (application,) = yaml.safe_load(service.spec.serveConfigV2)["applications"]
+    config = ServiceConfig.model_validate(application["args"])
+    pipeline, ingress = config.pipeline, config.ingress
+    (group,) = service.spec.rayClusterConfig.workerGroupSpecs
+    num_gpus, num_cpus = gpus_and_cpus(group)
+    stages_per_pod = int(num_gpus or num_cpus // pipeline.stage.num_cpus)
+    left_over = num_cpus - stages_per_pod * pipeline.stage.num_cpus
+    assert left_over >= pipeline.engine_num_cpus + ingress.num_cpus * ingress.num_replicas
+    needed = -(-pipeline.num_stages // stages_per_pod)
+    assert group.minReplicas == group.replicas >= needed
+    assert group.maxReplicas >= 2 * needed
+
+
+@pytest.mark.parametrize("name", DEPLOYMENT_OF)
+def test_probes_memory_and_rights_of_every_pod(name: str) -> None:
+    service = RayService.model_validate(manifest(name))
+    for pod in pods(service):
+        assert pod["metadata"]["labels"] == {"app.kubernetes.io/part-of": "gptj-serve"}
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        (container,) = pod["spec"]["containers"]
+        assert container["livenessProbe"]["httpGet"]["path"] == "/api/healthz"
+        assert container["readinessProbe"]["httpGet"]["path"] in ("/api/healthz", "/-/healthz")
+        assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert any(mount["mountPath"] == "/models" for mount in container["volumeMounts"])
+        assert {"name": "metrics", "containerPort": 8080} in container["ports"]
+
+
+def test_names_that_must_agree_do() -> None:
+    kinds = {(each["kind"], each["metadata"]["name"]) for _, each in OBJECTS}
+    for name in DEPLOYMENT_OF:
+        text = (DIRECTORY / f"{name}.yaml").read_text()
+        assert "claimName: gptj-models" in text
+        assert "redisAddress: gptj-redis:6379" in text
+    assert {("PersistentVolumeClaim", "gptj-models"), ("Service", "gptj-redis")} <= kinds
+    monitor = (DIRECTORY / "pod-monitor.yaml").read_text()
+    prometheus = (ROOT / "cluster" / "monitoring" / "prometheus.yml").read_text()
+    kept = re.compile(r"regex: (ray_\(.*\))$", re.MULTILINE)
+    assert kept.findall(monitor) == kept.findall(prometheus) != []
