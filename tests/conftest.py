@@ -103,7 +103,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `large`, `clients`, `faults`, `manifests` or `scaling` run only when asked for: `pytest -m large`."""
+    """Tests with one of these markers run only when asked for: `pytest -m large`."""
     for marker in ("large", "clients", "faults", "manifests", "scaling"):
         if marker not in config.option.markexpr:
             for item in items:
