@@ -23,12 +23,13 @@ from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.sampling import sample
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
-from gptj_serve.engine.timeline import simulate
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
 from gptj_serve.profiling.load import trace_requests
-from gptj_serve.steps import MicroBatch, RowResult, SampledToken, SampleSpec, StepOutput
+from gptj_serve.simulation.schedule import simulate_schedule
+from gptj_serve.simulation.steps_source import any_answer
+from gptj_serve.steps import MicroBatch, SampleSpec
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Warpers
 
@@ -165,11 +166,10 @@ def measure_bubbles(lengths: Sequence[tuple[int, int]], num_requests: int) -> No
             limits = SchedulerLimits(num_stages, max_num_sequences, 512, CONTEXT_LIMIT)
             scheduler = Scheduler(limits, KVBlocks(40 * CONTEXT_LIMIT // BLOCK_SIZE, BLOCK_SIZE), frozenset())
             requests = [fixed_request(str(i), *pair) for i, pair in enumerate(lengths[:num_requests])]
-            timeline = simulate(
+            timeline = simulate_schedule(
                 scheduler,
                 [(0.0, request) for request in requests],
-                any_answer,
-                lambda microbatch, stage_index: 1e-3 + 1e-5 * microbatch.num_tokens,
+                lambda shape, stage_index: 1e-3 + 1e-5 * shape.num_tokens,
                 num_stages=4,
             )
             num_tokens = sum(output for _, output in lengths[:num_requests])
@@ -183,11 +183,6 @@ def fixed_request(request_id: str, num_prompt: int, num_new: int) -> EngineReque
     prompt = [int(request_id) % 50_000, *[1] * (num_prompt - 1)]
     params = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
     return EngineRequest(request_id=request_id, task=Task.GENERATE, prompt_token_ids=prompt, sampling=params)
-
-
-def any_answer(microbatch: MicroBatch) -> StepOutput:
-    token = RowResult(tokens=[SampledToken(1, -1.0)])
-    return StepOutput(microbatch.microbatch_id, [token if row.samples else None for row in microbatch.rows])
 
 
 # ------------------------------------------------------------------------------------------------ overhead per step

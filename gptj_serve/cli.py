@@ -1,4 +1,4 @@
-"""The command line: `gptj-serve convert | plan | fit | profile | status`.
+"""The command line: `gptj-serve convert | plan | fit | profile | bench | simulate | status`.
 
 What a command needs is imported inside it, so that the others need not wait for it.
 An error of this package ends as one line on stderr and exit status 1.
@@ -53,6 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
         from gptj_serve import status_cli
 
         app.command()(status_cli.status)
+    if not words or words[0] in ("simulate", "--help"):
+        from gptj_serve import simulate_cli
+
+        app.command()(simulate_cli.simulate)
+    if not words or words[0] in ("bench", "--help"):
+        from gptj_serve import bench_cli
+
+        app.command()(bench_cli.bench)
     try:
         app(arguments)
     except GPTJServeError as error:

@@ -38,8 +38,9 @@ LAYERS = [
     ours("modeling"),
     ours("api", "fit"),
     ours("profiling"),
+    ours("simulation"),
     ours("serving"),
-    ours("cli", "fit_cli", "profile_cli", "status_cli"),
+    ours("cli", "fit_cli", "profile_cli", "simulate_cli", "bench_cli", "status_cli"),
 ]
 
 SAMPLER = ours("engine.sampling", "engine.logit_edits", "engine.warpers", "engine.draws", "engine.ranking")
@@ -85,6 +86,13 @@ RULES = [
         "a service's timeline is written without torch",
         ours("profiling.trace_events", "profiling.service_timeline", "profiling.load", "profiling.deployment"),
         ("torch", *SAMPLER, *ours("model", "pipeline", "profiling.session", "profiling.operators")),
+    ),
+    Rule(
+        "a simulation needs no torch; what calibrates it does",
+        ours("simulation"),
+        ("torch", *SAMPLER, *ours("model.stage", "pipeline", "profiling.session")),
+        exempt=ours("simulation.calibration"),
+        allowed=ours("pipeline.partition"),
     ),
     Rule("a checkpoint can be refused without torch", ours("model.config", "model.checkpoint"), ("torch",)),
 ]

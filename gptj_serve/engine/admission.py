@@ -1,5 +1,7 @@
 """From a request to its job, if this engine can ever finish it."""
 
+from collections.abc import Callable
+
 from gptj_serve.engine.beam_generation import BeamGeneration
 from gptj_serve.engine.generation import Generation
 from gptj_serve.engine.job import Job
@@ -8,6 +10,9 @@ from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.prefill_only import PrefillOnly
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.types import EngineRequest, Pooling, Task
+
+MakeJob = Callable[[EngineRequest, int, frozenset[int], TokenMatcher | None, float], Job]
+"""`make_job`, or what a simulation has in its place."""
 
 
 def make_job(

@@ -66,7 +66,7 @@ class KVBlocks:
             self._num_owners[shared] -= 1  # it keeps at least one owner
             table[index] = own
             copies.append((shared, own))
-        while len(table) < self.blocks_for(end):
+        for _ in range(self.blocks_for(end) - len(table)):
             table.append(self._take())
         return copies
 
@@ -146,8 +146,8 @@ class KVBlocks:
             block = self._free.pop()
         else:
             block = next(iter(self._idle))
-            self.withdraw([block])
-            self._free.remove(block)
+            del self._idle[block]
+            del self._block_of[self._key_of.pop(block)]
         self._num_owners[block] = 1
         return block
 

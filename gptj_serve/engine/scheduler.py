@@ -29,8 +29,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-from gptj_serve.engine.admission import check_fits, make_job, max_blocks
-from gptj_serve.engine.backlog import NO_WORK
+from gptj_serve.engine.admission import MakeJob, check_fits, make_job, max_blocks
+from gptj_serve.engine.backlog import NO_WORK, Work
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.logit_editor import TokenMatcher
@@ -76,12 +76,14 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         clock: Callable[[], float] = time.monotonic,
         on_milestone: OnMilestone = ignore,
+        make_job: MakeJob = make_job,
     ) -> None:
         self.limits = limits
         self.blocks = blocks
         self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._on_milestone = on_milestone
+        self._make_job = make_job
         self._entries: dict[str, Entry] = {}  # all unfinished ones
         self._waiting = WaitingQueue(limits.max_queue_wait_s)
         self._running: list[Entry] = []  # by rank
@@ -122,9 +124,7 @@ class Scheduler:
 
     def load(self) -> PipelineLoad:
         """What autoscaling judges by. Its speed is such that the backlog lasts as long as the queue's would."""
-        work = NO_WORK
-        for entry in self._entries.values():
-            work = work.plus(entry.work_left)
+        work = self._work_left()
         num_tokens = work.prompt + work.new
         seconds = self._waiting.seconds_for(work)
         tokens_per_s = num_tokens / seconds if seconds > 0 else 0.0
@@ -146,7 +146,7 @@ class Scheduler:
         now = self._clock()
         rank = self._rank_of_next(request.priority)
         self._waiting.check(request, rank)
-        job = make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
+        job = self._make_job(request, self.blocks.block_size, self._eos_token_ids, matcher, now)
         self._num_arrivals += 1
         entry = Entry(job, rank, now, job.work_left, now + self._patience_s(request))
         self._entries[request.request_id] = entry
@@ -200,12 +200,17 @@ class Scheduler:
         num_chunks = CHUNKS_PER_STAGE * self.limits.num_stages
         if self.limits.num_stages == 1:
             return self.limits.max_microbatch_tokens
+        num_tokens = self._num_prompt_tokens(num_chunks * self.limits.max_microbatch_tokens)
+        return min(max(-(-num_tokens // num_chunks), MIN_CHUNK_TOKENS), self.limits.max_microbatch_tokens)
+
+    def _num_prompt_tokens(self, enough: int) -> int:
+        """Still to be computed; no more are counted than are enough."""
         num_tokens = 0
         for entry in (*self._running, *self._waiting):
             num_tokens += entry.work_left.prompt
-            if num_tokens >= num_chunks * self.limits.max_microbatch_tokens:
+            if num_tokens >= enough:
                 break
-        return min(max(-(-num_tokens // num_chunks), MIN_CHUNK_TOKENS), self.limits.max_microbatch_tokens)
+        return num_tokens
 
     def _fill_with_suspect(self, step: Step) -> None:
         """Rows of the first suspect and of nobody else, once nothing is in flight."""
@@ -294,6 +299,13 @@ class Scheduler:
         assert {id(e) for e in self._suspects} == {id(e) for e in self._entries.values() if e.is_suspect}
         assert [e.rank for e in self._running] == sorted(e.rank for e in self._running)
         assert [e.rank for e in self._waiting] == sorted(e.rank for e in self._waiting)
+
+    def _work_left(self) -> Work:
+        """As last counted."""
+        work = NO_WORK
+        for entry in self._entries.values():
+            work = work.plus(entry.work_left)
+        return work
 
     def _schedule_decoding(self, entries: list[Entry], max_rows: int, step: Step) -> None:
         """One token of each sequence of these jobs; then, as far as there is room, drafts to go with them."""

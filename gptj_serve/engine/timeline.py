@@ -1,20 +1,11 @@
-"""When which stage works on which microbatch: as it was measured, or a run of the real scheduler over stages of given
-speed.
+"""When which stage works on which microbatch: as `gptj_serve.profiling` measures it, or `gptj_serve.simulation` finds
+it for stages of given speed."""
 
-In `simulate` time is simulated, so an hour of requests takes seconds, and a schedule can be looked at without any
-hardware. `gptj_serve.profiling` measures.
-"""
-
-import heapq
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gptj_serve.engine.milestones import Milestone
-from gptj_serve.engine.scheduler import Scheduler
-from gptj_serve.steps import MicroBatch, StepOutput
-from gptj_serve.types import EngineRequest, Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,43 +126,3 @@ class Timeline:
                             cells[slot] = str(span.microbatch_id).rjust(width)
             lines.append(f"stage {stage_index} | {' '.join(cells)}")
         return "\n".join(lines)
-
-
-def simulate(
-    scheduler: Scheduler,
-    arrivals: Iterable[tuple[float, EngineRequest]],
-    answer: Callable[[MicroBatch], StepOutput],
-    duration_s: Callable[[MicroBatch, int], float],
-    on_events: Callable[[float, list[Event]], None] = lambda now_s, events: None,
-    num_stages: int | None = None,
-) -> Timeline:
-    """Serve requests that arrive at given times, in order; `duration_s(microbatch, stage_index)` is the cost model.
-
-    As in `Engine`, up to `num_stages` microbatches are in flight (by default as many as the scheduler counts on);
-    handing on takes no time.
-    """
-    num_stages = num_stages or scheduler.limits.num_stages
-    timeline = Timeline(num_stages)
-    stage_free_s = [0.0] * num_stages
-    in_flight: list[tuple[float, int, StepOutput]] = []  # a heap by time of completion
-    pending = list(reversed(list(arrivals)))
-    now_s = 0.0
-    while pending or in_flight or scheduler.has_work:
-        while pending and pending[-1][0] <= now_s:
-            scheduler.add(pending.pop()[1])
-        while len(in_flight) < num_stages and (microbatch := scheduler.schedule()) is not None:
-            ready_s = now_s
-            for stage_index, free_s in enumerate(stage_free_s):
-                start_s = max(ready_s, free_s)
-                ready_s = stage_free_s[stage_index] = start_s + duration_s(microbatch, stage_index)
-                size = len(microbatch.rows), microbatch.num_tokens
-                timeline.spans.append(Span(microbatch.microbatch_id, stage_index, start_s, ready_s, *size))
-            heapq.heappush(in_flight, (ready_s, microbatch.microbatch_id, answer(microbatch)))
-        next_s = [in_flight[0][0]] if in_flight else []
-        if pending and len(in_flight) < num_stages:
-            next_s.append(pending[-1][0])
-        assert next_s, "work, but nothing in flight and nothing to come"
-        now_s = max(now_s, min(next_s))
-        if in_flight and in_flight[0][0] <= now_s:
-            on_events(now_s, scheduler.update(heapq.heappop(in_flight)[2]))
-    return timeline

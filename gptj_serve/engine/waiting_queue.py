@@ -4,7 +4,7 @@ import math
 from bisect import insort
 from collections.abc import Iterator
 
-from gptj_serve.engine.backlog import NO_WORK, StepCosts, Work, WorkRate
+from gptj_serve.engine.backlog import StepCosts, Work, WorkRate
 from gptj_serve.engine.step import Entry
 from gptj_serve.queue_wait import check_wait
 from gptj_serve.types import EngineRequest
@@ -51,12 +51,13 @@ class WaitingQueue:
 
     def wait_s(self, rank: Rank) -> float:
         """How long a request of this rank would wait for its turn, judged by what waits before it."""
-        work = NO_WORK
+        num_prompt = num_new = 0
         for entry in self._entries:
             if entry.rank > rank:
                 break
-            work = work.plus(entry.work_left)
-        return self.seconds_for(work)
+            num_prompt += entry.work_left.prompt
+            num_new += entry.work_left.new
+        return self.seconds_for(Work(num_prompt, num_new))
 
     def seconds_for(self, work: Work) -> float:
         """How long so much work takes, at the speed shown lately while something waited; 0 where that is not known."""

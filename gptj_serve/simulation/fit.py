@@ -1,0 +1,145 @@
+"""Coefficients from measurements: of the stages by least squares, of the engine by trying what the simulation gives."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptj_serve.engine.kv_blocks import KVBlocks
+from gptj_serve.engine.scheduler import SchedulerLimits
+from gptj_serve.simulation.cost_model import CostModel
+from gptj_serve.simulation.outcomes import Outcomes
+from gptj_serve.simulation.pipeline import SimulatedPipeline
+from gptj_serve.simulation.simulated_job import simulated_request
+from gptj_serve.simulation.steady_rows import SteadyRows
+from gptj_serve.simulation.step_shape import StepShape
+
+FREE_TOKENS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_STAGE_FIELDS = ("stage_s", "weights_s", "token_s", "row_s", "pair_s", "head_s", "sample_s")
+
+
+class StageTime(NamedTuple):
+    """What a microbatch took on a stage."""
+
+    shape: StepShape
+    num_layers: int
+    is_last: bool
+    seconds: float
+
+
+def fit_stages(cost: CostModel, times: Sequence[StageTime]) -> CostModel:
+    """With the stages' coefficients that make the sum of squared relative errors least, none below 0."""
+    best: tuple[float, float, NDArray[np.float64]] | None = None
+    for free_tokens in FREE_TOKENS:
+        rows = np.array([_features(time, free_tokens) for time in times])
+        rows /= np.array([[time.seconds] for time in times])
+        solution = non_negative_least_squares(rows, np.ones(len(times)))
+        error = float(np.square(rows @ solution - 1).sum())
+        if best is None or error < best[0]:
+            best = (error, free_tokens, solution)
+    assert best is not None
+    return cost.model_copy(update={"free_tokens": best[1]} | dict(zip(_STAGE_FIELDS, best[2].tolist(), strict=True)))
+
+
+def stage_errors(cost: CostModel, times: Sequence[StageTime]) -> NDArray[np.float64]:
+    """Relative, of each."""
+    solution = np.array([getattr(cost, field) for field in _STAGE_FIELDS])
+    predicted = np.array([_features(time, cost.free_tokens) for time in times]) @ solution
+    errors: NDArray[np.float64] = predicted / np.array([time.seconds for time in times]) - 1
+    return errors
+
+
+def _features(time: StageTime, free_tokens: float) -> list[float]:
+    shape, layers = time.shape, time.num_layers
+    beyond = max(0.0, shape.num_tokens - free_tokens)
+    per_layer = [layers, layers * beyond, layers * shape.num_rows, layers * shape.num_pairs]
+    return [1.0, *per_layer, float(time.is_last), time.is_last * shape.num_samples]
+
+
+def non_negative_least_squares(rows: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """x >= 0 with the least |rows @ x - values|, coordinate by coordinate (the problem is convex)."""
+    scale = np.linalg.norm(rows, axis=0)
+    scale[scale == 0] = 1.0
+    gram, target = (rows / scale).T @ (rows / scale), (rows / scale).T @ values
+    x = np.zeros(rows.shape[1])
+    for _ in range(20_000):
+        before = x.copy()
+        for index in range(len(x)):
+            if gram[index, index] > 0:
+                gradient = float(gram[index] @ x) - float(target[index])
+                x[index] = max(0.0, x[index] - gradient / gram[index, index])
+        if np.abs(x - before).max() < 1e-12:
+            break
+    found: NDArray[np.float64] = x / scale
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the engine
+
+
+class Round(NamedTuple):
+    """Equal requests, all at once, and what came of them."""
+
+    num_requests: int
+    num_prompt_tokens: int
+    num_new_tokens: int
+    tokens_per_s: float
+    first_token_s: float  # median
+
+
+def fit_engine(cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, rounds: Sequence[Round]) -> CostModel:
+    """With `engine_step_s`, `engine_row_s` and `request_s` under which the simulation gives these rounds best.
+
+    Whatever the stages' coefficients don't explain goes there: the engine's own work, but also that stages, engine and
+    client share a machine's cores.
+    """
+
+    single = min(rounds, key=lambda measured: measured.num_requests)
+
+    def with_request_s(candidate: CostModel) -> CostModel:
+        alone = simulate_round(candidate.model_copy(update={"request_s": 0.0}), limits, num_kv_blocks, single)
+        return candidate.model_copy(update={"request_s": max(0.0, single.first_token_s - alone.first_token_s)})
+
+    def error(candidate: CostModel) -> float:
+        candidate = with_request_s(candidate)
+        found = (simulate_round(candidate, limits, num_kv_blocks, measured) for measured in rounds)
+        return sum(
+            math.log(simulated.tokens_per_s / measured.tokens_per_s) ** 2
+            for simulated, measured in zip(found, rounds, strict=True)
+        )
+
+    cost = cost.model_copy(update={"engine_step_s": 2e-4, "engine_row_s": 2e-5})
+    return with_request_s(_descend(cost, ("engine_step_s", "engine_row_s"), error))
+
+
+def _descend(cost: CostModel, fields: Sequence[str], error: Callable[[CostModel], float]) -> CostModel:
+    """Each field by a factor up or down, as long as it helps; then by a smaller one."""
+    least = error(cost)
+    factor = 4.0
+    while factor > 1.02:
+        improved = False
+        for field in fields:
+            for change in (factor, 1 / factor):
+                candidate = cost.model_copy(update={field: getattr(cost, field) * change})
+                if (found := error(candidate)) < least:
+                    cost, least, improved = candidate, found, True
+        if not improved:
+            factor = math.sqrt(factor)
+    return cost
+
+
+def simulate_round(cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, asked: Round) -> Round:
+    outcomes = Outcomes(asked.num_requests)
+    pipeline = SimulatedPipeline(
+        lambda clock: SteadyRows(limits, KVBlocks(num_kv_blocks, 16), outcomes, clock),
+        cost.pipeline(limits.num_stages),
+        limits.num_stages,
+    )
+    for index in range(asked.num_requests):
+        pipeline.add(simulated_request(index, asked.num_prompt_tokens, asked.num_new_tokens))
+    pipeline.finish()
+    duration_s = pipeline.now + cost.request_s
+    first_s = float(np.median(outcomes.first_s)) + cost.request_s
+    return asked._replace(tokens_per_s=asked.num_requests * asked.num_new_tokens / duration_s, first_token_s=first_s)

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+from fakes import small_backend_json, small_tokenizer
+
+from gptj_serve.config import PipelineConfig, ServiceConfig, StageConfig
+from gptj_serve.errors import ConfigError
+from gptj_serve.simulation.calibration import Sizes, calibrate
+from gptj_serve.simulation.step_shape import StepShape
+
+FEW = Sizes((1, 4), (8, 40), (16,), 2, (1, 3), 10, 6, 1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_gptj, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("calibration") / "tiny"
+    directory.mkdir()
+    for file in tiny_gptj(vocab_size=small_tokenizer().num_token_ids).iterdir():
+        (directory / file.name).symlink_to(file)
+    (directory / "tokenizer.json").write_text(small_backend_json())
+    return directory
+
+
+def service(checkpoint: object, num_stages: int) -> ServiceConfig:
+    stage = StageConfig(num_threads=1)
+    return ServiceConfig(checkpoint=str(checkpoint), pipeline=PipelineConfig(num_stages=num_stages, stage=stage))
+
+
+def test_a_checkpoint_is_measured_with_the_stages_of_its_deployment(tiny: Path):
+    """Shapes per stage: four that decode, two chunks; both together don't fit. Two stages, and one of all layers."""
+    cost = calibrate(service(tiny, 2), FEW)
+    assert cost.source == "measured"
+    assert (cost.model.name, cost.model.num_layers, cost.model.max_sequence_tokens) == ("tiny", 6, 96)
+    assert cost.notes["stage_times"] == 3 * 6
+    assert cost.notes["num_stages"] == 2
+    assert float(cost.notes["tokens_per_s_of_3"]) > 0
+    few, many = (sum(cost.pipeline(2).stage_times_s(StepShape(n, n, 8 * n, n))) for n in (1, 64))
+    assert 0 < few <= many
+
+
+def test_more_stages_than_layers_are_refused(tiny: Path):
+    with pytest.raises(ConfigError, match="num_stages=7"):
+        calibrate(service(tiny, 7), FEW)
