@@ -99,8 +99,8 @@ def _save_random_gptj(config: dict[str, Any], directory: Path) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `large`, `clients` or `faults` run only when asked for: `pytest -m large`."""
-    for marker in ("large", "clients", "faults"):
+    """Tests marked `large`, `clients`, `faults` or `cluster` run only when asked for: `pytest -m large`."""
+    for marker in ("large", "clients", "faults", "cluster"):
         if marker not in config.option.markexpr:
             for item in items:
                 if item.get_closest_marker(marker):

@@ -38,6 +38,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the testbed, which then ends its hosts
             )
+        self._commands: list[subprocess.Popen[str]] = []
         self.is_alive = True
 
     def wait_until_up(self) -> int:
@@ -66,15 +67,17 @@ class Host:
     ) -> "subprocess.Popen[str]":
         """Start a command on it. Its temporary files are its own; the rest of the file system is shared."""
         within = ("nsenter", f"--target={self.init.pid}", "--net", "--mount", "--pid", f"--wd={ROOT}")
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*within, *command],
-            env=os.environ | {"TMPDIR": "/dev/shm"} | (environment or {}),  # noqa: S108 - the host's own
+            env=os.environ | {"TMPDIR": "/dev/shm"} | (environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output is not None else None,
             text=True,
             start_new_session=True,
         )
+        self._commands.append(process)
+        return process
 
     def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None, timeout_s: float = 120) -> str:
         """What the command printed. Raises `RuntimeError` with it if the command fails."""
@@ -106,7 +109,8 @@ class Host:
         if self._parent.poll() is None:
             for child in psutil.Process(self._parent.pid).children():
                 child.kill()
-        self._parent.wait(START_TIMEOUT_S)
+        for process in [*self._commands, self._parent]:
+            process.wait(START_TIMEOUT_S)
         self._control.close()
 
 

@@ -22,18 +22,14 @@ def measure(mtu: int, show: Callable[[str], None]) -> None:
         a, b = testbed.hosts
         for size in SIZES:
             own, between = (_round_trips_s(a, other, size, NUM_ROUND_TRIPS) for other in (a, b))
-            show(
-                f"round trip of {size:,} bytes over TCP: loopback {_us(own)}, between hosts {_us(between)} (median, p99)"
-            )
+            show(f"round trip of {size:,} bytes, median and p99: on one host {_us(own)}, between hosts {_us(between)}")
         before, began_at = testbed.counters(), time.monotonic()
         _stream(a, b)
         took_s, after = time.monotonic() - began_at, testbed.counters()
         num_frames = after.num_forwarded - before.num_forwarded
         num_bytes = after.num_bytes - before.num_bytes
-        show(
-            f"one stream: {num_bytes / took_s / 1e6:,.0f} MB/s, {num_frames / took_s:,.0f} frames/s at an MTU of {mtu:,}; "
-            f"{after.num_lost - before.num_lost} lost"
-        )
+        rates = f"{num_bytes / took_s / 1e6:,.0f} MB/s, {num_frames / took_s:,.0f} frames/s"
+        show(f"one stream at an MTU of {mtu:,}: {rates}, {after.num_lost - before.num_lost} lost")
         testbed.set_all_links(Link(latency_s=LATENCY_S))
         slow = _round_trips_s(a, b, SIZES[0], 50)
         show(f"with {LATENCY_S * 1e3:.0f} ms each way, a round trip of {SIZES[0]} bytes: {_us(slow)}")

@@ -117,7 +117,7 @@ def service_config(num_hosts: int, directory: Path, source: Path, **changes: Any
     """A Serve config file like `source`, for a testbed: an ingress on every host; `changes` are to the arguments."""
     config = yaml.safe_load(source.read_text())
     config["proxy_location"] = "EveryNode"
-    config["http_options"] = config.get("http_options", {}) | {"host": "0.0.0.0", "port": HTTP_PORT}  # noqa: S104
+    config["http_options"] = config.get("http_options", {}) | {"host": "0.0.0.0", "port": HTTP_PORT}
     args = config["applications"][0].setdefault("args", {})
     args |= changes
     args["ingress"] = {"num_cpus": 0.1} | args.get("ingress", {}) | {"num_replicas": num_hosts}

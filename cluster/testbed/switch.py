@@ -40,7 +40,7 @@ class Switch:
         self._links: dict[tuple[int, int], Link] = {}
         self._waiting: list[tuple[float, int, int, bytes]] = []  # due at, sequence number, port, frame
         self._num_queued = 0
-        self._random = random.Random(seed)  # noqa: S311 - loss that can be repeated
+        self._random = random.Random(seed)
         self._counters = Counters()
 
     def run(self) -> None:
