@@ -1,8 +1,7 @@
 """Hosts to try things on.
 
-python -m cluster.testbed run --num-hosts 3                # deployments/gptj.yaml, its stages on three hosts
-python -m cluster.testbed run --num-hosts 4 --latency-ms 30 --config my.yaml
-python -m cluster.testbed measure                          # what the testbed itself adds and bears
+python -m cluster.testbed run --num-hosts 3 --num-stages 3 --placement-strategy SPREAD --latency-ms 30
+python -m cluster.testbed measure
 """
 
 import shlex
@@ -36,8 +35,8 @@ Ctrl-D                                 end everything"""
 def run(
     num_hosts: Annotated[int, typer.Option(help="Each with an ingress; the first is Ray's head.")] = 3,
     config: Annotated[Path, typer.Option(help="A Serve config file.")] = ROOT / "deployments" / "gptj.yaml",
-    num_stages: int = 3,
-    placement_strategy: Annotated[str, typer.Option(help="PACK, SPREAD, STRICT_PACK, STRICT_SPREAD.")] = "SPREAD",
+    num_stages: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    placement_strategy: Annotated[str | None, typer.Option(help="Instead of the config's: PACK, SPREAD, ...")] = None,
     num_cpus: Annotated[int, typer.Option(help="That Ray may reserve on each host.")] = 2,
     latency_ms: Annotated[float, typer.Option(help="Between any two hosts, one way.")] = 0.0,
     loss_percent: Annotated[float, typer.Option(help="Of frames, between any two hosts.")] = 0.0,
@@ -45,15 +44,16 @@ def run(
 ) -> None:
     """Start a service over several hosts, and take commands until the end of the input."""
     with tempfile.TemporaryDirectory(prefix="testbed-") as work, Testbed(num_hosts, mtu) as testbed:
-        changes = {"num_stages": num_stages, "placement_strategy": placement_strategy}
-        file = service_config(num_hosts, Path(work), config, pipeline=changes)
+        options = {"num_stages": num_stages, "placement_strategy": placement_strategy}
+        given = {name: value for name, value in options.items() if value is not None}
+        file = service_config(num_hosts, Path(work), config, given)
         with Service(testbed, file, Path(work) / "serve.log", num_cpus) as service:
             testbed.set_all_links(Link(latency_ms / 1e3, loss_percent / 100))
             _show_status(testbed, service)
             print(COMMANDS)
             for line in sys.stdin:
                 try:
-                    _obey(shlex.split(line), testbed, service)
+                    obey(shlex.split(line), testbed, service)
                 except (ValueError, IndexError, RuntimeError, OSError, subprocess.TimeoutExpired) as error:
                     print(error)
 
@@ -64,7 +64,8 @@ def measure(mtu: int = MTU) -> None:
     measure_switch(mtu, print)
 
 
-def _obey(words: list[str], testbed: Testbed, service: Service) -> None:
+def obey(words: list[str], testbed: Testbed, service: Service) -> None:
+    """One of `COMMANDS`. Raises `ValueError` or `IndexError` for what can't be done."""
     match words:
         case []:
             pass

@@ -113,14 +113,21 @@ class Service:
         return self._log_file.read_text() if self._log_file.exists() else ""
 
 
-def service_config(num_hosts: int, directory: Path, source: Path, **changes: Any) -> Path:
-    """A Serve config file like `source`, for a testbed: an ingress on every host; `changes` are to the arguments."""
+def service_config(
+    num_hosts: int, directory: Path, source: Path, pipeline: Mapping[str, Any] = {}, **changes: Any
+) -> Path:
+    """A Serve config file like `source`, for a testbed: an ingress on every host, for clients on others.
+
+    `changes` are to the application's arguments; `pipeline` to single ones of the pipeline's.
+    """
     config = yaml.safe_load(source.read_text())
     config["proxy_location"] = "EveryNode"
     config["http_options"] = config.get("http_options", {}) | {"host": "0.0.0.0", "port": HTTP_PORT}
-    args = config["applications"][0].setdefault("args", {})
+    (application,) = config["applications"]
+    args = application.setdefault("args", {})
     args |= changes
-    args["ingress"] = {"num_cpus": 0.1} | args.get("ingress", {}) | {"num_replicas": num_hosts}
+    args["pipeline"] = args.get("pipeline", {}) | dict(pipeline)
+    args["ingress"] = args.get("ingress", {}) | {"num_replicas": num_hosts}
     path = directory / "testbed.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -108,6 +108,7 @@ class Testbed:
 
     def kill_host(self, index: int) -> None:
         """At once and in silence, as when its power goes: nobody is told that its connections end."""
+        self._check(index)
         self._tell(Command(unplug=[index]))
         self.hosts[index].kill()
 
@@ -122,10 +123,16 @@ class Testbed:
 
     def _set_links(self, links: dict[tuple[int, int], Link]) -> None:
         for (a, b), link in links.items():
-            if a == b or not (0 <= a < self._num_hosts and 0 <= b < self._num_hosts):
-                raise ValueError(f"hosts {a} and {b}: must be two of the hosts 0 to {self._num_hosts - 1}")
+            self._check(a)
+            self._check(b)
+            if a == b:
+                raise ValueError(f"from host {a} to itself there is no link")
             self._links[min(a, b), max(a, b)] = link
         self._tell(Command([(a, b, link) for (a, b), link in links.items()]))
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self._num_hosts:
+            raise ValueError(f"host {index}: must be between 0 and {self._num_hosts - 1}")
 
     def _tell(self, command: Command) -> Counters:
         try:

@@ -1,6 +1,7 @@
 """The testbed itself, without Ray: hosts that reach each other and nobody else, and leave nothing behind."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.testbed.__main__ import COMMANDS, obey
 from cluster.testbed.host import ROOT, Host
 from cluster.testbed.links import Link
+from cluster.testbed.measure import measure
+from cluster.testbed.service import Service
 from cluster.testbed.testbed import Testbed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("namespaces")]
@@ -150,6 +154,41 @@ def test_two_testbeds_do_not_clash(testbed: Testbed) -> None:
         assert answers(testbed.hosts[0], testbed.hosts[1])
         other.set_all_links(Link(is_cut=True))
         assert answers(testbed.hosts[0], testbed.hosts[1])
+
+
+def test_commands_do_what_they_say(testbed: Testbed, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of `python -m cluster.testbed run`."""
+    service = Service(testbed, Path("no-config.yaml"), Path("no-log"))  # not started
+    for line in ("link 0 1 30 1", "cut 1 2"):
+        obey(line.split(), testbed, service)
+    assert testbed.link(1, 0) == Link(latency_s=0.03, loss=0.01)
+    assert testbed.link(2, 1) == Link(is_cut=True)
+    obey(["link", "2", "1"], testbed, service)
+    assert testbed.link(1, 2) == Link()
+    obey(["on", "client", "echo", "here"], testbed, service)
+    assert capsys.readouterr().out.strip() == "here"
+    obey(["fly", "1"], testbed, service)
+    assert capsys.readouterr().out.strip() == COMMANDS
+    with pytest.raises(ValueError, match="host 9: must be between 0 and 2"):
+        obey(["cut", "0", "9"], testbed, service)
+    with pytest.raises(ValueError, match="host -1: must be"):
+        obey(["kill", "-1"], testbed, service)
+    with Testbed(1) as own:
+        obey(["kill", "0"], own, service)
+        assert not own.hosts[0].is_alive
+
+
+def test_what_the_testbed_adds_is_measured() -> None:
+    lines: list[str] = []
+    measure(9000, lines.append)
+    assert [line.partition(",")[0] for line in lines] == [
+        "round trip of 64 bytes",
+        "round trip of 8",
+        "round trip of 131",
+        "one stream at an MTU of 9",
+        "with 30 ms each way",
+    ]
+    assert all(re.search(r"\d+ (µs|lost)$", line) for line in lines)
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -70,8 +70,8 @@ class Deployment:
 @pytest.fixture(scope="module")
 def deployment(namespaces: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     directory = tmp_path_factory.mktemp("cluster")
-    pipeline = {"num_stages": NUM_STAGES, "placement_strategy": "SPREAD", "stage": {"num_cpus": 0.4}}
-    config = service_config(NUM_HOSTS, directory, ROOT / "deployments" / "gptj.yaml", pipeline=pipeline)
+    pipeline = {"num_stages": NUM_STAGES, "placement_strategy": "SPREAD"}
+    config = service_config(NUM_HOSTS, directory, ROOT / "deployments" / "gptj.yaml", pipeline)
     with Testbed(NUM_HOSTS) as testbed, Service(testbed, config, directory / "serve.log") as service:
         yield Deployment(testbed, service)
 
