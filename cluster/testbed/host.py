@@ -69,7 +69,7 @@ class Host:
         within = ("nsenter", f"--target={self.init.pid}", "--net", "--mount", "--pid", f"--wd={ROOT}")
         process = subprocess.Popen(
             [*within, *command],
-            env=os.environ | {"TMPDIR": "/dev/shm"} | (environment or {}),
+            env={**os.environ, "TMPDIR": "/dev/shm", **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output is not None else None,
@@ -109,8 +109,9 @@ class Host:
         if self._parent.poll() is None:
             for child in psutil.Process(self._parent.pid).children():
                 child.kill()
-        for process in [*self._commands, self._parent]:
-            process.wait(START_TIMEOUT_S)
+        self._parent.wait(START_TIMEOUT_S)
+        for command in self._commands:
+            command.wait(START_TIMEOUT_S)
         self._control.close()
 
 

@@ -66,8 +66,8 @@ def _stay_until_closed(testbed: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     while True:
-        readable, _, _ = select.select([testbed, wake], [], [])
-        if testbed in readable:
+        readable, _, _ = select.select([testbed.fileno(), wake], [], [])
+        if testbed.fileno() in readable:
             return
         os.read(wake, 4096)
         with contextlib.suppress(ChildProcessError):

@@ -48,10 +48,10 @@ class Switch:
         while True:
             timeout_s = max(0.0, self._waiting[0][0] - time.monotonic()) if self._waiting else None
             numbers = {descriptor: port for port, descriptor in self._ports.items()}
-            readable, _, _ = select.select([self._control, *numbers], [], [], timeout_s)
+            readable, _, _ = select.select([self._control.fileno(), *numbers], [], [], timeout_s)
             self._deliver_due()
             for ready in readable:
-                if ready is self._control:
+                if ready == self._control.fileno():
                     message = self._control.recv(MAX_FRAME_BYTES)
                     if not message:
                         return

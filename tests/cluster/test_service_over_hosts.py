@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from cluster.testbed.host import ROOT, Host
 from cluster.testbed.links import Link
@@ -244,6 +245,6 @@ def _is_let_in(address: str, keys: CurveKeys | None) -> bool:
         events = stranger.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED)
         connect_sender(stranger, address, keys)
         assert events.poll(10_000), "neither let in nor refused"
-        return bool(zmq.utils.monitor.recv_monitor_message(events)["event"] == zmq.Event.HANDSHAKE_SUCCEEDED)
+        return bool(recv_monitor_message(events)["event"] == zmq.Event.HANDSHAKE_SUCCEEDED)
     finally:
         context.destroy(linger=0)
