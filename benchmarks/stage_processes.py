@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.stage_environment import stage_environment
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.stage_loop import StageLoop
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
@@ -71,7 +72,8 @@ async def linked_stages(spans: Sequence[range], config: StageProcessConfig) -> A
         for span in spans:
             ours, theirs = context.Pipe()
             process = context.Process(target=run_stage, args=(theirs, span, config, f"ipc://{sockets}"), daemon=True)
-            process.start()
+            with stage_environment():
+                process.start()
             theirs.close()  # so that a stage that dies is noticed
             processes.append(process)
             pipes.append(ours)

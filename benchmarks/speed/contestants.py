@@ -4,6 +4,7 @@ A process of its own keeps the thread pools of one from the others. OpenMP threa
 last work, so each call waits for that long first.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from benchmarks.speed.models import Precision, kv_bytes_per_token, weight_bytes
 from benchmarks.speed.streams import Request, Stream
+from benchmarks.stage_environment import stage_environment
 from gptj_serve.model.config import GPTJConfig
 
 SPIN_S = 0.25
@@ -114,7 +116,7 @@ class ContestantError(Exception):
 
 
 class ContestantProcess:
-    """It begins to import at once, and to load when told to."""
+    """It begins to import at once, and to load when told to. Ours has the environment of the service's stages."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
@@ -123,7 +125,8 @@ class ContestantProcess:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.contestant, settings), daemon=True)
-        self._process.start()
+        with contextlib.nullcontext() if self.contestant.is_peer else stage_environment():
+            self._process.start()
         theirs.close()
 
     def load(self) -> None:

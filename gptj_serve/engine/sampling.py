@@ -5,7 +5,7 @@ once, and each comes out as if it were alone. Shapes: `N` sample points, `V` tok
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,13 +25,26 @@ ROWS_AT_ONCE = 128
 """On a CPU: larger intermediates would be new memory each time, which costs more than what is computed in it."""
 
 
+Statistics = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Scores [N, V] → rows' logarithms of the sum of exp [N, 1], and their best tokens [N], the lowest id among equals.
+
+The former is not finite where a score is NaN or positive infinity, or all are negative infinity: the latter is any
+one then.
+"""
+
+
 def sample(
-    logits: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], unconditional: Tensor | None = None
+    logits: Tensor,
+    specs: Sequence[SampleSpec],
+    positions: Sequence[int],
+    unconditional: Tensor | None = None,
+    statistics: Statistics | None = None,
 ) -> list[RowResult]:
     """One token, or candidates, or a failure, for each row of `logits` [N, V], which are used up.
 
     `positions` are those that the new tokens take. `unconditional` [guided, V] has the unconditional logits of the
     specs with guidance, in their order. Beams without any candidate don't fail: others of the search may go on.
+    With `statistics`, a row that asks for nothing but its best token takes no more than them.
     """
     results = []
     rows_at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else len(specs)
@@ -40,15 +53,58 @@ def sample(
         part = slice(first, first + rows_at_once)
         guided = slice(num_guided, num_guided + sum(spec.guidance_scale != 1 for spec in specs[part]))
         base = unconditional[guided].float() if unconditional is not None else None
-        results += _sample(logits[part].float(), specs[part], positions[part], base)
+        scores = logits[part].float()
+        if statistics is None:
+            results += _sample(scores, specs[part], positions[part], base, log_normalizers(scores))
+        else:
+            results += _sample_with(statistics, scores, specs[part], positions[part], base)
         num_guided = guided.stop
     return results
 
 
-def _sample(
-    scores: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], unconditional: Tensor | None
+def _sample_with(
+    statistics: Statistics,
+    scores: Tensor,
+    specs: Sequence[SampleSpec],
+    positions: Sequence[int],
+    unconditional: Tensor | None,
 ) -> list[RowResult]:
-    normalizers = log_normalizers(scores)
+    normalizers, best_ids = statistics(scores)
+    logprobs = scores.gather(1, best_ids[:, None]) - normalizers
+    results = [
+        RowResult([SampledToken(token_id, logprob)])
+        if math.isfinite(normalizer)
+        else RowResult(failure=NOT_FINITE, is_kv_suspect=True)
+        for token_id, logprob, normalizer in zip(
+            best_ids.tolist(), logprobs[:, 0].tolist(), normalizers[:, 0].tolist(), strict=True
+        )
+    ]
+    rows = [row for row, spec in enumerate(specs) if not _asks_for_the_best_alone(spec)]
+    if rows:
+        others = _sample(
+            take_rows(scores, rows),
+            [specs[row] for row in rows],
+            [positions[row] for row in rows],
+            unconditional,
+            normalizers[rows],
+        )
+        for row, result in zip(rows, others, strict=True):
+            results[row] = result
+    return results
+
+
+def _asks_for_the_best_alone(spec: SampleSpec) -> bool:
+    is_greedy = spec.warpers.temperature == 0 or spec.warpers.top_k == 1
+    return is_greedy and not spec.num_top_logprobs and not _changes_scores(spec)
+
+
+def _sample(
+    scores: Tensor,
+    specs: Sequence[SampleSpec],
+    positions: Sequence[int],
+    unconditional: Tensor | None,
+    normalizers: Tensor,
+) -> list[RowResult]:
     is_sound = normalizers[:, 0].isfinite()
     alternatives = _best(scores, [spec.num_top_logprobs for spec in specs], normalizers)
     changed = [row for row, spec in enumerate(specs) if _changes_scores(spec)]

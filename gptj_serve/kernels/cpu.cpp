@@ -28,6 +28,8 @@ constexpr int MAX_ROWS = 12;  // of tokens, in one product with a panel: 24 sums
 constexpr int STEP = 4;  // units that a product goes forward at a time: operands are padded to as many, with zeros
 constexpr int BLOCK = 16;  // tokens of a KV block
 constexpr int MAX_QUERIES = 16;  // of one row that attend together
+constexpr int MAX_PARTS = 1024;  // of a loop that threads share
+constexpr int FEW_TOKENS = 8;  // for so few, each thread makes all operands for itself, and need not wait for others
 
 enum Type : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 enum Activation : int32_t { GELU_TANH = 0, RELU = 1, SILU = 2, QUICK_GELU = 3 };
@@ -56,6 +58,26 @@ struct Buffer {
     }
     ~Buffer() { std::free(data); }
 };
+
+// ------------------------------------------------------------------------------------------------ loops over threads
+
+// Calls `work(i)` for 0 <= i < count on the threads of a team, which then meet. They take what comes next, in parts that
+// get smaller towards the end: so all end at one time, also where other processes hold some of them up; memory is read
+// in long runs; and they seldom touch the common counter, for which the cores wait as long as for a panel.
+template <class Work>
+inline void share(int64_t count, int num_threads, Work work) {
+    int64_t begins[MAX_PARTS];
+    int64_t num_parts = 0;
+    for (int64_t begin = 0; begin < count && num_parts < MAX_PARTS; num_parts++) {
+        begins[num_parts] = begin;
+        begin += std::max<int64_t>(1, (count - begin) / (3 * num_threads));
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t part = 0; part < num_parts; part++) {
+        const int64_t end = part + 1 < num_parts ? begins[part + 1] : count;
+        for (int64_t i = begins[part]; i < end; i++) work(i);
+    }
+}
 
 // ------------------------------------------------------------------------------------------------ single vectors
 
@@ -138,6 +160,8 @@ struct Operand {
     int64_t stride = 0;
     float* scale = nullptr;  // int8: x = scale * (u8 - zero)
     int32_t* zero = nullptr;
+
+    Operand from(int64_t row) const { return {type, units + row * stride, stride, scale + row, zero + row}; }
 };
 
 struct OperandBuffer {
@@ -590,7 +614,7 @@ struct Place {
 
 struct Stage {
     GPTJShape shape;
-    Buffer x, normed, qkv, inner, attended, tasks, places, scores;
+    Buffer x, normed, qkv, attended, mlp, activated, tasks, places, scores;
     OperandBuffer normed_operand, attended_operand, inner_operand;
 };
 
@@ -608,6 +632,30 @@ inline void rotate(float* x, const float* sin, const float* cos, int64_t num_pai
 }
 
 template <class KV>
+struct Cached {
+    KV *keys, *values;
+    int64_t head_dim, block_stride;
+
+    // Rotates a token's q and k of one head, and keeps its k and v.
+    void put(float* q, float* k, const float* v, int64_t head, Place place, const GPTJShape& shape) const {
+        const int64_t position = place.position, num_pairs = shape.rotated_dim / 2, slot = position % BLOCK;
+        const float *sin = shape.sin + position * num_pairs, *cos = shape.cos + position * num_pairs;
+        rotate(q, sin, cos, num_pairs);
+        rotate(k, sin, cos, num_pairs);
+        const int64_t at = place.block * block_stride;
+        KV* key = keys + at + head * head_dim * BLOCK + slot;
+        KV* value = values + at + (head * BLOCK + slot) * head_dim;
+        for (int64_t d = 0; d < head_dim; d++) {
+            key[d * BLOCK] = Cache<KV>::store(k[d]);
+            value[d] = Cache<KV>::store(v[d]);
+        }
+    }
+};
+
+// Threads meet three times a layer where they can: whatever one of them does alone, the others wait for, and the memory
+// too. So the MLP's way out and attention are one loop; where each row has one token, its task also rotates and keeps
+// it, as no other needs it; and what `tokens` does for few of them, every thread does for itself.
+template <class KV>
 void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* rows, int64_t num_rows,
              const int32_t* tables, int num_threads) {
     const GPTJShape& shape = stage.shape;
@@ -617,15 +665,18 @@ void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* row
     const Type type = static_cast<Type>(shape.layers[0].in.type);
     const auto activation = static_cast<Activation>(shape.activation);
     const int64_t block_stride = num_heads * head_dim * BLOCK;
+    const bool is_decode = num_rows == num_tokens, are_few = num_tokens <= FEW_TOKENS;
+    const int64_t num_copies = are_few ? num_threads : 1;
 
     float* x = stage.x.get<float>(num_tokens * padded);
     float* normed = stage.normed.get<float>(num_threads * pad(width, 16));
     float* qkv = stage.qkv.get<float>(num_tokens * qkv_stride);
     float* attended = stage.attended.get<float>(num_tokens * padded);
-    float* activated = type == INT8 ? stage.inner.get<float>(num_tokens * padded_inner) : nullptr;
-    const Operand normed_operand = stage.normed_operand.get(type, num_tokens, padded);
-    const Operand attended_operand = stage.attended_operand.get(type, num_tokens, padded);
-    const Operand inner_operand = stage.inner_operand.get(type, num_tokens, padded_inner);
+    float* mlp = stage.mlp.get<float>(num_tokens * padded);
+    float* activated = stage.activated.get<float>(type == INT8 ? num_tokens * padded_inner : 0);
+    const Operand normed_operands = stage.normed_operand.get(type, num_copies * num_tokens, padded);
+    const Operand attended_operands = stage.attended_operand.get(type, num_copies * num_tokens, padded);
+    const Operand inner_operands = stage.inner_operand.get(type, num_copies * num_tokens, padded_inner);
 
     int64_t longest = 0, num_tasks = 0;
     for (int64_t r = 0; r < num_rows; r++) {
@@ -648,13 +699,26 @@ void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* row
     }
     const int64_t score_stride = pad(longest, 64) + 16;
     float* all_scores = stage.scores.get<float>(num_threads * MAX_QUERIES * score_stride);
-    const int64_t task_chunk = std::max<int64_t>(1, std::min<int64_t>(8, num_tasks / (8 * num_threads)));
+    const int64_t num_panels = padded / PANEL, num_qkv_panels = 3 * num_panels;
 
 #pragma omp parallel num_threads(num_threads)
     {
         const int thread = omp_get_thread_num();
+        const int64_t first_row = are_few ? thread * num_tokens : 0;
         float* own_normed = normed + thread * pad(width, 16);
         float* scores = all_scores + thread * MAX_QUERIES * score_stride;
+        const Operand normed_operand = normed_operands.from(first_row);
+        const Operand attended_operand = attended_operands.from(first_row);
+        const Operand inner_operand = inner_operands.from(type == INT8 ? first_row : 0);
+
+        auto tokens = [&](auto&& make) {
+            if (are_few) {
+                for (int64_t t = 0; t < num_tokens; t++) make(t);
+            } else {
+#pragma omp for schedule(static)
+                for (int64_t t = 0; t < num_tokens; t++) make(t);
+            }
+        };
 
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < num_tokens; t++) {
@@ -666,23 +730,25 @@ void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* row
             const GPTJLayer& layer = shape.layers[index];
             const Weight in = weight_of(layer.in);
             const Weight attention_out = weight_of(layer.attention_out), mlp_out = weight_of(layer.mlp_out);
-            KV* keys = static_cast<KV*>(layer.keys);
-            KV* values = static_cast<KV*>(layer.values);
+            const Cached<KV> cached{
+                static_cast<KV*>(layer.keys), static_cast<KV*>(layer.values), head_dim, block_stride
+            };
+            auto keep = [&](int64_t t, int64_t head) {
+                float* q = qkv + t * qkv_stride + head * head_dim;
+                cached.put(q, q + padded, q + 2 * padded, head, places[t], shape);
+            };
 
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < num_tokens; t++) {
+            tokens([&](int64_t t) {
                 layer_norm(x + t * padded, layer.norm_weight, layer.norm_bias, width, shape.eps, own_normed);
                 to_operand(own_normed, width, normed_operand, t);
-            }
+            });
 
-            const int64_t num_qkv_panels = 3 * padded / PANEL;
-#pragma omp for schedule(dynamic, 4)
-            for (int64_t panel = 0; panel < in.num_outputs / PANEL; panel++) {
+            share(in.num_outputs / PANEL, num_threads, [&](int64_t panel) {
                 if (panel < num_qkv_panels) {
                     product(in, panel, normed_operand, num_tokens, [&](int64_t t, const float* out) {
                         std::memcpy(qkv + t * qkv_stride + panel * PANEL, out, PANEL * sizeof(float));
                     });
-                    continue;
+                    return;
                 }
                 const int64_t column = (panel - num_qkv_panels) * PANEL;
                 product(in, panel, normed_operand, num_tokens, [&](int64_t t, const float* out) {
@@ -700,66 +766,51 @@ void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* row
                         }
                     }
                 });
-            }
+            });
 
+            if (!is_decode) {
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < num_tokens; t++) {
-                float* q = qkv + t * qkv_stride;
-                float *k = q + padded, *v = k + padded;
-                const int64_t position = places[t].position, num_pairs = shape.rotated_dim / 2;
-                const float *sin = shape.sin + position * num_pairs, *cos = shape.cos + position * num_pairs;
-                const int64_t at = places[t].block * block_stride, slot = position % BLOCK;
-                for (int64_t head = 0; head < num_heads; head++) {
-                    rotate(q + head * head_dim, sin, cos, num_pairs);
-                    rotate(k + head * head_dim, sin, cos, num_pairs);
-                    KV* key = keys + at + head * head_dim * BLOCK + slot;
-                    KV* value = values + at + (head * BLOCK + slot) * head_dim;
-                    for (int64_t d = 0; d < head_dim; d++) {
-                        key[d * BLOCK] = Cache<KV>::store(k[head * head_dim + d]);
-                        value[d] = Cache<KV>::store(v[head * head_dim + d]);
-                    }
+                for (int64_t t = 0; t < num_tokens; t++) {
+                    for (int64_t head = 0; head < num_heads; head++) keep(t, head);
                 }
             }
+            if (type == INT8) {
+                tokens([&](int64_t t) { to_operand(activated + t * padded_inner, inner, inner_operand, t); });
+            }
 
-#pragma omp for schedule(dynamic, task_chunk)
-            for (int64_t i = 0; i < num_tasks; i++) {
+            share(num_tasks + num_panels, num_threads, [&](int64_t i) {
+                if (i >= num_tasks) {
+                    const int64_t panel = i - num_tasks;
+                    product(mlp_out, panel, inner_operand, num_tokens, [&](int64_t t, const float* out) {
+                        std::memcpy(mlp + t * padded + panel * PANEL, out, PANEL * sizeof(float));
+                    });
+                    return;
+                }
                 const Task& task = tasks[i];
                 const GPTJRow& row = rows[task.row];
                 const int64_t t = row.offset + task.first_query, head = task.head;
+                if (is_decode) keep(t, head);
                 attender<KV>(task.num_queries)(
-                    qkv + t * qkv_stride + head * head_dim, qkv_stride, keys + head * head_dim * BLOCK,
-                    values + head * BLOCK * head_dim, tables + row.table_offset, block_stride, head_dim,
+                    qkv + t * qkv_stride + head * head_dim, qkv_stride, cached.keys + head * head_dim * BLOCK,
+                    cached.values + head * BLOCK * head_dim, tables + row.table_offset, block_stride, head_dim,
                     row.start + task.first_query, shape.scale, scores, score_stride,
                     attended + t * padded + head * head_dim, padded
                 );
-            }
+            });
 
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < num_tokens; t++) {
-                to_operand(attended + t * padded, width, attended_operand, t);
-                if (type == INT8) to_operand(activated + t * padded_inner, inner, inner_operand, t);
-            }
+            tokens([&](int64_t t) { to_operand(attended + t * padded, width, attended_operand, t); });
 
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t panel = 0; panel < padded / PANEL; panel++) {
-                auto add = [&](int64_t t, const float* out) {
-                    float* to = x + t * padded + panel * PANEL;
-                    for (int half = 0; half < PANEL; half += 16) {
-                        _mm512_storeu_ps(
-                            to + half, _mm512_add_ps(_mm512_loadu_ps(to + half), _mm512_loadu_ps(out + half))
-                        );
-                    }
-                };
-                product(attention_out, panel, attended_operand, num_tokens, add);
-                product(mlp_out, panel, inner_operand, num_tokens, [&](int64_t t, const float* out) {
-                    alignas(64) float sum[PANEL];
+            share(num_panels, num_threads, [&](int64_t panel) {
+                product(attention_out, panel, attended_operand, num_tokens, [&](int64_t t, const float* out) {
+                    const int64_t at = t * padded + panel * PANEL;
                     for (int half = 0; half < PANEL; half += 16) {
                         __m512 bias = _mm512_loadu_ps(mlp_out.bias + panel * PANEL + half);
-                        _mm512_store_ps(sum + half, _mm512_add_ps(_mm512_loadu_ps(out + half), bias));
+                        __m512 sum = _mm512_add_ps(_mm512_loadu_ps(x + at + half), _mm512_loadu_ps(out + half));
+                        sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_loadu_ps(mlp + at + half), bias));
+                        _mm512_storeu_ps(x + at + half, sum);
                     }
-                    add(t, sum);
                 });
-            }
+            });
         }
 
 #pragma omp for schedule(static)
@@ -799,13 +850,19 @@ void gptj_stage_forward(
 void gptj_linear(const GPTJWeight* w, const float* x, int64_t num_rows, float* out, int num_threads) {
     static thread_local OperandBuffer buffer;
     const Weight weight = weight_of(*w);
-    const Operand operand = buffer.get(weight.type, num_rows, weight.width);
+    const bool are_few = num_rows <= FEW_TOKENS;
+    const Operand operands = buffer.get(weight.type, (are_few ? num_threads : 1) * num_rows, weight.width);
 #pragma omp parallel num_threads(num_threads)
     {
+        const Operand operand = operands.from(are_few ? omp_get_thread_num() * num_rows : 0);
+        auto convert = [&](int64_t row) { to_operand(x + row * weight.width, weight.width, operand, row); };
+        if (are_few) {
+            for (int64_t row = 0; row < num_rows; row++) convert(row);
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < num_rows; row++) to_operand(x + row * weight.width, weight.width, operand, row);
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t panel = 0; panel < weight.num_outputs / PANEL; panel++) {
+            for (int64_t row = 0; row < num_rows; row++) convert(row);
+        }
+        share(weight.num_outputs / PANEL, num_threads, [&](int64_t panel) {
             product(weight, panel, operand, num_rows, [&](int64_t row, const float* values) {
                 float* to = out + row * weight.num_outputs + panel * PANEL;
                 for (int half = 0; half < PANEL; half += 16) {
@@ -814,7 +871,37 @@ void gptj_linear(const GPTJWeight* w, const float* x, int64_t num_rows, float* o
                     _mm512_storeu_ps(to + half, y);
                 }
             });
+        });
+    }
+}
+
+// Of each row of logits [num_rows, num_tokens]: the first of its best, and the log of the sum of exp. Where a row has NaN,
+// positive infinity or nothing else than negative infinity, the latter is not finite, and the former any.
+void gptj_row_statistics(
+    const float* logits, int64_t num_rows, int64_t stride, int64_t num_tokens, int64_t* best, float* normalizer,
+    int num_threads
+) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows > 1)
+    for (int64_t row = 0; row < num_rows; row++) {
+        const float* x = logits + row * stride;
+        auto load = [&](int64_t i) { return _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), first(num_tokens - i), x + i); };
+        __m512 peaks = _mm512_set1_ps(-INFINITY);
+        for (int64_t i = 0; i < num_tokens; i += 16) peaks = _mm512_max_ps(peaks, load(i));
+        const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(peaks));
+        best[row] = 0;
+        for (int64_t i = 0; i < num_tokens; i += 16) {
+            if (const __mmask16 is_best = _mm512_cmpeq_ps_mask(load(i), peak) & first(num_tokens - i)) {
+                best[row] = i + __builtin_ctz(is_best);
+                break;
+            }
         }
+        __m512d sum = _mm512_setzero_pd();
+        for (int64_t i = 0; i < num_tokens; i += 16) {
+            __m512 e = _mm512_maskz_mov_ps(first(num_tokens - i), exp(_mm512_sub_ps(load(i), peak)));
+            sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(e)));
+            sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(e, 1)));
+        }
+        normalizer[row] = static_cast<float>(_mm512_cvtss_f32(peak) + std::log(_mm512_reduce_add_pd(sum)));
     }
 }
 

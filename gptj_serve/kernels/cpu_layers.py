@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptj_serve.kernels.cpu_library import Layer, Shape, cpu_library
+from gptj_serve.kernels.huge_pages import zeros
 from gptj_serve.kernels.weights import OperandType, PackedWeight
 from gptj_serve.model.attention import PagedRow, copy_blocks
 from gptj_serve.model.block import GPTJBlock, RotaryTable
@@ -58,7 +59,7 @@ class CPULayers:
         self._blocks = blocks
         self._rotary = RotaryTable(config)
         shape = (len(blocks), num_kv_blocks, config.n_head, BLOCK_SIZE * config.head_dim)
-        self._keys, self._values = torch.zeros(shape, dtype=kv_dtype), torch.zeros(shape, dtype=kv_dtype)
+        self._keys, self._values = zeros(shape, kv_dtype), zeros(shape, kv_dtype)
         self._layers = (Layer * len(blocks))(
             *(
                 Layer(

@@ -114,6 +114,8 @@ def cpu_library() -> ctypes.CDLL:
     library.gptj_stage_forward.restype = None
     library.gptj_linear.argtypes = [POINTER(Weight), c_void_p, c_int64, c_void_p, c_int32]
     library.gptj_linear.restype = None
+    library.gptj_row_statistics.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32]
+    library.gptj_row_statistics.restype = None
     return library
 
 

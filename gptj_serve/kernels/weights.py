@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptj_serve.kernels.cpu_library import Weight, cpu_library
+from gptj_serve.kernels.huge_pages import zeros
 
 PANEL = 32
 """Outputs that lie together; of cpu.cpp."""
@@ -44,7 +45,7 @@ class PackedWeight:
         num_units = -(-self.width // (STEP * elements)) * STEP
         self.num_outputs = sum(_padded(linear.out_features) for linear in linears)
         dtype = (torch.float32, torch.bfloat16, torch.int8)[operand_type]
-        self.panels = torch.zeros(self.num_outputs // PANEL, num_units, PANEL, elements, dtype=dtype)
+        self.panels = zeros((self.num_outputs // PANEL, num_units, PANEL, elements), dtype)
         self.scale = torch.zeros(self.num_outputs) if operand_type is OperandType.INT8 else None
         self.sum = torch.zeros(self.num_outputs, dtype=torch.int32) if operand_type is OperandType.INT8 else None
         has_bias = any(linear.bias is not None for linear in linears)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gptj_serve.engine.ranking import best
-from gptj_serve.engine.sampling import NOT_FINITE, log_normalizers, sample
+from gptj_serve.engine.sampling import NOT_FINITE, Statistics, log_normalizers, sample
 from gptj_serve.model.heads import HeadCheckpoint, HeadKind
 from gptj_serve.model.stage import GPTJStage
 from gptj_serve.steps import Row, RowOutput, RowResult
@@ -32,8 +32,10 @@ class RowOutputs:
         num_token_ids: int,
         heads: Mapping[str, HeadCheckpoint],
         convert: Callable[[nn.Linear], nn.Module] | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
-        """`convert` is applied to the `heads`, which are not the stage's own."""
+        """`convert` is applied to the `heads`, which are not the stage's own; `statistics` are those of logits."""
+        self._statistics = statistics
         self._stage = stage
         self._num_token_ids = num_token_ids
         self._heads: dict[tuple[RowOutput, str], nn.Module] = {}
@@ -69,7 +71,7 @@ class RowOutputs:
         positions = [row.end - n + 1 for row in rows for n in range(len(row.samples), 0, -1)]
         guided = [index for index, row in enumerate(rows) if row.samples and row.samples[0].guidance_scale != 1]
         logits = self._logits(hidden, places + [ends[index + 1] - 1 for index in guided])
-        results = iter(sample(logits[: len(specs)], specs, positions, logits[len(specs) :]))
+        results = iter(sample(logits[: len(specs)], specs, positions, logits[len(specs) :], self._statistics))
         return {
             index: _in_order(list(islice(results, len(row.samples)))) for index, row in enumerate(rows) if row.samples
         }
@@ -104,7 +106,7 @@ class RowOutputs:
         for first in range(0, len(places), MAX_SCORED_ROWS):
             part = slice(first, first + MAX_SCORED_ROWS)
             logits = self._logits(hidden, places[part]).float()
-            normalizers = log_normalizers(logits)
+            normalizers = self._statistics(logits)[0] if self._statistics else log_normalizers(logits)
             wanted = torch.tensor(targets[part], device=logits.device)[:, None]
             columns = [logits.gather(1, wanted) - normalizers]
             if num_top:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gptj_serve.config import Kernels, Quantization
+from gptj_serve.engine.sampling import Statistics
 from gptj_serve.kernels.choice import choose_operand_type
 from gptj_serve.kernels.cpu_layers import CPULayers, PackedBlock
+from gptj_serve.kernels.row_statistics import row_statistics
 from gptj_serve.kernels.weights import OperandType, PackedLinear
 from gptj_serve.model.attention import PagedRow
 from gptj_serve.model.block import GPTJBlock
@@ -57,7 +59,9 @@ class StageRunner:
         self.stage = stage
         self.spec = spec
         convert: Callable[[nn.Linear], nn.Module] | None = None
+        statistics: Statistics | None = None
         if layers is not None:
+            statistics = row_statistics
             convert = partial(PackedLinear, operand_type=OperandType.FLOAT32)
             self._layers = layers
         else:
@@ -67,7 +71,9 @@ class StageRunner:
             self._layers = TorchLayers(
                 stage, spec.num_kv_blocks, spec.block_size, spec.dtype, spec.device, attention_plan
             )
-        self._outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, convert) if stage.is_last else None
+        self._outputs = None
+        if stage.is_last:
+            self._outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, convert, statistics)
         self._last_microbatch_id: int | None = None
 
     @classmethod
