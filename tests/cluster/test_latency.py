@@ -29,7 +29,7 @@ NUM_HOSTS = NUM_STAGES = 3
 NUM_MICROBATCHES = 5
 LATENCY_S = 0.03
 CONCURRENCY = 32
-NUM_REQUESTS = 96
+NUM_REQUESTS = 64
 MODEL = GPTJConfig(n_layer=12, n_embd=1024, n_head=16, rotary_dim=32, vocab_size=4096, n_positions=512)
 """156 M parameters; the demo's tokenizer."""
 
