@@ -41,6 +41,8 @@ def main(control: int, port: int, address: str, mtu: int) -> None:
         _run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm")
         for setting in Path("/proc/sys/net/ipv6/conf").glob("*/disable_ipv6"):
             setting.write_text("1")
+        # Not BBR: it sends by the round trip that it has seen in the last ten seconds, and here latencies change.
+        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text("reno")
         tap = open_tap(INTERFACE)
         mac = ":".join(f"{byte:02x}" for byte in mac_address(port))
         _run("ip", "link", "set", "lo", "up")
