@@ -20,7 +20,10 @@ POLL_INTERVAL_MS = 100
 """How often a waiting stage looks whether it should stop."""
 
 LINK_TIMEOUT_S = 5.0
-"""A link between hosts is cut when nothing has come over it for so long, and can't be made if it takes longer."""
+"""A link between hosts is cut when nothing has come over it for so long, and can't be made if it takes longer.
+
+Any message gets through in a fraction of it: the largest hidden states of the 6B model are 8 MB.
+"""
 
 HEARTBEAT_INTERVAL_S = 1.0
 
