@@ -70,12 +70,6 @@ class SchedulerConfig(_Part):
     max_microbatch_tokens: PositiveInt = Field(
         512, description="Tokens of one microbatch. Bounds how long a long prompt can delay the tokens of others."
     )
-    num_microbatches: PositiveInt | None = Field(
-        None,
-        description="Microbatches in flight at a time; decoding sequences are parted evenly over them. Default: "
-        "num_stages. Where there is latency between the stages' hosts, one or two more are on their way while the "
-        "others are computed; each costs another reading of the weights.",
-    )
     max_queue_wait_s: PositiveFloat | None = Field(
         60.0,
         description="A request that would wait longer than this for its turn gets 503 at once, with Retry-After: "

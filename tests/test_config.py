@@ -64,7 +64,6 @@ def test_values_arrive_where_they_are_read() -> None:
         {"pipeline": {"kv_cache": {"num_tokens": 0}}},
         {"pipeline": {"scheduler": {"max_num_sequences": 0}}},
         {"pipeline": {"scheduler": {"max_microbatch_tokens": 0}}},
-        {"pipeline": {"scheduler": {"num_microbatches": 0}}},
         {"ingress": {"num_replicas": 0}},
         {"ingress": {"num_cpus": -1}},
         {"ingress": {"max_ongoing_requests": 0}},

@@ -1,8 +1,8 @@
 """The engine loop: schedule, run, update.
 
-It keeps a microbatch in flight for every stage to work on, and more if some are to be on their way between hosts
-meanwhile (`SchedulerLimits.max_in_flight`). It holds no tensors and knows a pipeline only through the `Pipeline`
-protocol; requests come in through `add` and `abort`, and each step's events go out together through one callback.
+It keeps up to `num_stages` microbatches in flight, so that every stage has one to work on. It holds no tensors and
+knows a pipeline only through the `Pipeline` protocol; requests come in through `add` and `abort`, and each step's
+events go out together through one callback.
 """
 
 import asyncio
@@ -161,7 +161,7 @@ class Engine:
             self._watch.cancel()
 
     def _fill_pipeline(self) -> None:
-        while len(self._steps) < self._scheduler.limits.max_in_flight:
+        while len(self._steps) < self._scheduler.limits.num_stages:
             microbatch = self._scheduler.schedule()
             failures = self._scheduler.take_failures()
             self._publish(failures)

@@ -1,7 +1,7 @@
 """The scheduler: which tokens of which sequences the next microbatch computes, and whom its results go to.
 
 There is no prefill phase and no decode phase: a sequence is schedulable iff it has tokens not yet computed. Each
-microbatch takes decode rows first, at most ceil(decoding / max_in_flight) of them, so that sixteen sequences over four
+microbatch takes decode rows first, at most ceil(decoding / num_stages) of them, so that sixteen sequences over four
 stages run as four microbatches of four and not as one of sixteen with three stages idle; then prompt chunks up to
 the token budget; then waiting requests, as free KV blocks allow. So a long prompt delays the tokens of others by a
 microbatch of `max_microbatch_tokens` at a time, and no more.
@@ -49,11 +49,6 @@ class SchedulerLimits:
     max_microbatch_tokens: int
     max_sequence_tokens: int  # n_positions
     max_queue_wait_s: float = math.inf
-    num_microbatches: int | None = None  # in flight at a time; None: as many as there are stages
-
-    @property
-    def max_in_flight(self) -> int:
-        return self.num_microbatches or self.num_stages
 
 
 logger = logging.getLogger(__name__)
@@ -170,7 +165,7 @@ class Scheduler:
     def _fill(self, step: Step) -> None:
         decoding = [entry for entry in self._running if entry.job.is_decoding]
         has_prompts = len(decoding) < len(self._running)
-        decode_cap = -(-sum(len(entry.job.sequences) for entry in decoding) // self.limits.max_in_flight)
+        decode_cap = -(-sum(len(entry.job.sequences) for entry in decoding) // self.limits.num_stages)
         self._schedule_decoding(decoding, decode_cap, step)
         if has_prompts:
             # Preemption takes entries off the end of the list that is gone through here: a list allows that.

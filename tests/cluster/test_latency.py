@@ -27,12 +27,11 @@ from gptj_serve.model.config import GPTJConfig
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("namespaces"), pytest.mark.timeout(240)]
 
 NUM_HOSTS = NUM_STAGES = 3
-NUM_MICROBATCHES = 5
 LATENCY_S = 0.03
 CONCURRENCY = 32
 NUM_ROUNDS, SETTLING_S, MEASURED_S = 3, 2.0, 6.0
-MODEL = GPTJConfig(n_layer=12, n_embd=1024, n_head=16, rotary_dim=32, vocab_size=4096, n_positions=512)
-"""156 M parameters; the demo's tokenizer."""
+MODEL = GPTJConfig(n_layer=24, n_embd=1024, n_head=16, rotary_dim=32, vocab_size=4096, n_positions=512)
+"""310 M parameters; the demo's tokenizer."""
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +47,7 @@ def service(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Itera
     checkpoint.mkdir()
     make_checkpoint(MODEL, checkpoint)
     shutil.copy(ServiceConfig().checkpoint_dir / "tokenizer.json", checkpoint)
-    pipeline = {
-        "num_stages": NUM_STAGES,
-        "placement_strategy": "SPREAD",
-        "scheduler": {"num_microbatches": NUM_MICROBATCHES},
-    }
+    pipeline = {"num_stages": NUM_STAGES, "placement_strategy": "SPREAD"}
     config = service_config(
         NUM_HOSTS, directory, ROOT / "deployments" / "gptj.yaml", pipeline, checkpoint=str(checkpoint)
     )

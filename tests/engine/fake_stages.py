@@ -57,11 +57,10 @@ def make_scheduler(
     max_sequence_tokens: int = 64,
     reuse_prefixes: bool = True,
     max_queue_wait_s: float = math.inf,
-    num_microbatches: int | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
     limits = SchedulerLimits(
-        num_stages, max_num_sequences, max_microbatch_tokens, max_sequence_tokens, max_queue_wait_s, num_microbatches
+        num_stages, max_num_sequences, max_microbatch_tokens, max_sequence_tokens, max_queue_wait_s
     )
     blocks = KVBlocks(num_blocks, block_size, reuse_prefixes=reuse_prefixes)
     return Scheduler(limits, blocks, frozenset({EOS}), clock)

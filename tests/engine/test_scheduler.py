@@ -78,11 +78,6 @@ def test_decode_rows_are_spread_over_the_stages(num_sequences: int, num_stages: 
     assert len(set(riders)) == num_sequences  # disjoint
 
 
-def test_decode_rows_are_spread_over_as_many_microbatches_as_are_asked_for():
-    scheduler, _ = decoding_scheduler(9, num_stages=2, num_microbatches=3)
-    assert [len(scheduled(scheduler).rows) for _ in range(3)] == [3, 3, 3]
-
-
 def test_prompts_are_not_capped_by_the_number_of_stages():
     scheduler = make_scheduler(num_stages=4)
     for i in range(8):
