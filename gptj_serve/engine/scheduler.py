@@ -3,8 +3,9 @@
 There is no prefill phase and no decode phase: a sequence is schedulable iff it has tokens not yet computed. Each
 microbatch takes decode rows first, at most ceil(decoding / num_stages) of them, so that sixteen sequences over four
 stages run as four microbatches of four and not as one of sixteen with three stages idle; then prompt chunks up to
-the token budget; then waiting requests, as free KV blocks allow. So a long prompt delays the tokens of others by a
-microbatch of `max_microbatch_tokens` at a time, and no more.
+the token budget, or smaller ones where all prompts together would leave stages idle; then waiting requests, as free
+KV blocks allow. So a long prompt delays the tokens of others by a microbatch of `max_microbatch_tokens` at a time, and
+no more.
 
 Requests are served in the order of their rank: arrival, moved by `PRIORITY_STEP` places for each step of priority.
 Whatever arrives later than that many requests ranks behind, so nobody waits for ever.
@@ -52,6 +53,13 @@ class SchedulerLimits:
 
 
 logger = logging.getLogger(__name__)
+
+MIN_CHUNK_TOKENS = 128
+"""Of prompts in a microbatch, if there are more: with fewer a stage would read its weights for longer than it computes
+with them."""
+
+CHUNKS_PER_STAGE = 2
+"""Of all prompts that wait, at least: for c chunks, n stages take (c + n - 1) / (c n) of the time that one would."""
 
 MAX_LOSSES = 4
 """Losses of the pipeline in a row, while it computed a request, after which the request is given up here."""
@@ -146,7 +154,7 @@ class Scheduler:
 
     def schedule(self) -> MicroBatch | None:
         """The next microbatch, or None if nothing can be scheduled now."""
-        step = Step(self.limits.max_microbatch_tokens)
+        step = Step(self.limits.max_microbatch_tokens, self._prompt_budget())
         if self._suspects:
             self._fill_with_suspect(step)
         else:
@@ -173,8 +181,20 @@ class Scheduler:
                 if not entry.job.is_decoding:
                     self._schedule_prompt(entry, step)
         self._give_up_the_late()
-        while step.budget > 0 and (admitted := self._admit_next()) is not None:
+        while min(step.budget, step.prompt_budget) > 0 and (admitted := self._admit_next()) is not None:
             self._schedule_prompt(admitted, step)
+
+    def _prompt_budget(self) -> int:
+        """Prompts that are few for the stages are cut into smaller chunks, so that all stages have some to work on."""
+        num_chunks = CHUNKS_PER_STAGE * self.limits.num_stages
+        if self.limits.num_stages == 1:
+            return self.limits.max_microbatch_tokens
+        num_tokens = 0
+        for entry in (*self._running, *self._waiting):
+            num_tokens += entry.work_left.prompt
+            if num_tokens >= num_chunks * self.limits.max_microbatch_tokens:
+                break
+        return min(max(-(-num_tokens // num_chunks), MIN_CHUNK_TOKENS), self.limits.max_microbatch_tokens)
 
     def _fill_with_suspect(self, step: Step) -> None:
         """Rows of the first suspect and of nobody else, once nothing is in flight."""
@@ -317,11 +337,13 @@ class Scheduler:
         for sequence in entry.job.sequences:
             reused = sequence.reuse(self.blocks, entry.job.num_reusable(sequence))
             self.num_prefix_tokens_reused += reused
-            num_tokens = min(sequence.num_uncomputed - (len(entry.job.sequences) > 1), step.budget)
+            num_left = sequence.num_uncomputed - (len(entry.job.sequences) > 1)
+            num_tokens = min(num_left, step.budget, step.prompt_budget)
             if num_tokens > 0:
                 if not self._make_room(entry, self._num_missing(sequence, num_tokens), step):
                     return
                 step.budget -= num_tokens
+                step.prompt_budget -= num_tokens
                 self._board(entry, sequence, num_tokens, [], step)
         if len(entry.job.sequences) > 1 and not step.carries(entry):
             self._schedule_decoding([entry], len(entry.job.sequences), step)  # others had computed all of it

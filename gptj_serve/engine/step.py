@@ -33,6 +33,7 @@ class Step:
     """A microbatch in the making; afterwards, what is known of it while it is in flight."""
 
     budget: int  # tokens that still fit
+    prompt_budget: int  # of these, tokens of prompts
     rows: list[Row] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     riders: list[tuple[Entry, list[Ride]]] = field(default_factory=list)  # in the order of the rows

@@ -7,7 +7,8 @@
 // Numbers are fp32 between operations. Operands of products are fp32, bf16 or int8; keys and values fp32 or bf16.
 //
 // A weight [N, K] lies in panels of 32 outputs, and in these in units of 4 bytes: [N/32][K/e][32][e], where e is 1
-// element in fp32, 2 in bf16, 4 in int8, and K/e a multiple of 4. So one loop serves all three: a unit of a row times 32 units of a panel.
+// element in fp32, 2 in bf16, 4 in int8, and K/e a multiple of 4. So one loop serves all three: a unit of a row times 32
+// units of a panel.
 // Keys lie as [block][H][Dh][16], so that a vector holds 16 tokens; values as [block][H][16][Dh].
 
 #include <immintrin.h>
@@ -271,9 +272,10 @@ inline typename Accumulator<type>::Vector accumulate(
     }
 }
 
-// ROWS rows of the operand from `row` times one panel, into tile[ROWS][32].
+// ROWS rows of the operand from `row` times one panel, into tile[ROWS][32]. Many rows keep a core busy while the memory
+// has nothing to do: meanwhile half a panel is fetched from `ahead`.
 template <Type type, int ROWS>
-void multiply(const Weight& weight, int64_t panel, const Operand& x, int64_t row, float* tile) {
+void multiply(const Weight& weight, int64_t panel, const Operand& x, int64_t row, float* tile, const char* ahead) {
     using Acc = Accumulator<type>;
     const int64_t num_units = units_of(weight.width, type);
     const uint32_t* b = weight.panels + panel * num_units * PANEL;
@@ -286,6 +288,11 @@ void multiply(const Weight& weight, int64_t panel, const Operand& x, int64_t row
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++) sum[m][0] = sum[m][1] = Acc::zero();
     for (int64_t k = 0; k < num_units; k += STEP) {
+        if constexpr (ROWS > MAX_ROWS / 2) {
+#pragma GCC unroll 4
+            for (int j = 0; j < STEP; j++) _mm_prefetch(ahead + j * 64, _MM_HINT_T1);
+            ahead += STEP * 64;
+        }
 #pragma GCC unroll 4
         for (int j = 0; j < STEP; j++) {
             __m512i b0 = _mm512_loadu_si512(b + j * PANEL), b1 = _mm512_loadu_si512(b + j * PANEL + 16);
@@ -320,7 +327,7 @@ void multiply(const Weight& weight, int64_t panel, const Operand& x, int64_t row
     }
 }
 
-using Multiply = void (*)(const Weight&, int64_t, const Operand&, int64_t, float*);
+using Multiply = void (*)(const Weight&, int64_t, const Operand&, int64_t, float*, const char*);
 
 template <Type type>
 Multiply multiplier(int num_rows) {
@@ -337,13 +344,18 @@ template <class Take>
 inline void product(const Weight& weight, int64_t panel, const Operand& x, int64_t num_rows, Take take) {
     alignas(64) float tile[MAX_ROWS * PANEL];
     const int64_t num_parts = ceil_div(num_rows, MAX_ROWS);
+    const int64_t panel_bytes = units_of(weight.width, weight.type) * PANEL * 4;
+    const char* own = reinterpret_cast<const char*>(weight.panels) + panel * panel_bytes;
     for (int64_t part = 0; part < num_parts; part++) {
         int64_t row = num_rows * part / num_parts;
         int count = static_cast<int>(num_rows * (part + 1) / num_parts - row);
         Multiply multiply = weight.type == F32    ? multiplier<F32>(count)
                             : weight.type == BF16 ? multiplier<BF16>(count)
                                                   : multiplier<INT8>(count);
-        multiply(weight, panel, x, row, tile);
+        const int64_t num_later = num_parts - 1 - part;  // the last two fetch the next panel, which mostly comes next
+        const bool is_ahead = num_parts > 1 && num_later < 2;
+        const char* ahead = is_ahead ? own + panel_bytes + (1 - num_later) * panel_bytes / 2 : own;
+        multiply(weight, panel, x, row, tile, ahead);
         for (int m = 0; m < count; m++) take(row + m, tile + m * PANEL);
     }
 }
@@ -875,8 +887,8 @@ void gptj_linear(const GPTJWeight* w, const float* x, int64_t num_rows, float* o
     }
 }
 
-// Of each row of logits [num_rows, num_tokens]: the first of its best, and the log of the sum of exp. Where a row has NaN,
-// positive infinity or nothing else than negative infinity, the latter is not finite, and the former any.
+// Of each row of logits [num_rows, num_tokens]: the first of its best, and the log of the sum of exp. Where a row has
+// NaN, positive infinity or nothing else than negative infinity, the latter is not finite, and the former any.
 void gptj_row_statistics(
     const float* logits, int64_t num_rows, int64_t stride, int64_t num_tokens, int64_t* best, float* normalizer,
     int num_threads
@@ -884,7 +896,9 @@ void gptj_row_statistics(
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows > 1)
     for (int64_t row = 0; row < num_rows; row++) {
         const float* x = logits + row * stride;
-        auto load = [&](int64_t i) { return _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), first(num_tokens - i), x + i); };
+        auto load = [&](int64_t i) {
+            return _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), first(num_tokens - i), x + i);
+        };
         __m512 peaks = _mm512_set1_ps(-INFINITY);
         for (int64_t i = 0; i < num_tokens; i += 16) peaks = _mm512_max_ps(peaks, load(i));
         const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(peaks));

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from fake_stages import EOS, VOCAB_SIZE, FakeStages, expected_events, generate_request, head_request, make_scheduler
 
-from gptj_serve.engine.scheduler import INTERNAL_ERROR, Scheduler
+from gptj_serve.engine.scheduler import INTERNAL_ERROR, MIN_CHUNK_TOKENS, Scheduler
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.steps import MicroBatch, RowOutput, RowResult, SampleSpec, StepOutput
 from gptj_serve.types import (
@@ -83,6 +83,37 @@ def test_prompts_are_not_capped_by_the_number_of_stages():
     for i in range(8):
         scheduler.add(generate_request(str(i), [i]))
     assert len(scheduled(scheduler).rows) == 8
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "sizes"),
+    [(1, [512, 388]), (2, [225, 225, 225, 225]), (4, [128] * 7 + [4])],
+)
+def test_prompts_are_cut_so_that_all_stages_have_some(num_stages: int, sizes: list[int]):
+    scheduler = make_scheduler(
+        num_stages=num_stages, num_blocks=300, max_microbatch_tokens=512, max_sequence_tokens=1000
+    )
+    for i in range(9):
+        scheduler.add(head_request(str(i), Task.CLASSIFY, [i] * 100))
+    chunks = []
+    while (microbatch := scheduler.schedule()) is not None:
+        chunks.append(microbatch.num_tokens)
+    assert chunks == sizes
+
+
+def test_many_prompts_are_cut_by_the_token_budget_alone():
+    scheduler = make_scheduler(num_stages=2, num_blocks=600, max_microbatch_tokens=256, max_sequence_tokens=2000)
+    scheduler.add(head_request("a", Task.CLASSIFY, [1] * 2000))
+    assert scheduled(scheduler).num_tokens == 256
+
+
+def test_beams_wider_than_the_smallest_chunk_go_on():
+    """Their rows of one token don't count as prompts."""
+    request = generate_request("a", range(9), max_new_tokens=3, beams=BeamParams(num_beams=MIN_CHUNK_TOKENS + 2))
+    limits = {"max_num_sequences": 200, "max_microbatch_tokens": 200, "num_blocks": 1000}
+    events = serve(request, num_stages=2, **limits)
+    assert events == serve(request, num_stages=1, **limits)
+    assert events
 
 
 @pytest.mark.parametrize("budget", [1, 3, 7, 16])
