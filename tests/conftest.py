@@ -104,7 +104,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests with a marker of these run only when asked for: `pytest -m large`."""
-    for marker in ("large", "clients", "faults", "scaling", "manifests"):
+    for marker in ("large", "clients", "faults", "scaling", "cluster", "manifests"):
         if marker not in config.option.markexpr:
             for item in items:
                 if item.get_closest_marker(marker):

@@ -1,4 +1,4 @@
-"""`LinkWatch`: notices at once when a link is cut.
+"""`LinkWatch`: notices at once when a link is cut, and when all of them stand.
 
 ZeroMQ connects again by itself and tells nobody, but what was on its way is lost. So whoever holds an end of a link
 listens to the events of its socket.
@@ -13,6 +13,7 @@ from typing import Any
 import zmq
 
 from gptj_serve.errors import PipelineError
+from gptj_serve.pipeline.sockets import LINK_TIMEOUT_S
 
 _EVENTS = (
     zmq.Event.CONNECTED
@@ -63,6 +64,8 @@ class LinkWatch:
         self._on_cut = on_cut
         self._ends: dict[zmq.Socket[bytes], _End] = {}  # by the socket that brings its events
         self._thread: threading.Thread | None = None
+        self._unmade: set[zmq.Socket[bytes]] = set()  # of these the senders' that have not connected yet
+        self._settled = threading.Event()  # all links are made, or one is cut
 
     def add(self, socket: zmq.Socket[Any], name: str) -> None:
         """Before it is bound or connected, and before `start`; `name` says what the link is for."""
@@ -71,6 +74,15 @@ class LinkWatch:
         events = zmq.Context[zmq.Socket[bytes]](socket.context).socket(zmq.PAIR)
         events.connect(address)
         self._ends[events] = _End(socket, name)
+        if socket.type == zmq.PUSH:
+            self._unmade.add(events)
+
+    def wait_until_made(self) -> None:
+        """Until each sender's link stands. Raises `PipelineError` if one is cut or takes longer than a link may."""
+        self._settled.wait(2 * LINK_TIMEOUT_S)  # the connection's and the handshake's, each of which ends the wait
+        if self._unmade:
+            names = " and ".join(sorted(self._ends[events].name for events in self._unmade))
+            raise PipelineError(f"the link for {names} could not be made")
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="link-watch", daemon=True)
@@ -97,6 +109,11 @@ class LinkWatch:
                 if event == zmq.Event.MONITOR_STOPPED:
                     return
                 end = self._ends[events]
+                if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                    self._unmade.discard(events)
+                    if not self._unmade:
+                        self._settled.set()
                 if end.is_cut_by(event, value) and not is_told:
                     is_told = True
+                    self._settled.set()
                     self._on_cut(PipelineError(f"the link for {end.name} was cut"))

@@ -2,6 +2,10 @@
 
 On one host a link is an `ipc://` socket in a private directory; between hosts it is `tcp://` with CURVE: whoever
 does not hold the pipeline's keys is refused in the handshake. Every receiver binds, every sender connects.
+
+A host that loses its power, and a network that loses every packet, tell nobody that a connection has ended: TCP would
+go on trying for a quarter of an hour. So the ends of a link between hosts ask each other all the time whether they are
+still there.
 """
 
 from collections.abc import Callable
@@ -14,6 +18,14 @@ from gptj_serve.steps import MAX_FRAME_BYTES
 
 POLL_INTERVAL_MS = 100
 """How often a waiting stage looks whether it should stop."""
+
+LINK_TIMEOUT_S = 5.0
+"""A link between hosts is cut when nothing has come over it for so long, and can't be made if it takes longer.
+
+Any message gets through in a fraction of it: the largest hidden states of the 6B model are 8 MB.
+"""
+
+HEARTBEAT_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +70,6 @@ def _configure(socket: zmq.Socket[Any], keys: CurveKeys | None) -> None:
     socket.linger = 0
     if keys is not None:
         socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
+        timeout_ms = int(1000 * LINK_TIMEOUT_S)
+        socket.heartbeat_ivl = int(1000 * HEARTBEAT_INTERVAL_S)
+        socket.heartbeat_timeout = socket.connect_timeout = socket.handshake_ivl = timeout_ms

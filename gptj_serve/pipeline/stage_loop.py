@@ -74,6 +74,10 @@ class StageLoop:
         self._thread = threading.Thread(target=self._run, name="stage-loop", daemon=True)
         self._thread.start()
 
+    def wait_until_linked(self) -> None:
+        """Until the link to the next stage stands. Raises `PipelineError` if it can't be made."""
+        self._watch.wait_until_made()
+
     def stop(self) -> None:
         """End the thread and close the links; returns when the step at hand, if any, is done."""
         self._stopping.set()

@@ -55,6 +55,10 @@ class StepLinks:
         self._watch.start()
         self._receiver = asyncio.create_task(self._receive_results())
 
+    async def wait_until_linked(self) -> None:
+        """Until the link to every stage stands. Raises `PipelineError` if one can't be made."""
+        await asyncio.to_thread(self._watch.wait_until_made)
+
     async def run(self, microbatch: MicroBatch) -> StepOutput:
         """Raises `PipelineError` when the links fail or the step exceeds its time."""
         if self._failure is not None:

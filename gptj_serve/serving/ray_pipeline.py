@@ -186,6 +186,7 @@ class RayPipeline:
             *[stage.actor.start.remote(address) for stage, address in zip(self._stages, next_addresses, strict=True)]
         )
         links.connect([address.steps for address in addresses])
+        await links.wait_until_linked()
         self._watchers = [
             asyncio.create_task(self._watch(index, stage, links)) for index, stage in enumerate(self._stages)
         ]

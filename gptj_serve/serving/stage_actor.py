@@ -127,8 +127,10 @@ class GPTJStage:
         return self._loop.bind(address or f"tcp://{ray.util.get_node_ip_address()}")
 
     def start(self, next_address: str) -> None:
+        """Raises `PipelineError` if the link to the next stage can't be made."""
         assert self._loop is not None
         self._loop.start(next_address)
+        self._loop.wait_until_linked()
 
     def stop(self) -> None:
         """Close the links. Doesn't return while a step hangs; the caller then takes this stage for lost."""

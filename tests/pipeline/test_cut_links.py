@@ -14,10 +14,11 @@ import zmq
 from gptj_serve.errors import PipelineError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
-from gptj_serve.pipeline.sockets import CurveKeys, connect_sender
+from gptj_serve.pipeline.sockets import HEARTBEAT_INTERVAL_S, LINK_TIMEOUT_S, CurveKeys, connect_sender
 from gptj_serve.steps import MicroBatch, Row, StepOutput
 from tests.chaos import links
 from tests.pipeline.linked import LinkedPipeline, generate_all, make_runners, open_links
+from tests.pipeline.relay import Relay
 
 STEP = MicroBatch(0, [Row([1, 2, 3], 0, [0])])
 
@@ -165,3 +166,39 @@ async def test_strangers_cut_nothing(tiny_gptj) -> None:
             assert [loop.failure.done() for loop in pipeline.loops] == [False, False]
     finally:
         context.destroy(linger=0)
+
+
+async def test_a_peer_that_falls_silent_is_noticed(tiny_gptj) -> None:
+    """As when its host loses its power: the connection stands, but nothing comes over it any more."""
+    keys = CurveKeys.generate()
+    pipeline = LinkedPipeline(make_runners(Checkpoint.open(tiny_gptj()), 2), lambda _: "tcp://127.0.0.1", lambda: keys)
+    relay = Relay(pipeline.addresses[1].hidden)
+    pipeline.addresses[1] = pipeline.addresses[1]._replace(hidden=relay.address)
+    async with relay, open_links(pipeline):
+        assert await pipeline.run(STEP) == StepOutput(0, [None])
+        await asyncio.sleep(LINK_TIMEOUT_S + HEARTBEAT_INTERVAL_S)  # who has nothing to say is not silent
+        assert await pipeline.run(MicroBatch(1, STEP.rows)) == StepOutput(1, [None])
+        relay.is_silent = True
+        for index, name in ((0, "hidden states to the next stage"), (1, "hidden states from the stage before")):
+            with pytest.raises(PipelineError, match=f"the link for {name} was cut"):
+                await asyncio.wrap_future(pipeline.loops[index].failure)
+
+
+@pytest.mark.parametrize("link", NAMED_BY)
+async def test_who_waits_for_links_hears_which_can_not_be_made(tiny_gptj, tmp_path: Path, link: str) -> None:
+    pipeline = LinkedPipeline(
+        make_runners(Checkpoint.open(tiny_gptj()), 2), lambda name: f"ipc://{tmp_path}/{name}", lambda: None
+    )
+    Path(address_of(pipeline, link).removeprefix("ipc://")).unlink()
+    unmade = {"steps to stage 0": "engine", "steps to stage 1": "engine", "hidden": 0, "results": 1}[link]
+    async with open_links(pipeline):
+        for end in ("engine", 0, 1):
+            if end == "engine":
+                waiting = pipeline.links.wait_until_linked()
+            else:
+                waiting = asyncio.to_thread(pipeline.loops[end].wait_until_linked)
+            if end == unmade:
+                with pytest.raises(PipelineError, match=f"the link for {NAMED_BY[link][end]} could not be made"):
+                    await waiting
+            else:
+                await waiting

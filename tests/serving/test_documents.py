@@ -22,6 +22,7 @@ ELSEWHERE = {
     "lm_eval ": "needs a data set from the network; tests/serving/clients does the same with files at hand",
     "guidellm ": "tests/serving/clients does it",
     "python -m benchmarks.": "takes minutes; its figures are in the document",
+    "python -m cluster.testbed": "needs root; `pytest -m cluster` does the same",
     "python -m tests.": "takes minutes to hours; `pytest -m faults` has the short form",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "tests/serving/test_proxy.py tries this hook",
     "docker build": "no image is built in tests; tests/manifests checks its file",
