@@ -162,9 +162,6 @@ class SteadyRows(Scheduler):
             work = work.plus(Work(cohort.num_rows, cohort.num_left))
         return work
 
-    def _num_prompt_tokens(self, enough: int) -> int:
-        return self._num_steady + super()._num_prompt_tokens(enough)  # the last token of each is not computed yet
-
     def _num_blocks_to_give(self) -> int:
         return super()._num_blocks_to_give() - sum(len(cohort.in_need_of_a_block()) for cohort in self._ready)
 
