@@ -17,7 +17,7 @@ from gptj_serve.simulation.steady_rows import SteadyRows
 from gptj_serve.simulation.step_shape import StepShape
 
 FREE_TOKENS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
-_STAGE_FIELDS = ("stage_s", "weights_s", "token_s", "row_s", "pair_s", "head_s", "sample_s")
+_STAGE_FIELDS = ("stage_s", "weights_s", "token_s", "row_s", "context_s", "pair_s", "head_s", "sample_s")
 
 
 class StageTime(NamedTuple):
@@ -54,8 +54,8 @@ def stage_errors(cost: CostModel, times: Sequence[StageTime]) -> NDArray[np.floa
 def _features(time: StageTime, free_tokens: float) -> list[float]:
     shape, layers = time.shape, time.num_layers
     beyond = max(0.0, shape.num_tokens - free_tokens)
-    per_layer = [layers, layers * beyond, layers * shape.num_rows, layers * shape.num_pairs]
-    return [1.0, *per_layer, float(time.is_last), time.is_last * shape.num_samples]
+    per_layer = [1.0, beyond, shape.num_rows, shape.num_context_tokens, shape.num_pairs]
+    return [1.0, *(layers * value for value in per_layer), float(time.is_last), time.is_last * shape.num_samples]
 
 
 def non_negative_least_squares(rows: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -34,7 +34,7 @@ def test_a_checkpoint_is_measured_with_the_stages_of_its_deployment(tiny: Path):
     assert cost.notes["stage_times"] == 3 * 6
     assert cost.notes["num_stages"] == 2
     assert float(cost.notes["tokens_per_s_of_3"]) > 0
-    few, many = (sum(cost.pipeline(2).stage_times_s(StepShape(n, n, 8 * n, n))) for n in (1, 64))
+    few, many = (sum(cost.pipeline(2).stage_times_s(StepShape(n, n, 8 * n, 8 * n, n))) for n in (1, 64))
     assert 0 < few <= many
 
 
