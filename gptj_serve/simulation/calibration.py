@@ -73,7 +73,7 @@ def calibrate(config: ServiceConfig, sizes: Sizes = FULL) -> CostModel:
     errors = np.abs(stage_errors(cost, times))
     limits = _limits(config, checkpoint)
     rounds = asyncio.run(_rounds(runners, limits, plan, num_token_ids, sizes))
-    cost = fit_engine(cost, limits, plan.num_kv_blocks, rounds)
+    cost = fit_engine(cost, limits, plan.num_kv_blocks, plan.resources.block_size, rounds)
     notes: dict[str, str | int | float] = {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,

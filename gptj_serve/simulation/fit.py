@@ -89,25 +89,28 @@ class Round(NamedTuple):
     first_token_s: float  # median
 
 
-def fit_engine(cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, rounds: Sequence[Round]) -> CostModel:
+def fit_engine(
+    cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, block_size: int, rounds: Sequence[Round]
+) -> CostModel:
     """With `engine_step_s`, `engine_row_s` and `request_s` under which the simulation gives these rounds best.
 
     Whatever the stages' coefficients don't explain goes there: the engine's own work, but also that stages, engine and
     client share a machine's cores.
     """
-
     single = min(rounds, key=lambda measured: measured.num_requests)
 
+    def simulated(candidate: CostModel, asked: Round) -> Round:
+        return simulate_round(candidate, limits, num_kv_blocks, block_size, asked)
+
     def with_request_s(candidate: CostModel) -> CostModel:
-        alone = simulate_round(candidate.model_copy(update={"request_s": 0.0}), limits, num_kv_blocks, single)
+        alone = simulated(candidate.model_copy(update={"request_s": 0.0}), single)
         return candidate.model_copy(update={"request_s": max(0.0, single.first_token_s - alone.first_token_s)})
 
     def error(candidate: CostModel) -> float:
         candidate = with_request_s(candidate)
-        found = (simulate_round(candidate, limits, num_kv_blocks, measured) for measured in rounds)
+        found = (simulated(candidate, measured) for measured in rounds)
         return sum(
-            math.log(simulated.tokens_per_s / measured.tokens_per_s) ** 2
-            for simulated, measured in zip(found, rounds, strict=True)
+            math.log(one.tokens_per_s / measured.tokens_per_s) ** 2 for one, measured in zip(found, rounds, strict=True)
         )
 
     cost = cost.model_copy(update={"engine_step_s": 2e-4, "engine_row_s": 2e-5})
@@ -130,10 +133,12 @@ def _descend(cost: CostModel, fields: Sequence[str], error: Callable[[CostModel]
     return cost
 
 
-def simulate_round(cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, asked: Round) -> Round:
+def simulate_round(
+    cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, block_size: int, asked: Round
+) -> Round:
     outcomes = Outcomes(asked.num_requests)
     pipeline = SimulatedPipeline(
-        lambda clock: SteadyRows(limits, KVBlocks(num_kv_blocks, 16), outcomes, clock),
+        lambda clock: SteadyRows(limits, KVBlocks(num_kv_blocks, block_size), outcomes, clock),
         cost.pipeline(limits.num_stages),
         limits.num_stages,
     )
