@@ -4,7 +4,7 @@ Among the pipelines that could take it (ready, and with the shortest queues: tha
 
 1. None is chosen that has its share already. Its share is `MAX_SHARE` times the mean of all of them, rounded up, with
    this request counted in: consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018). So no common
-   beginning and no busy session floods one pipeline while others idle.
+   beginning and no busy session floods one pipeline while others idle. It is `MIN_SHARE` at least.
 2. A request of a session goes to the first of the rest in the session's own order, which is a hash of session and
    pipeline (rendezvous hashing, Thaler and Ravishankar 1998). All ingresses find the same order without talking, and
    where a pipeline leaves, only its own sessions move.
@@ -32,6 +32,10 @@ from gptj_serve.types import EngineRequest, Pooling, Task
 MAX_SHARE = 1.5
 """Of the mean number of requests, what one pipeline may have before others are taken instead. With 1.25 more requests
 leave their prefixes, and first tokens come later; with 2 nothing is gained but a busier pipeline (docs/routing.md)."""
+
+MIN_SHARE = 4
+"""Requests that a pipeline may have in any case. Where little is to be done the mean of all is about none, and a single
+small request would keep sessions and conversations from what is cached for them."""
 
 
 class RoutedBy(StrEnum):
@@ -126,7 +130,7 @@ class PipelineChoice:
         self, session_id: str, visit: _Visit, pipelines: Collection[str], num_others: Mapping[str, int]
     ) -> Route:
         loads = {pipeline: self._num_requests[pipeline] + num_others.get(pipeline, 0) for pipeline in pipelines}
-        limit = math.ceil(MAX_SHARE * (sum(loads.values()) + 1) / len(loads))
+        limit = max(MIN_SHARE, math.ceil(MAX_SHARE * (sum(loads.values()) + 1) / len(loads)))
         free = [pipeline for pipeline in pipelines if loads[pipeline] < limit]  # that with the fewest is among them
         if session_id:
             return Route(RoutedBy.SESSION, max(free, key=lambda pipeline: rendezvous_weight(session_id, pipeline)))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptj_serve.engine.admission import make_job
-from gptj_serve.routing.choice import MAX_SHARE, PipelineChoice, Route, RoutedBy, num_reusable_tokens
+from gptj_serve.routing.choice import MAX_SHARE, MIN_SHARE, PipelineChoice, Route, RoutedBy, num_reusable_tokens
 from gptj_serve.types import EngineRequest, Pooling, SamplingParams, Task
 
 BLOCK_SIZE = 16
@@ -159,7 +159,7 @@ class Cluster:
         self.ongoing.append((choice, request, pipeline))
         if route.pipeline is not None:
             total = sum(map(self.load, self.pipelines))
-            assert self.load(pipeline) <= math.ceil(MAX_SHARE * total / len(self.pipelines))
+            assert self.load(pipeline) <= max(MIN_SHARE, math.ceil(MAX_SHARE * total / len(self.pipelines)))
         return route.routed_by
 
     def end(self, index: int) -> None:
@@ -260,6 +260,18 @@ def test_a_session_whose_pipeline_has_its_share_moves_for_a_while() -> None:
     for one in busy:
         known.ended(one.request_id)
     assert pipelines_of(known, "abc", 1)["user-0"] == own
+
+
+def test_a_few_requests_of_others_send_no_session_away() -> None:
+    """Nor do they keep a conversation from its cache: three on one of eight pipelines, and all else idle."""
+    known = choice()
+    pipelines = "abcdefgh"
+    own = pipelines_of(known, pipelines, 1)["user-0"]
+    serve(known, request(SYSTEM), own)
+    keep_busy(known, own, MIN_SHARE - 1)
+    assert pipelines_of(known, pipelines, 1)["user-0"] == own
+    assert known.route(request([*SYSTEM, 1]), pipelines) == Route(RoutedBy.PREFIX, own)
+    assert pipelines_of(known, pipelines, 1)["user-0"] != own, "it has its share now"
 
 
 def test_a_session_goes_before_a_prefix() -> None:
