@@ -80,7 +80,7 @@ class PipelineChoice:
     ) -> Route:
         """Where `request` should go, one of `pipelines`; `num_others` says how many requests others have at each.
 
-        From now on it counts there, or where its first event comes from, until `ended`.
+        From now on it counts there, or where it is taken instead, until `ended`.
         """
         token_ids = [*request.prompt_token_ids, *request.output_token_ids, *request.continuation_token_ids]
         block_keys = BlockKeys(self._block_size, request.cache_salt)
@@ -94,14 +94,19 @@ class PipelineChoice:
             self._enter(visit, route.pipeline)
         return route
 
-    def on_event(self, request_id: str, pipeline: str) -> None:
-        """Its pipeline, perhaps not the preferred one, has sent something of it: so its prompt is computed."""
+    def on_taken(self, request_id: str, pipeline: str) -> None:
+        """It is there now, at the preferred one or not. Of one that has ended nothing is heard."""
         visit = self._visits.get(request_id)
-        if visit is None or (visit.has_begun and visit.pipeline == pipeline):
-            return
-        if visit.pipeline != pipeline:
+        if visit is not None and visit.pipeline != pipeline:
             self._leave(visit)
             self._enter(visit, pipeline)
+
+    def on_event(self, request_id: str, pipeline: str) -> None:
+        """Its pipeline has sent something of it: so its prompt is computed."""
+        self.on_taken(request_id, pipeline)  # the call that says so may be slower
+        visit = self._visits.get(request_id)
+        if visit is None or visit.has_begun:
+            return
         self._num_tokens_due[pipeline] -= visit.num_tokens_due
         visit.num_tokens_due, visit.has_begun = 0, True
 
@@ -145,7 +150,7 @@ class PipelineChoice:
         return self._prefixes.num_cached(pipeline, visit.keys) * self._block_size
 
     def _enter(self, visit: _Visit, pipeline: str) -> None:
-        visit.pipeline = pipeline
+        visit.pipeline, visit.has_begun = pipeline, False
         visit.num_tokens_due = len(visit.token_ids) - self._num_cached(visit, pipeline)
         self._num_requests[pipeline] += 1
         self._num_tokens_due[pipeline] += visit.num_tokens_due

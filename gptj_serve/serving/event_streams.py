@@ -74,6 +74,7 @@ class EventStreams:
         attempt.is_taken = True
         if attempt.request_id in self._attempts:  # else its last event has come before this
             self._requests_at[replica_id].add(attempt.request_id)
+            self._choice.on_taken(attempt.request_id, replica_id)
             self._ensure(replica_id)
 
     def remove(self, attempt: Attempt) -> None:

@@ -118,6 +118,38 @@ def test_a_request_counts_where_it_is() -> None:
     assert known.route(request([*SYSTEM, 1, 2, 3, *[5] * 20]), "ab").pipeline == "b"
 
 
+def test_what_is_on_its_way_by_load_counts_once_it_is_taken() -> None:
+    """A burst with a beginning that nobody knew: before any of it is answered, more of it is sent where that is."""
+    known = choice()
+    burst = [request([*SYSTEM, number]) for number in range(3)]
+    for one in burst:
+        assert known.route(one, "abc") == Route(RoutedBy.LOAD)
+    for one, pipeline in zip(burst, "aab", strict=True):
+        known.on_taken(one.request_id, pipeline)
+    assert [known.num_requests(pipeline) for pipeline in "abc"] == [2, 1, 0]
+    assert [known.num_tokens_due(pipeline) for pipeline in "abc"] == [len(SYSTEM) + 2, len(SYSTEM) + 1, 0]
+    more = request([*SYSTEM, 9])
+    assert known.route(more, "ab") == Route(RoutedBy.PREFIX, "b")
+    known.on_taken(more.request_id, "b")  # as it was to be
+    assert (known.num_requests("b"), known.num_tokens_due("b")) == (2, len(SYSTEM) + 2)
+    known.on_event(more.request_id, "b")
+    known.on_taken(more.request_id, "b")  # the event was faster
+    assert (known.num_requests("b"), known.num_tokens_due("b")) == (2, len(SYSTEM) + 1)
+    for one in [*burst, more]:
+        known.ended(one.request_id)
+        known.on_taken(one.request_id, "a")  # too late to count
+    assert [(known.num_requests(name), known.num_tokens_due(name)) for name in "ab"] == [(0, 0), (0, 0)]
+
+
+def test_a_request_that_is_not_taken_where_it_was_to_go_counts_where_it_is() -> None:
+    known = choice()
+    serve(known, request(SYSTEM), "a")
+    asked = request([*SYSTEM, 1])
+    assert known.route(asked, "ab").pipeline == "a"
+    known.on_taken(asked.request_id, "b")
+    assert [(known.num_requests(name), known.num_tokens_due(name)) for name in "ab"] == [(0, 0), (1, len(SYSTEM) + 1)]
+
+
 def test_what_is_gone_or_lost_its_blocks_is_not_preferred() -> None:
     known = choice()
     serve(known, request(SYSTEM), "a")

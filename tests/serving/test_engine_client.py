@@ -129,13 +129,14 @@ def make_client(
     replay_timeout_s: float = 120.0,
     max_queue_wait_s: float | None = None,
     on_route: Callable[[RoutedBy], None] = lambda _: None,
+    choice: PipelineChoice | None = None,
 ) -> ServeEngineClient:
     return ServeEngineClient(
         pipelines,  # type: ignore[arg-type]
         on_replay,
         Replicas() if replicas is None else replicas,
         on_route,
-        choice=PipelineChoice(16, 1024),
+        choice=choice or PipelineChoice(16, 1024),
         replay_timeout_s=replay_timeout_s,
         max_queue_wait_s=max_queue_wait_s,
     )
@@ -454,6 +455,19 @@ class Taken(FakePipelines):
         yield "0"
         self.stalled.set()
         await asyncio.Event().wait()
+
+
+async def test_a_request_counts_where_it_is_taken_before_it_is_answered() -> None:
+    """Nobody preferred that replica, and the next requests are not to be sent there as if it were idle."""
+    choice = PipelineChoice(16, 1024)
+    client = make_client(pipelines := Taken(), choice=choice)
+    request = msgspec.structs.replace(REQUEST, prompt_token_ids=list(range(40)))
+    reader = asyncio.create_task(all_of(client.submit(request)))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    assert (choice.num_requests("0"), choice.num_tokens_due("0")) == (1, 40)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    assert (choice.num_requests("0"), choice.num_tokens_due("0")) == (0, 0)
 
 
 @pytest.mark.parametrize("phase", ["queued", "taken", "tokens", "before a replay", "replayed"])
