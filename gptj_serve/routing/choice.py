@@ -4,7 +4,8 @@ Among the pipelines that could take it (ready, and with the shortest queues: tha
 
 1. None is chosen that has its share already. Its share is `MAX_SHARE` times the mean of all of them, rounded up, with
    this request counted in: consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018). So no common
-   beginning and no busy session floods one pipeline while others idle. It is `MIN_SHARE` at least.
+   beginning and no busy session floods one pipeline while others idle. It is `MIN_SHARE` at least, and no more as
+   long as any of them has nothing to do: else three of four could take all, and one that has just come got nothing.
 2. A request of a session goes to the first of the rest in the session's own order, which is a hash of session and
    pipeline (rendezvous hashing, Thaler and Ravishankar 1998). All ingresses find the same order without talking, and
    where a pipeline leaves, only its own sessions move.
@@ -135,7 +136,9 @@ class PipelineChoice:
         self, session_id: str, visit: _Visit, pipelines: Collection[str], num_others: Mapping[str, int]
     ) -> Route:
         loads = {pipeline: self._num_requests[pipeline] + num_others.get(pipeline, 0) for pipeline in pipelines}
-        limit = max(MIN_SHARE, math.ceil(MAX_SHARE * (sum(loads.values()) + 1) / len(loads)))
+        limit = MIN_SHARE
+        if min(loads.values()) > 0:
+            limit = max(limit, math.ceil(MAX_SHARE * (sum(loads.values()) + 1) / len(loads)))
         free = [pipeline for pipeline in pipelines if loads[pipeline] < limit]  # that with the fewest is among them
         if session_id:
             return Route(RoutedBy.SESSION, max(free, key=lambda pipeline: rendezvous_weight(session_id, pipeline)))
