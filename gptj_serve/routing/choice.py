@@ -61,7 +61,7 @@ class _Visit:
     keys: list[BlockKey]  # of the blocks that it could take over; empty if none
     pipeline: str | None = None  # as far as it is known
     num_tokens_due: int = 0
-    has_begun: bool = False
+    has_begun: bool = False  # its prompt is computed there
 
 
 class PipelineChoice:
@@ -110,18 +110,30 @@ class PipelineChoice:
             return
         self._num_tokens_due[pipeline] -= visit.num_tokens_due
         visit.num_tokens_due, visit.has_begun = 0, True
+        self._prefixes.add(pipeline, visit.keys)  # since it came there they may have been lost
 
     def ended(self, request_id: str, output_token_ids: Sequence[int] = ()) -> None:
-        """It is there no longer. What was generated there is cached there too, but for the last token."""
+        """It is there no longer. What was generated there is cached there too, but for the last token.
+
+        Unless the blocks were lost, and nothing has come of it since.
+        """
         visit = self._visits.pop(request_id)
         self._leave(visit)
-        if self._is_prefix_aware and visit.pipeline is not None and output_token_ids:
+        if self._is_prefix_aware and visit.pipeline is not None and visit.has_begun and output_token_ids:
             token_ids = [*visit.token_ids, *output_token_ids]
             keys = visit.block_keys.of(token_ids, (len(token_ids) - 1) // self._block_size)
             self._prefixes.add(visit.pipeline, keys)
 
+    def forget(self, pipeline: str) -> None:
+        """It has lost its KV blocks. What stays there is computed again, from its first token."""
+        self._prefixes.forget(pipeline)
+        for visit in self._visits.values():
+            if visit.pipeline == pipeline:
+                self._num_tokens_due[pipeline] += len(visit.token_ids) - visit.num_tokens_due
+                visit.num_tokens_due, visit.has_begun = len(visit.token_ids), False
+
     def keep_only(self, pipelines: Collection[str]) -> None:
-        """Others are gone or have lost their KV blocks: forget what they held."""
+        """Others are gone: forget what they held."""
         self._prefixes.keep_only(pipelines)
 
     def num_requests(self, pipeline: str) -> int:

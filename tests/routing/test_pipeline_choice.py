@@ -151,12 +151,36 @@ def test_a_request_that_is_not_taken_where_it_was_to_go_counts_where_it_is() -> 
     assert [(known.num_requests(name), known.num_tokens_due(name)) for name in "ab"] == [(0, 0), (1, len(SYSTEM) + 1)]
 
 
-def test_what_is_gone_or_lost_its_blocks_is_not_preferred() -> None:
+def test_what_is_gone_is_not_preferred() -> None:
     known = choice()
     serve(known, request(SYSTEM), "a")
     assert known.route(request(SYSTEM), "bc") == Route(RoutedBy.LOAD)
     known.keep_only({"b", "c"})
     assert known.route(request(SYSTEM), "abc") == Route(RoutedBy.LOAD)
+
+
+def test_what_lost_its_blocks_holds_what_it_has_computed_since() -> None:
+    """Of three requests one leaves it, one is computed there again, one has not come there yet."""
+    known = choice()
+    leaving, staying, coming = request([*SYSTEM, 1]), request([6] * 100), request([7] * 100)
+    for one in (leaving, staying):
+        known.route(one, "a")
+        known.on_event(one.request_id, "a")
+    known.route(coming, "a")
+    known.on_taken(coming.request_id, "a")
+    known.forget("a")
+    assert (known.num_requests("a"), known.num_tokens_due("a")) == (3, 321 + 100 + 100)
+    known.ended(leaving.request_id, [2] * 40)
+    assert (known.num_requests("a"), known.num_tokens_due("a")) == (2, 200)
+    assert known.route(request([*SYSTEM, 1, *[2] * 40]), "ab") == Route(RoutedBy.LOAD)
+    for one in (staying, coming):
+        known.on_event(one.request_id, "a")
+    assert known.num_tokens_due("a") == 0
+    assert known.route(request([6] * 100), "ab") == Route(RoutedBy.PREFIX, "a")
+    known.ended(staying.request_id, [3] * 40)
+    again = request([*[6] * 100, *[3] * 40])
+    assert known.route(again, "ab") == Route(RoutedBy.PREFIX, "a")
+    assert known.num_tokens_due("a") == 4 + 140 - 138 // BLOCK_SIZE * BLOCK_SIZE
 
 
 def test_where_prefixes_are_not_kept_only_load_counts() -> None:

@@ -715,14 +715,34 @@ async def test_a_conversation_goes_on_where_it_is_cached() -> None:
     await ask(prompt)
     replicas.set_running({"a", "b", "c"})
     await ask(prompt)
-    replicas.set_load("b", is_ready=False, queue_wait_s=0.0)  # its blocks are lost
-    await ask([1, 2, 3])
-    replicas.set_load("b", is_ready=True, queue_wait_s=0.0)
-    await ask(prompt)
-    assert pipelines.preferred == [None, "a", None, "b", None, None]
-    assert pipelines.asked == ["a", "a", "b", "b", "a", "a"]
+    assert pipelines.preferred == [None, "a", None, "b"]
+    assert pipelines.asked == ["a", "a", "b", "b"]
     by = {None: RoutedBy.LOAD, "a": RoutedBy.PREFIX, "b": RoutedBy.PREFIX}
     assert routes == [by[preferred] for preferred in pipelines.preferred]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [msgspec.msgpack.encode([LoadEvent(False)]), msgspec.msgpack.encode([LoadEvent(True)])],
+        [msgspec.msgpack.encode([LoadEvent(False), LoadEvent(True)])],
+        [ActorUnavailableError("gone", None)],
+    ],
+    ids=["its stage is lost and back", "both at once", "it does not answer"],
+)
+async def test_a_pipeline_that_lost_its_blocks_is_not_preferred_for_them(told: list[bytes | Exception]) -> None:
+    """Though nothing was routed before it was ready again."""
+    pipelines = Preferred(replicas := ready("a", "b"))
+    client = make_client(pipelines, replicas=replicas)
+    request = msgspec.structs.replace(REQUEST, prompt_token_ids=list(range(40)))
+    for _ in range(2):
+        assert len(await all_of(client.submit(request))) == NUM_TOKENS
+    for item in told:
+        pipelines.outboxes["a"].put_nowait(item)
+    await asyncio.sleep(0.05)
+    assert replicas.recovering == set()
+    assert len(await all_of(client.submit(request))) == NUM_TOKENS
+    assert pipelines.preferred == [None, "a", None]
 
 
 async def test_a_session_stays_until_its_pipeline_leaves() -> None:
