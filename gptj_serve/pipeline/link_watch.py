@@ -66,6 +66,7 @@ class LinkWatch:
         self._thread: threading.Thread | None = None
         self._unmade: set[zmq.Socket[bytes]] = set()  # of these the senders' that have not connected yet
         self._settled = threading.Event()  # all links are made, or one is cut
+        self._cut: PipelineError | None = None
 
     def add(self, socket: zmq.Socket[Any], name: str) -> None:
         """Before it is bound or connected, and before `start`; `name` says what the link is for."""
@@ -80,9 +81,11 @@ class LinkWatch:
     def wait_until_made(self) -> None:
         """Until each sender's link stands. Raises `PipelineError` if one is cut or takes longer than a link may."""
         self._settled.wait(2 * LINK_TIMEOUT_S)  # the connection's and the handshake's, each of which ends the wait
-        if self._unmade:
-            names = " and ".join(sorted(self._ends[events].name for events in self._unmade))
-            raise PipelineError(f"the link for {names} could not be made")
+        if unmade := self._unmade.copy():  # the thread may be at it
+            names = " and ".join(sorted(self._ends[events].name for events in unmade))
+            raise PipelineError(f"the link for {names} could not be made") from self._cut
+        if self._cut is not None:
+            raise self._cut
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="link-watch", daemon=True)
@@ -102,7 +105,6 @@ class LinkWatch:
         poller = zmq.Poller()
         for events in self._ends:
             poller.register(events, zmq.POLLIN)
-        is_told = False
         while True:
             for events, _ in poller.poll():
                 event, value = struct.unpack("=hi", events.recv_multipart()[0])
@@ -113,7 +115,7 @@ class LinkWatch:
                     self._unmade.discard(events)
                     if not self._unmade:
                         self._settled.set()
-                if end.is_cut_by(event, value) and not is_told:
-                    is_told = True
+                if end.is_cut_by(event, value) and self._cut is None:
+                    self._cut = PipelineError(f"the link for {end.name} was cut")
                     self._settled.set()
-                    self._on_cut(PipelineError(f"the link for {end.name} was cut"))
+                    self._on_cut(self._cut)
