@@ -66,7 +66,7 @@ class LinkWatch:
         self._thread: threading.Thread | None = None
         self._unmade: set[zmq.Socket[bytes]] = set()  # of these the senders' that have not connected yet
         self._settled = threading.Event()  # all links are made, or one is cut
-        self._cut: PipelineError | None = None
+        self._cut: zmq.Socket[bytes] | None = None  # the events of the link that was the first to be
 
     def add(self, socket: zmq.Socket[Any], name: str) -> None:
         """Before it is bound or connected, and before `start`; `name` says what the link is for."""
@@ -81,11 +81,13 @@ class LinkWatch:
     def wait_until_made(self) -> None:
         """Until each sender's link stands. Raises `PipelineError` if one is cut or takes longer than a link may."""
         self._settled.wait(2 * LINK_TIMEOUT_S)  # the connection's and the handshake's, each of which ends the wait
-        if unmade := self._unmade.copy():  # the thread may be at it
-            names = " and ".join(sorted(self._ends[events].name for events in unmade))
-            raise PipelineError(f"the link for {names} could not be made") from self._cut
+        unmade = self._unmade.copy()  # the thread may be at it
         if self._cut is not None:
-            raise self._cut
+            how = "could not be made" if self._cut in unmade else "was cut"
+            raise PipelineError(f"the link for {self._ends[self._cut].name} {how}")
+        if unmade:
+            names = " and ".join(sorted(self._ends[events].name for events in unmade))
+            raise PipelineError(f"the link for {names} could not be made")
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="link-watch", daemon=True)
@@ -116,6 +118,6 @@ class LinkWatch:
                     if not self._unmade:
                         self._settled.set()
                 if end.is_cut_by(event, value) and self._cut is None:
-                    self._cut = PipelineError(f"the link for {end.name} was cut")
+                    self._cut = events
                     self._settled.set()
-                    self._on_cut(self._cut)
+                    self._on_cut(PipelineError(f"the link for {end.name} was cut"))
