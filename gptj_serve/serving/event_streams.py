@@ -74,6 +74,7 @@ class EventStreams:
         attempt.is_taken = True
         if attempt.request_id in self._attempts:  # else its last event has come before this
             self._requests_at[replica_id].add(attempt.request_id)
+            self._choice.on_taken(attempt.request_id, replica_id)
             self._ensure(replica_id)
 
     def remove(self, attempt: Attempt) -> None:
@@ -148,6 +149,7 @@ class EventStreams:
             if load.queue_wait_s == 0 and all(attempt.has_begun for attempt in self._at(replica_id)):
                 self._share_with(replica_id)
             return
+        self._choice.forget(replica_id)
         for attempt in self._at(replica_id):
             if self._answers.others(attempt.answer, replica_id):
                 attempt.inbox.put_nowait(Leaves())
@@ -194,6 +196,7 @@ class EventStreams:
         except (Exception, asyncio.CancelledError) as error:
             if not isinstance(error, RayError | RayServeException | TimeoutError | asyncio.CancelledError):
                 logger.exception("the event stream of pipeline %s failed", replica_id)
+            self._choice.forget(replica_id)  # it may be gone, and Serve not know yet
             for attempt in self._at(replica_id):
                 attempt.inbox.put_nowait(ReplicaLostError(first_line(error)))
             self._requests_at.pop(replica_id, None)
