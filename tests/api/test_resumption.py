@@ -58,7 +58,7 @@ CASES = {
     "chat of several": chat(n=3, logprobs=True, top_logprobs=2, return_token_ids=True, **USAGE_EACH),
     "chat with usage": chat(n=2, **USAGE),
     "TGI": generation(),
-    "TGI sampled": generation(do_sample=True, top_n_tokens=2),
+    "TGI sampled": generation(do_sample=True, top_n_tokens=2, min_new_tokens=6),
     "TGI with all of the text": generation("/generate_stream", return_full_text=True, temperature=0.7),
     "TGI with a stop string": generation("/generate_stream", stop=["the caf", " over"], max_new_tokens=40),
 }

@@ -36,6 +36,7 @@ from gptj_serve.model.deterministic_attention import TILE
 from gptj_serve.model.stage import GPTJStage, load_stage
 from tests.threads import torch_threads
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 HEADS = ("lm_head", "score", "qa_outputs")
 BASE = {
@@ -283,7 +284,8 @@ def test_bfloat16():
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", **os.environ}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", **os.environ, "PYTHONPATH": path}
     command = [sys.executable, __file__, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

@@ -23,6 +23,8 @@ ELSEWHERE = {
     "guidellm ": "tests/serving/clients does it",
     "python -m benchmarks.": "takes minutes; its figures are in the document",
     "python -m cluster.testbed": "needs root; `pytest -m cluster` does the same",
+    "pytest -m ": "that is another run of tests",
+    "gptj-serve bench deployments/": "takes minutes; tests/simulation measures with few shapes",
     "python -m tests.": "takes minutes to hours; `pytest -m faults` has the short form",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "tests/serving/test_proxy.py tries this hook",
     "docker build": "no image is built in tests; tests/manifests checks its file",
@@ -45,6 +47,7 @@ TESTED_IN = {
 
 SUBSTITUTIONS: dict[str, dict[str, str]] = {
     "docs/heads.md": {'"spam"': '"tone"'},
+    "docs/simulation.md": {"AzureLLMInferenceTrace_conv.csv": "requests.csv"},
     "docs/operations.md": {"10.0.0.5": "127.0.0.1"},
     "docs/profiling.md": {"10.0.0.5": "127.0.0.1", "deployments/mine.yaml": str(ROOT / "deployments" / "gptj.yaml")},
 }
