@@ -379,6 +379,7 @@ async def test_no_pipeline_is_no_problem_where_requests_start_one() -> None:
     client = ServeEngineClient(
         Asked(),  # type: ignore[arg-type]
         replicas=replicas,
+        choice=PipelineChoice(16, 1024),
         replay_timeout_s=1.0,
         counts=PipelineCounts(lambda: {"STARTING": 1}),
         may_have_none=True,

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gptj_serve.routing.choice import PipelineChoice
 from gptj_serve.serving.engine_client import ServeEngineClient
 from gptj_serve.serving.replicas import SAME_WAIT_S, Replicas
 from gptj_serve.types import EngineRequest, FinishReason, LoadEvent, ModelVersion, SamplingParams, Task, TokenEvent
@@ -37,10 +38,11 @@ class Pipelines:
         return self
 
     async def _run(
-        self, _ingress: str, encoded: bytes, *, avoid: frozenset[str] = frozenset()
+        self, _ingress: str, encoded: bytes, *, avoid: frozenset[str] = frozenset(), prefer: str = ""
     ) -> AsyncGenerator[str | bytes]:
         request = msgspec.msgpack.decode(encoded, type=EngineRequest)
-        replica_id = max(self.replicas.best(self.replicas.running - avoid))
+        best = self.replicas.best(self.replicas.running - avoid)
+        replica_id = prefer if prefer in best else max(best)
         self.taken[replica_id].append(request)
         yield replica_id
         for index in range(NUM_TOKENS):
@@ -78,6 +80,7 @@ async def run(
     client = ServeEngineClient(
         pipelines,  # type: ignore[arg-type]
         replicas=pipelines.replicas,
+        choice=PipelineChoice(16, 1024),
         replay_timeout_s=60.0,
         text_version="text",
     )
