@@ -128,7 +128,9 @@ class Scheduler:
         num_tokens = work.prompt + work.new
         seconds = self._waiting.seconds_for(work)
         tokens_per_s = num_tokens / seconds if seconds > 0 else 0.0
-        return PipelineLoad(num_tokens, tokens_per_s, self.blocks.num_used / self.blocks.num_blocks, self.num_waiting)
+        kv_share = self.blocks.num_used / self.blocks.num_blocks
+        num_running = len(self._entries) - self.num_waiting
+        return PipelineLoad(num_tokens, tokens_per_s, kv_share, self.num_waiting, num_running)
 
     @property
     def has_work(self) -> bool:
