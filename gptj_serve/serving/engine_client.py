@@ -194,7 +194,8 @@ class ServeEngineClient:
             answers = await _all_answers(self._pipelines.broadcast("status"), STATUS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
             if self._may_have_none and not self._replicas.running:
-                return [], []
+                problem = None if self._counts is None else await self._counts.problem()
+                return [], [] if problem is None else [problem]
             return [], [f"no pipeline can be asked: {first_line(error)}"]
         pipelines = [answer for answer in answers if isinstance(answer, dict)]
         errors = [answer for answer in answers if isinstance(answer, BaseException)]
