@@ -110,6 +110,10 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def waiting_request_ids(self) -> list[str]:
+        """Of those that wait for their first turn, in the order of the queue."""
+        return [entry.job.request.request_id for entry in self._waiting if not entry.was_preempted]
+
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
