@@ -73,11 +73,12 @@ class EventStreams:
         self._attempts[attempt.request_id] = attempt
 
     def took(self, replica_id: str, attempt: Attempt) -> None:
-        attempt.is_taken, attempt.is_moving = True, False
-        self._without_queue.discard(replica_id)
+        attempt.is_taken = True
         if attempt.request_id in self._attempts:  # else its last event has come before this
             self._requests_at[replica_id].add(attempt.request_id)
             self._ensure(replica_id)
+        attempt.is_moving = False
+        self._without_queue.discard(replica_id)
 
     def remove(self, attempt: Attempt) -> None:
         del self._attempts[attempt.request_id]
