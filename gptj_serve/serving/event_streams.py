@@ -148,10 +148,10 @@ class EventStreams:
         self._replicas.set_load(
             replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s, num_others=load.num_others
         )
+        self._without_queue.discard(replica_id)
         if load.is_ready:
             self._share(replica_id, load)
             return
-        self._without_queue.discard(replica_id)
         for attempt in self._at(replica_id):
             if self._answers.others(attempt.answer, replica_id):
                 attempt.inbox.put_nowait(Leaves())
@@ -165,8 +165,6 @@ class EventStreams:
         is_moving = any(attempt.is_moving for attempt in self._attempts.values())
         if load.num_waiting == 0 and load.queue_wait_s == 0 and not is_moving:
             self._without_queue.add(replica_id)
-        else:
-            self._without_queue.discard(replica_id)
         if load.queue_wait_s <= SAME_WAIT_S or not load.waiting:
             return
         for other in self._replicas.others(replica_id):
