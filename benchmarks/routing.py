@@ -169,6 +169,7 @@ class Service:
         pipeline = choice.route(request, self.engines.keys(), others).pipeline
         if pipeline is None:
             pipeline = min(self._random.sample(list(self.engines), 2), key=self._load)
+        choice.on_taken(request.request_id, pipeline)
         outcome.num_requests[pipeline] += 1
         answer: list[int] = []
         began_at = time.perf_counter()

@@ -192,7 +192,8 @@ def over_http(check: Check, model: CostModel, config: ServiceConfig) -> list[dic
 
     async def measured() -> list[dict[str, Any]]:
         rounds = [await best_round(size, stream) for size in FULL.rounds]
-        calibrated = fit_engine(model, check.limits, check.plan.num_kv_blocks, rounds)
+        plan = check.plan
+        calibrated = fit_engine(model, check.limits, plan.num_kv_blocks, plan.resources.block_size, rounds)
         console.print(
             f"over HTTP: engine_step_s {calibrated.engine_step_s * 1e6:,.0f} µs, engine_row_s "
             f"{calibrated.engine_row_s * 1e6:,.0f} µs, request_s {calibrated.request_s * 1e3:.1f} ms",

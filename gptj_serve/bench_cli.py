@@ -46,15 +46,24 @@ def bench(
         if name.endswith("_s"):
             table.add_row(name, f"{getattr(cost, name) * 1e6:,.4g}", field.description)
     console.print(table)
-    if cost.source == "measured":
-        mean, p90 = (float(cost.notes[name]) for name in ("stage_error_mean", "stage_error_p90"))
-        console.print(
-            f"{cost.notes['stage_times']} times of stages; the fit is off by {mean:.1%} on average, p90 {p90:.1%}",
-            highlight=False,
-        )
-    else:
-        console.print("An ESTIMATE, made from figures of hardware: nothing was measured.")
+    for line in remarks(cost):
+        console.print(line, highlight=False)
     console.print(f"written to {output}", highlight=False)
+
+
+def remarks(cost: "CostModel") -> list[str]:
+    """What to know before it is believed."""
+    if cost.source == "estimated":
+        return ["An ESTIMATE, made from figures of hardware: nothing was measured."]
+    notes = cost.notes
+    mean, p90 = (float(notes[name]) for name in ("stage_error_mean", "stage_error_p90"))
+    lines = [
+        f"{notes['stage_times']} times of stages; the fit is off by {mean:.1%} on average, p90 {p90:.1%}",
+        f"measured with up to {notes['max_context_tokens']:,} context tokens (rows x context) in a microbatch",
+    ]
+    if num_left_out := notes["stage_times_left_out"]:
+        lines.append(f"{num_left_out} times were left out: the KV pool is too small for so many rows x context")
+    return [*lines, "handoff_s and handoff_token_s are 0: set them by hand for stages on several hosts"]
 
 
 def _measured(config: Path | None) -> "CostModel":

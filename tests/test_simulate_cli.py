@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from gptj_serve.bench_cli import remarks
 from gptj_serve.cli import main
 from gptj_serve.simulation.cost_model import CostModel, ModelShape
 
@@ -121,6 +122,21 @@ def test_an_estimate_says_that_it_is_one(run, trace: Path):
     result = run("simulate", trace, "--cost", "a.json")
     assert "gpt-j-6b" in result.out
     assert "An ESTIMATE" in result.out
+
+
+def test_a_measured_model_says_what_was_not_measured(cost: Path):
+    notes = {"stage_times": 70, "stage_error_mean": 0.02, "stage_error_p90": 0.05, "max_context_tokens": 8224}
+    measured = CostModel.read(cost)
+    whole, part = (
+        " ".join(remarks(measured.model_copy(update={"notes": {**notes, "stage_times_left_out": count}})))
+        for count in (0, 12)
+    )
+    for text in (whole, part):
+        assert "off by 2.0% on average, p90 5.0%" in text
+        assert "up to 8,224 context tokens" in text
+        assert "handoff_s and handoff_token_s are 0: set them by hand for stages on several hosts" in text
+    assert "left out" not in whole
+    assert "12 times were left out" in part
 
 
 @pytest.mark.parametrize(

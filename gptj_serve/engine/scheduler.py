@@ -27,7 +27,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from gptj_serve.engine.admission import MakeJob, check_fits, make_job, max_blocks
 from gptj_serve.engine.backlog import NO_WORK, Work
@@ -210,12 +210,13 @@ class Scheduler:
         return min(max(-(-num_tokens // num_chunks), MIN_CHUNK_TOKENS), self.limits.max_microbatch_tokens)
 
     def _num_prompt_tokens(self, enough: int) -> int:
-        """Still to be computed; no more are counted than are enough."""
+        """Of those that don't decode: not computed yet, or in flight. No more are counted than are enough."""
         num_tokens = 0
-        for entry in (*self._running, *self._waiting):
-            num_tokens += entry.work_left.prompt
-            if num_tokens >= enough:
-                break
+        for entry in chain(self._running, self._waiting):
+            if not entry.job.is_decoding:
+                num_tokens += entry.work_left.prompt
+                if num_tokens >= enough:
+                    break
         return num_tokens
 
     def _fill_with_suspect(self, step: Step) -> None:

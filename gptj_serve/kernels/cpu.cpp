@@ -69,9 +69,9 @@ template <class Work>
 inline void share(int64_t count, int num_threads, Work work) {
     int64_t begins[MAX_PARTS];
     int64_t num_parts = 0;
-    for (int64_t begin = 0; begin < count && num_parts < MAX_PARTS; num_parts++) {
+    for (int64_t begin = 0; begin < count; num_parts++) {
         begins[num_parts] = begin;
-        begin += std::max<int64_t>(1, (count - begin) / (3 * num_threads));
+        begin += std::max(ceil_div(count, MAX_PARTS), (count - begin) / (3 * num_threads));
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t part = 0; part < num_parts; part++) {
@@ -664,9 +664,10 @@ struct Cached {
     }
 };
 
-// Threads meet three times a layer where they can: whatever one of them does alone, the others wait for, and the memory
-// too. So the MLP's way out and attention are one loop; where each row has one token, its task also rotates and keeps
-// it, as no other needs it; and what `tokens` does for few of them, every thread does for itself.
+// Whatever one thread does alone, the others wait for, and the memory too; so threads meet as seldom as they can: three
+// times a layer for a lone token. The MLP's way out and attention are one loop; what `tokens` does for few of them, every
+// thread does for itself; and a lone token's heads are rotated and kept in the tasks that then attend. With more tokens
+// that is a loop of its own: a row may read blocks that another row of the same microbatch fills.
 template <class KV>
 void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* rows, int64_t num_rows,
              const int32_t* tables, int num_threads) {
@@ -677,7 +678,7 @@ void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* row
     const Type type = static_cast<Type>(shape.layers[0].in.type);
     const auto activation = static_cast<Activation>(shape.activation);
     const int64_t block_stride = num_heads * head_dim * BLOCK;
-    const bool is_decode = num_rows == num_tokens, are_few = num_tokens <= FEW_TOKENS;
+    const bool is_alone = num_tokens == 1, are_few = num_tokens <= FEW_TOKENS;
     const int64_t num_copies = are_few ? num_threads : 1;
 
     float* x = stage.x.get<float>(num_tokens * padded);
@@ -780,7 +781,7 @@ void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* row
                 });
             });
 
-            if (!is_decode) {
+            if (!is_alone) {
 #pragma omp for schedule(static)
                 for (int64_t t = 0; t < num_tokens; t++) {
                     for (int64_t head = 0; head < num_heads; head++) keep(t, head);
@@ -801,7 +802,7 @@ void forward(Stage& stage, float* hidden, int64_t num_tokens, const GPTJRow* row
                 const Task& task = tasks[i];
                 const GPTJRow& row = rows[task.row];
                 const int64_t t = row.offset + task.first_query, head = task.head;
-                if (is_decode) keep(t, head);
+                if (is_alone) keep(t, head);
                 attender<KV>(task.num_queries)(
                     qkv + t * qkv_stride + head * head_dim, qkv_stride, cached.keys + head * head_dim * BLOCK,
                     cached.values + head * BLOCK * head_dim, tables + row.table_offset, block_stride, head_dim,

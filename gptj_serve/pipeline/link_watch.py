@@ -66,6 +66,7 @@ class LinkWatch:
         self._thread: threading.Thread | None = None
         self._unmade: set[zmq.Socket[bytes]] = set()  # of these the senders' that have not connected yet
         self._settled = threading.Event()  # all links are made, or one is cut
+        self._cut: zmq.Socket[bytes] | None = None  # the events of the link that was the first to be
 
     def add(self, socket: zmq.Socket[Any], name: str) -> None:
         """Before it is bound or connected, and before `start`; `name` says what the link is for."""
@@ -80,8 +81,12 @@ class LinkWatch:
     def wait_until_made(self) -> None:
         """Until each sender's link stands. Raises `PipelineError` if one is cut or takes longer than a link may."""
         self._settled.wait(2 * LINK_TIMEOUT_S)  # the connection's and the handshake's, each of which ends the wait
-        if self._unmade:
-            names = " and ".join(sorted(self._ends[events].name for events in self._unmade))
+        unmade = self._unmade.copy()  # the thread may be at it
+        if self._cut is not None:
+            how = "could not be made" if self._cut in unmade else "was cut"
+            raise PipelineError(f"the link for {self._ends[self._cut].name} {how}")
+        if unmade:
+            names = " and ".join(sorted(self._ends[events].name for events in unmade))
             raise PipelineError(f"the link for {names} could not be made")
 
     def start(self) -> None:
@@ -102,7 +107,6 @@ class LinkWatch:
         poller = zmq.Poller()
         for events in self._ends:
             poller.register(events, zmq.POLLIN)
-        is_told = False
         while True:
             for events, _ in poller.poll():
                 event, value = struct.unpack("=hi", events.recv_multipart()[0])
@@ -113,7 +117,7 @@ class LinkWatch:
                     self._unmade.discard(events)
                     if not self._unmade:
                         self._settled.set()
-                if end.is_cut_by(event, value) and not is_told:
-                    is_told = True
+                if end.is_cut_by(event, value) and self._cut is None:
+                    self._cut = events
                     self._settled.set()
                     self._on_cut(PipelineError(f"the link for {end.name} was cut"))

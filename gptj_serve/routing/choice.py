@@ -4,7 +4,8 @@ Among the pipelines that could take it (ready, and with the shortest queues: tha
 
 1. None is chosen that has its share already. Its share is `MAX_SHARE` times the mean of all of them, rounded up, with
    this request counted in: consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018). So no common
-   beginning and no busy session floods one pipeline while others idle.
+   beginning and no busy session floods one pipeline while others idle. It is `MIN_SHARE` at least, and no more as
+   long as any of them has nothing to do: else three of four could take all, and one that has just come got nothing.
 2. A request of a session goes to the first of the rest in the session's own order, which is a hash of session and
    pipeline (rendezvous hashing, Thaler and Ravishankar 1998). All ingresses find the same order without talking, and
    where a pipeline leaves, only its own sessions move.
@@ -33,6 +34,10 @@ MAX_SHARE = 1.5
 """Of the mean number of requests, what one pipeline may have before others are taken instead. With 1.25 more requests
 leave their prefixes, and first tokens come later; with 2 nothing is gained but a busier pipeline (docs/routing.md)."""
 
+MIN_SHARE = 4
+"""Requests that a pipeline may have in any case. Where little is to be done the mean of all is about none, and a single
+small request would keep sessions and conversations from what is cached for them."""
+
 
 class RoutedBy(StrEnum):
     """Why a request goes where it goes."""
@@ -56,7 +61,7 @@ class _Visit:
     keys: list[BlockKey]  # of the blocks that it could take over; empty if none
     pipeline: str | None = None  # as far as it is known
     num_tokens_due: int = 0
-    has_begun: bool = False
+    has_begun: bool = False  # its prompt is computed there
 
 
 class PipelineChoice:
@@ -76,7 +81,7 @@ class PipelineChoice:
     ) -> Route:
         """Where `request` should go, one of `pipelines`; `num_others` says how many requests others have at each.
 
-        From now on it counts there, or where its first event comes from, until `ended`.
+        From now on it counts there, or where it is taken instead, until `ended`.
         """
         token_ids = [*request.prompt_token_ids, *request.output_token_ids, *request.continuation_token_ids]
         block_keys = BlockKeys(self._block_size, request.cache_salt)
@@ -90,28 +95,45 @@ class PipelineChoice:
             self._enter(visit, route.pipeline)
         return route
 
-    def on_event(self, request_id: str, pipeline: str) -> None:
-        """Its pipeline, perhaps not the preferred one, has sent something of it: so its prompt is computed."""
+    def on_taken(self, request_id: str, pipeline: str) -> None:
+        """It is there now, at the preferred one or not. Of one that has ended nothing is heard."""
         visit = self._visits.get(request_id)
-        if visit is None or (visit.has_begun and visit.pipeline == pipeline):
-            return
-        if visit.pipeline != pipeline:
+        if visit is not None and visit.pipeline != pipeline:
             self._leave(visit)
             self._enter(visit, pipeline)
+
+    def on_event(self, request_id: str, pipeline: str) -> None:
+        """Its pipeline has sent something of it: so its prompt is computed."""
+        self.on_taken(request_id, pipeline)  # the call that says so may be slower
+        visit = self._visits.get(request_id)
+        if visit is None or visit.has_begun:
+            return
         self._num_tokens_due[pipeline] -= visit.num_tokens_due
         visit.num_tokens_due, visit.has_begun = 0, True
+        self._prefixes.add(pipeline, visit.keys)  # since it came there they may have been lost
 
     def ended(self, request_id: str, output_token_ids: Sequence[int] = ()) -> None:
-        """It is there no longer. What was generated there is cached there too, but for the last token."""
+        """It is there no longer. What was generated there is cached there too, but for the last token.
+
+        Unless the blocks were lost, and nothing has come of it since.
+        """
         visit = self._visits.pop(request_id)
         self._leave(visit)
-        if self._is_prefix_aware and visit.pipeline is not None and output_token_ids:
+        if self._is_prefix_aware and visit.pipeline is not None and visit.has_begun and output_token_ids:
             token_ids = [*visit.token_ids, *output_token_ids]
             keys = visit.block_keys.of(token_ids, (len(token_ids) - 1) // self._block_size)
             self._prefixes.add(visit.pipeline, keys)
 
+    def forget(self, pipeline: str) -> None:
+        """It has lost its KV blocks. What stays there is computed again, from its first token."""
+        self._prefixes.forget(pipeline)
+        for visit in self._visits.values():
+            if visit.pipeline == pipeline:
+                self._num_tokens_due[pipeline] += len(visit.token_ids) - visit.num_tokens_due
+                visit.num_tokens_due, visit.has_begun = len(visit.token_ids), False
+
     def keep_only(self, pipelines: Collection[str]) -> None:
-        """Others are gone or have lost their KV blocks: forget what they held."""
+        """Others are gone: forget what they held."""
         self._prefixes.keep_only(pipelines)
 
     def num_requests(self, pipeline: str) -> int:
@@ -126,7 +148,9 @@ class PipelineChoice:
         self, session_id: str, visit: _Visit, pipelines: Collection[str], num_others: Mapping[str, int]
     ) -> Route:
         loads = {pipeline: self._num_requests[pipeline] + num_others.get(pipeline, 0) for pipeline in pipelines}
-        limit = math.ceil(MAX_SHARE * (sum(loads.values()) + 1) / len(loads))
+        limit = MIN_SHARE
+        if min(loads.values()) > 0:
+            limit = max(limit, math.ceil(MAX_SHARE * (sum(loads.values()) + 1) / len(loads)))
         free = [pipeline for pipeline in pipelines if loads[pipeline] < limit]  # that with the fewest is among them
         if session_id:
             return Route(RoutedBy.SESSION, max(free, key=lambda pipeline: rendezvous_weight(session_id, pipeline)))
@@ -141,7 +165,7 @@ class PipelineChoice:
         return self._prefixes.num_cached(pipeline, visit.keys) * self._block_size
 
     def _enter(self, visit: _Visit, pipeline: str) -> None:
-        visit.pipeline = pipeline
+        visit.pipeline, visit.has_begun = pipeline, False
         visit.num_tokens_due = len(visit.token_ids) - self._num_cached(visit, pipeline)
         self._num_requests[pipeline] += 1
         self._num_tokens_due[pipeline] += visit.num_tokens_due

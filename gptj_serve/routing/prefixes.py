@@ -45,7 +45,11 @@ class CachedPrefixes:
             num_cached += 1
         return num_cached
 
+    def forget(self, pipeline: str) -> None:
+        """It has lost its KV blocks, with a stage."""
+        self._keys.pop(pipeline, None)
+
     def keep_only(self, pipelines: Iterable[str]) -> None:
-        """Forget all others: they are gone, or have lost their KV blocks with a stage."""
+        """Forget all others: they are gone."""
         for pipeline in self._keys.keys() - pipelines:
             del self._keys[pipeline]

@@ -218,7 +218,7 @@ class ServeEngineClient:
     def _route(self, request: EngineRequest, avoid: frozenset[str]) -> str | None:
         """The replica to prefer for it, if any."""
         replicas = self._replicas
-        self._choice.keep_only(replicas.running - replicas.recovering)
+        self._choice.keep_only(replicas.running)
         route = self._choice.route(request, replicas.best(replicas.running - avoid), replicas.num_others)
         self._on_route(route.routed_by)
         return route.pipeline

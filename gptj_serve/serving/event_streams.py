@@ -76,6 +76,7 @@ class EventStreams:
         attempt.is_taken = True
         if attempt.request_id in self._attempts:  # else its last event has come before this
             self._requests_at[replica_id].add(attempt.request_id)
+            self._choice.on_taken(attempt.request_id, replica_id)
             self._ensure(replica_id)
         attempt.is_moving = False
         self._without_queue.discard(replica_id)
@@ -152,6 +153,7 @@ class EventStreams:
         if load.is_ready:
             self._share(replica_id, load)
             return
+        self._choice.forget(replica_id)
         for attempt in self._at(replica_id):
             if self._answers.others(attempt.answer, replica_id):
                 attempt.inbox.put_nowait(Leaves())
@@ -208,6 +210,7 @@ class EventStreams:
         except (Exception, asyncio.CancelledError) as error:
             if not isinstance(error, RayError | RayServeException | TimeoutError | asyncio.CancelledError):
                 logger.exception("the event stream of pipeline %s failed", replica_id)
+            self._choice.forget(replica_id)  # it may be gone, and Serve not know yet
             for attempt in self._at(replica_id):
                 attempt.inbox.put_nowait(ReplicaLostError(first_line(error)))
             self._requests_at.pop(replica_id, None)

@@ -4,7 +4,7 @@ import asyncio
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ from gptj_serve.errors import ConfigError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.partition import head_cost
-from gptj_serve.pipeline.stage_runner import StageRunner
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
 from gptj_serve.planner import Plan, plan_service
 from gptj_serve.profiling.load import PlannedRequest
 from gptj_serve.profiling.session import stage_specs
@@ -33,7 +33,7 @@ from gptj_serve.types import TokenEvent
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of what is measured. Shapes that don't fit the model or its KV pool are left out."""
+    """Of what is measured, as far as it fits the model and its KV pool."""
 
     rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128)  # that decode
     contexts: Sequence[int] = (16, 128, 512, 1536)  # of these
@@ -58,11 +58,15 @@ def calibrate(config: ServiceConfig, sizes: Sizes = FULL) -> CostModel:
     plan = plan_service(pipeline, checkpoint)
     torch.set_num_threads(pipeline.stage.num_threads or max(1, torch.get_num_threads() // pipeline.num_stages))
     runners = [StageRunner.load(checkpoint, spec) for spec in stage_specs(pipeline, plan, num_token_ids)]
-    times = [time for runner in runners for time in stage_times(runner, checkpoint.config.n_positions, sizes)]
+    shapes = microbatch_shapes(checkpoint.config.n_positions, sizes)
+    times = [time for runner in runners for time in stage_times(runner, shapes, sizes.repeats)]
+    num_left_out = len(runners) * len(shapes) - len(times)
     if pipeline.num_stages > 1:  # other numbers of layers tell what a layer costs
         alone = pipeline.model_copy(update={"num_stages": 1})
         (spec,) = stage_specs(alone, plan_service(alone, checkpoint), num_token_ids)
-        times += stage_times(StageRunner.load(checkpoint, spec), checkpoint.config.n_positions, sizes)
+        more = list(stage_times(StageRunner.load(checkpoint, spec), shapes, sizes.repeats))
+        num_left_out += len(shapes) - len(more)
+        times += more
     shape = ModelShape(
         name=config.served_name,
         num_layers=checkpoint.config.n_layer,
@@ -73,7 +77,7 @@ def calibrate(config: ServiceConfig, sizes: Sizes = FULL) -> CostModel:
     errors = np.abs(stage_errors(cost, times))
     limits = _limits(config, checkpoint)
     rounds = asyncio.run(_rounds(runners, limits, plan, num_token_ids, sizes))
-    cost = fit_engine(cost, limits, plan.num_kv_blocks, rounds)
+    cost = fit_engine(cost, limits, plan.num_kv_blocks, plan.resources.block_size, rounds)
     notes: dict[str, str | int | float] = {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -81,6 +85,8 @@ def calibrate(config: ServiceConfig, sizes: Sizes = FULL) -> CostModel:
         "dtype": plan.resources.dtype,
         "num_stages": pipeline.num_stages,
         "stage_times": len(times),
+        "stage_times_left_out": num_left_out,
+        "max_context_tokens": max(time.shape.num_context_tokens for time in times),
         "stage_error_mean": float(errors.mean()),
         "stage_error_p90": float(np.percentile(errors, 90)),
     }
@@ -102,18 +108,33 @@ def _limits(config: ServiceConfig, checkpoint: Checkpoint) -> SchedulerLimits:
 # ------------------------------------------------------------------------------------------------ stages
 
 
-def stage_times(runner: StageRunner, max_tokens: int, sizes: Sizes) -> Iterator[StageTime]:
-    """Over a grid of shapes: rows that decode over contexts, chunks of prompts, and both.
+Spans = list[tuple[int, int]]
+"""Of each row of a microbatch: how many tokens its sequence has, and how many more are computed."""
+
+
+def microbatch_shapes(max_tokens: int, sizes: Sizes) -> list[Spans]:
+    """A grid: rows that decode over contexts, chunks of prompts, and both."""
+    decode = [[(context, 1)] * rows for rows in sizes.rows for context in sizes.contexts if context < max_tokens]
+    chunks = [[(start, size)] for size in sizes.chunks for start in (0, max_tokens // 2) if start + size <= max_tokens]
+    mixed = [[(128, 1)] * 16 + [(0, size)] for size in sizes.chunks if max(128, size) < max_tokens]
+    return decode + chunks + mixed
+
+
+def stage_times(runner: StageRunner, shapes: Iterable[Spans], repeats: int) -> Iterator[StageTime]:
+    """Of each shape that the KV pool has room for.
 
     Each is the fastest of several: whatever else a machine does only adds.
     """
     stage = runner.stage
     microbatch_id = 0
-    for rows in _grid(runner, max_tokens, sizes):
+    for spans in shapes:
+        rows = _rows(spans, runner.spec)
+        if rows is None:
+            continue
         shape = shape_of(rows)
         hidden = None if stage.is_first else torch.randn(shape.num_tokens, stage.config.n_embd, dtype=runner.spec.dtype)
         seconds = []
-        for _ in range(1 + sizes.repeats):  # the first to warm up
+        for _ in range(1 + repeats):  # the first to warm up
             began_at = time.perf_counter()
             runner.run(MicroBatch(microbatch_id, rows), hidden)
             runner.synchronize()
@@ -123,19 +144,16 @@ def stage_times(runner: StageRunner, max_tokens: int, sizes: Sizes) -> Iterator[
     runner.restart()
 
 
-def _grid(runner: StageRunner, max_tokens: int, sizes: Sizes) -> Iterator[list[Row]]:
-    decode = [[(context, 1)] * rows for rows in sizes.rows for context in sizes.contexts if context < max_tokens]
-    chunks = [[(start, size)] for size in sizes.chunks for start in (0, max_tokens // 2) if start + size <= max_tokens]
-    mixed = [[(128, 1)] * 16 + [(0, size)] for size in sizes.chunks if max(128, size) < max_tokens]
-    spec = runner.spec
-    for spans in decode + chunks + mixed:
-        needed = [-(-(start + size) // spec.block_size) for start, size in spans]
-        if sum(needed) <= spec.num_kv_blocks:
-            ends = np.cumsum(needed).tolist()
-            yield [
-                Row([1 + index % 100] * size, start, list(range(end - count, end)), samples=[SampleSpec()])
-                for index, ((start, size), count, end) in enumerate(zip(spans, needed, ends, strict=True))
-            ]
+def _rows(spans: Spans, spec: StageSpec) -> list[Row] | None:
+    """Each with KV blocks of its own; None if there are too few."""
+    needed = [-(-(start + size) // spec.block_size) for start, size in spans]
+    if sum(needed) > spec.num_kv_blocks:
+        return None
+    ends = np.cumsum(needed).tolist()
+    return [
+        Row([1 + index % 100] * size, start, list(range(end - count, end)), samples=[SampleSpec()])
+        for index, ((start, size), count, end) in enumerate(zip(spans, needed, ends, strict=True))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ an engine

@@ -6,6 +6,7 @@ from typing import cast
 
 from gptj_serve.engine.step import Entry
 from gptj_serve.simulation.simulated_job import SimulatedGeneration
+from gptj_serve.simulation.step_shape import StepShape
 
 End = tuple[int, tuple[int, int], Entry]
 """After which step of the cohort a sequence ends; its rank; the sequence."""
@@ -31,6 +32,11 @@ class Cohort:
         self.phases: list[list[Entry]] = [[] for _ in range(block_size)]
         self.parts: list[tuple[float, int]] = []  # when its sequences got their last token, and how many then
         self.last_s = 0.0  # of its last step
+
+    @property
+    def shape(self) -> StepShape:
+        """Of a microbatch of its sequences alone: each computes one token, which attends to all that it has."""
+        return StepShape(self.num_rows, self.num_rows, self.num_tokens, self.num_tokens, self.num_rows)
 
     def join(self, entry: Entry, num_tokens: int, num_left: int, last_s: float) -> None:
         """A sequence of so many tokens, the last at `last_s`, which has so many more to make.

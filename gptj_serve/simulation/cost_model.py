@@ -2,16 +2,17 @@
 
 The time of a microbatch on a stage with L layers is
 
-    stage_s + L * (weights_s + token_s * max(0, tokens - free_tokens) + row_s * rows + pair_s * pairs)
+    stage_s + L * (weights_s + token_s * max(0, tokens - free_tokens)
+                   + row_s * rows + context_s * context + pair_s * pairs)
 
-and on the last stage also `head_s + sample_s * samples`. Tokens are those computed, over all rows; pairs are of such a
-token and one that it attends to. `weights_s` is what it takes to read a layer's weights: so many tokens as
-`free_tokens` are computed meanwhile, which makes it a roofline. Between stages lies `handoff_s + handoff_token_s *
-tokens`. The engine, which does one thing at a time, takes `engine_step_s + engine_row_s * rows` between a microbatch's
-end and the next one's start. `request_s` lies between a client and the engine, and is part of the first token's time.
+and on the last stage also `head_s + sample_s * samples`. Tokens are those computed, over all rows. Context are those
+whose KV is read for them, once a row; pairs are of a computed token and one that it attends to. `weights_s` is what it
+takes to read a layer's weights: so many tokens as `free_tokens` are computed meanwhile, which makes it a roofline.
+Between stages lies `handoff_s + handoff_token_s * tokens`. The engine, which does one thing at a time, takes
+`engine_step_s + engine_row_s * rows` between a microbatch's end and the next one's start. `request_s` lies between a
+client and the engine, and is part of the first token's time.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,7 +48,8 @@ class CostModel(_Part):
     token_s: Seconds = Field(0.0, description="A layer, each token beyond free_tokens.")
     free_tokens: NonNegativeFloat = Field(0.0, description="Tokens that are computed while the weights are read.")
     row_s: Seconds = Field(0.0, description="A layer, each row: attention's own cost for a sequence.")
-    pair_s: Seconds = Field(0.0, description="A layer, each pair of a token and one that it attends to.")
+    context_s: Seconds = Field(0.0, description="A layer, each token of each row's context: reading its KV.")
+    pair_s: Seconds = Field(0.0, description="A layer, each pair of a token and one that it attends to: arithmetic.")
     head_s: Seconds = Field(0.0, description="The last stage, each microbatch: the LM head's weights.")
     sample_s: Seconds = Field(0.0, description="The last stage, each sampled token.")
     handoff_s: Seconds = Field(0.0, description="From a stage to the next, each microbatch.")
@@ -86,12 +88,13 @@ class PipelineCost:
         self.engine_step_s, self.engine_row_s = cost.engine_step_s, cost.engine_row_s
         self.handoff_s, self.handoff_token_s = cost.handoff_s, cost.handoff_token_s
         self._free_tokens = cost.free_tokens
-        # Of each stage: fixed, token beyond free_tokens, row, pair, sample
+        # Of each stage: fixed, token beyond free_tokens, row, context, pair, sample
         self._stages = [
             (
                 cost.stage_s + layers * cost.weights_s + cost.head_s * (index == self.num_stages - 1),
                 layers * cost.token_s,
                 layers * cost.row_s,
+                layers * cost.context_s,
                 layers * cost.pair_s,
                 cost.sample_s * (index == self.num_stages - 1),
             )
@@ -99,11 +102,11 @@ class PipelineCost:
         ]
 
     def stage_times_s(self, shape: StepShape) -> list[float]:
-        num_rows, num_tokens, num_pairs, num_samples = shape
+        num_rows, num_tokens, num_context, num_pairs, num_samples = shape
         beyond = num_tokens - self._free_tokens if num_tokens > self._free_tokens else 0.0
         return [
-            fixed + token * beyond + row * num_rows + pair * num_pairs + sample * num_samples
-            for fixed, token, row, pair, sample in self._stages
+            fixed + token * beyond + row * num_rows + context * num_context + pair * num_pairs + sample * num_samples
+            for fixed, token, row, context, pair, sample in self._stages
         ]
 
     def handoff_time_s(self, shape: StepShape) -> float:
@@ -111,7 +114,3 @@ class PipelineCost:
 
     def engine_time_s(self, shape: StepShape) -> float:
         return self.engine_step_s + self.engine_row_s * shape.num_rows
-
-
-def relative_error(predicted: float, measured: float) -> float:
-    return (predicted - measured) / measured if measured else math.nan

@@ -16,8 +16,9 @@ LINK_BYTES_S = 1e9
 
 
 def estimate(model: Model, name: str, dtype: str, bandwidth_bytes_s: float, operations_s: float) -> CostModel:
-    """A roofline: a layer's weights are read once a microbatch, KV once a row, and two operations done for each weight
-    and token. Both rates are what is reached, not what a data sheet has: some 70 % and 50 % of that."""
+    """A roofline: a layer's weights are read once a microbatch, KV once a row; two operations are done for each weight
+    and token, and four for each pair of tokens and each of the hidden state's numbers. Both rates are what is reached,
+    not what a data sheet has: some 70 % and 50 % of that."""
     if bandwidth_bytes_s <= 0 or operations_s <= 0:
         raise ConfigError("bandwidth and operations per second must be above 0")
     config = model.config
@@ -40,7 +41,8 @@ def estimate(model: Model, name: str, dtype: str, bandwidth_bytes_s: float, oper
         weights_s=weights_s,
         token_s=token_s,
         free_tokens=weights_s / token_s,
-        pair_s=kv_bytes / bandwidth_bytes_s,
+        context_s=kv_bytes / bandwidth_bytes_s,
+        pair_s=4 * config.n_embd / operations_s,
         head_s=head_weights * width / bandwidth_bytes_s,
         sample_s=2 * head_weights / operations_s,
         handoff_s=HANDOFF_S,

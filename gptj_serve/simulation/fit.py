@@ -17,7 +17,7 @@ from gptj_serve.simulation.steady_rows import SteadyRows
 from gptj_serve.simulation.step_shape import StepShape
 
 FREE_TOKENS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
-_STAGE_FIELDS = ("stage_s", "weights_s", "token_s", "row_s", "pair_s", "head_s", "sample_s")
+_STAGE_FIELDS = ("stage_s", "weights_s", "token_s", "row_s", "context_s", "pair_s", "head_s", "sample_s")
 
 
 class StageTime(NamedTuple):
@@ -54,8 +54,8 @@ def stage_errors(cost: CostModel, times: Sequence[StageTime]) -> NDArray[np.floa
 def _features(time: StageTime, free_tokens: float) -> list[float]:
     shape, layers = time.shape, time.num_layers
     beyond = max(0.0, shape.num_tokens - free_tokens)
-    per_layer = [layers, layers * beyond, layers * shape.num_rows, layers * shape.num_pairs]
-    return [1.0, *per_layer, float(time.is_last), time.is_last * shape.num_samples]
+    per_layer = [1.0, beyond, shape.num_rows, shape.num_context_tokens, shape.num_pairs]
+    return [1.0, *(layers * value for value in per_layer), float(time.is_last), time.is_last * shape.num_samples]
 
 
 def non_negative_least_squares(rows: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -89,25 +89,28 @@ class Round(NamedTuple):
     first_token_s: float  # median
 
 
-def fit_engine(cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, rounds: Sequence[Round]) -> CostModel:
+def fit_engine(
+    cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, block_size: int, rounds: Sequence[Round]
+) -> CostModel:
     """With `engine_step_s`, `engine_row_s` and `request_s` under which the simulation gives these rounds best.
 
     Whatever the stages' coefficients don't explain goes there: the engine's own work, but also that stages, engine and
     client share a machine's cores.
     """
-
     single = min(rounds, key=lambda measured: measured.num_requests)
 
+    def simulated(candidate: CostModel, asked: Round) -> Round:
+        return simulate_round(candidate, limits, num_kv_blocks, block_size, asked)
+
     def with_request_s(candidate: CostModel) -> CostModel:
-        alone = simulate_round(candidate.model_copy(update={"request_s": 0.0}), limits, num_kv_blocks, single)
+        alone = simulated(candidate.model_copy(update={"request_s": 0.0}), single)
         return candidate.model_copy(update={"request_s": max(0.0, single.first_token_s - alone.first_token_s)})
 
     def error(candidate: CostModel) -> float:
         candidate = with_request_s(candidate)
-        found = (simulate_round(candidate, limits, num_kv_blocks, measured) for measured in rounds)
+        found = (simulated(candidate, measured) for measured in rounds)
         return sum(
-            math.log(simulated.tokens_per_s / measured.tokens_per_s) ** 2
-            for simulated, measured in zip(found, rounds, strict=True)
+            math.log(one.tokens_per_s / measured.tokens_per_s) ** 2 for one, measured in zip(found, rounds, strict=True)
         )
 
     cost = cost.model_copy(update={"engine_step_s": 2e-4, "engine_row_s": 2e-5})
@@ -130,10 +133,12 @@ def _descend(cost: CostModel, fields: Sequence[str], error: Callable[[CostModel]
     return cost
 
 
-def simulate_round(cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, asked: Round) -> Round:
+def simulate_round(
+    cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, block_size: int, asked: Round
+) -> Round:
     outcomes = Outcomes(asked.num_requests)
     pipeline = SimulatedPipeline(
-        lambda clock: SteadyRows(limits, KVBlocks(num_kv_blocks, 16), outcomes, clock),
+        lambda clock: SteadyRows(limits, KVBlocks(num_kv_blocks, block_size), outcomes, clock),
         cost.pipeline(limits.num_stages),
         limits.num_stages,
     )

@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from itertools import chain
 
 BINS_PER_OCTAVE = 64
 """Times between tokens are counted in bins 1.1 % wide: hundreds of millions of them would not fit otherwise."""
@@ -49,6 +50,11 @@ class Outcomes:
 
     def on_refused(self, index: int) -> None:
         self.num_refused += 1
+
+    @property
+    def end_s(self) -> float:
+        """Of the last token, or of the last arrival if that was refused later than any token came."""
+        return max((time_s for time_s in chain(self.arrived_s, self.last_s) if time_s == time_s), default=0.0)
 
     def gap_percentile(self, share: float) -> float:
         """The middle of the bin that it is in; 0 of nothing."""

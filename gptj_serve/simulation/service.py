@@ -101,18 +101,21 @@ class SimulatedService:
 
     def _run_down(self, next_tick_s: float, moment_period_s: float) -> None:
         """Until all that was begun has ended."""
-        end_s = next_moment_s = next_tick_s
-        while any(replica.rows.has_work for replica in self._alive) or self._homeless:
-            end_s = next_tick_s
-            self._tick(next_tick_s)
+        next_moment_s = next_tick_s
+        while True:
             for replica in self._alive:
                 replica.pipeline.advance(next_tick_s)
+            if not self._homeless and not any(replica.rows.has_work for replica in self._alive):
+                break
+            self._tick(next_tick_s)
             if next_tick_s >= next_moment_s:
                 self._note_moment(next_tick_s)
                 next_moment_s = next_tick_s + moment_period_s
             next_tick_s += TELL_PERIOD_S
-        for replica in self._alive:
+        end_s = self._outcomes.end_s
+        for replica in [*self._starting, *self._alive]:
             self._end(replica, end_s)
+        self._note_moment(end_s)
         self._result.duration_s = end_s
 
     @property

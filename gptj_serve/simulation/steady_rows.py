@@ -61,11 +61,12 @@ class SteadyRows(Scheduler):
             return shape_of(step.rows)
         num_rows = cohort.num_rows
         if not step.rows:
-            return StepShape(num_rows, num_rows, cohort.num_tokens, num_rows)
+            return cohort.shape
         others = shape_of(step.rows)
         return StepShape(
             num_rows + others.num_rows,
             num_rows + others.num_tokens,
+            cohort.num_tokens + others.num_context_tokens,
             cohort.num_tokens + others.num_pairs,
             num_rows + others.num_samples,
         )
@@ -97,7 +98,7 @@ class SteadyRows(Scheduler):
         Then nothing is saturated either, and the queue's rate of work does not change.
         """
         microbatch_id, step = next(iter(self._in_flight.items()))
-        cohort = step.cohort  # type: ignore[attr-defined]
+        cohort: Cohort | None = step.cohort  # type: ignore[attr-defined]
         if cohort is None or step.rows or self._running or self._ready or len(self._waiting):
             return None
         num_rows = cohort.num_rows
@@ -119,7 +120,7 @@ class SteadyRows(Scheduler):
         del self._in_flight[microbatch_id]
         self._in_flight[self._next_microbatch_id] = step
         self._next_microbatch_id += 1
-        return StepShape(num_rows, num_rows, cohort.num_tokens, num_rows)
+        return cohort.shape
 
     def refuse_late(self) -> bool:
         failures = self.take_failures()
@@ -161,9 +162,6 @@ class SteadyRows(Scheduler):
         for cohort in (*self._ready, *self._cohorts_in_flight()):
             work = work.plus(Work(cohort.num_rows, cohort.num_left))
         return work
-
-    def _num_prompt_tokens(self, enough: int) -> int:
-        return self._num_steady + super()._num_prompt_tokens(enough)  # the last token of each is not computed yet
 
     def _num_blocks_to_give(self) -> int:
         return super()._num_blocks_to_give() - sum(len(cohort.in_need_of_a_block()) for cohort in self._ready)

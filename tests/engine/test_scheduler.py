@@ -101,6 +101,16 @@ def test_prompts_are_cut_so_that_all_stages_have_some(num_stages: int, sizes: li
     assert chunks == sizes
 
 
+def test_a_prompt_is_cut_by_its_own_tokens_and_not_by_those_who_decode():
+    scheduler, _ = decoding_scheduler(
+        80, num_stages=2, num_blocks=600, max_num_sequences=100, max_microbatch_tokens=512, max_sequence_tokens=1000
+    )
+    scheduler.add(head_request("long", Task.CLASSIFY, [1] * 800))
+    for _ in range(2):
+        sizes = [len(row.token_ids) for row in scheduled(scheduler).rows]
+        assert sizes == [1] * 40 + [200]  # in flight it still counts
+
+
 def test_many_prompts_are_cut_by_the_token_budget_alone():
     scheduler = make_scheduler(num_stages=2, num_blocks=600, max_microbatch_tokens=256, max_sequence_tokens=2000)
     scheduler.add(head_request("a", Task.CLASSIFY, [1] * 2000))

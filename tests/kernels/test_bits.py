@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gptj_serve.kernels.cpu_layers import CPULayers
 from gptj_serve.kernels.weights import OperandType, PackedLinear
 from tests.kernels.packed import (
+    BLOCK_SIZE,
     Inputs,
     alone,
     config_of,
@@ -28,6 +29,7 @@ from tests.threads import torch_threads
 CONFIGS = {
     "even": {"n_embd": 64, "n_head": 2, "rotary_dim": 16},
     "odd": {"n_embd": 102, "n_head": 3, "rotary_dim": 10, "n_inner": 77},
+    "many heads": {"n_embd": 512, "n_head": 32, "rotary_dim": 8},
     "one head": {"n_embd": 80, "n_head": 1, "n_inner": 300, "activation_function": "silu"},
 }
 NUM_LAYERS = 3
@@ -91,6 +93,22 @@ def test_chunks_of_every_length(operand_type: OperandType) -> None:
     for length in range(1, 35):
         schedule = [[(0, min(length, 70 - start))] for start in range(0, 70, length)]
         assert_same_bits(run(layers, [sequence], schedule), [expected])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_token_of_one_row_ends_a_block_that_another_reads(
+    operand_type: OperandType, num_threads: int, order: tuple[int, int]
+) -> None:
+    """In the same microbatch, in which each row has one token."""
+    layers = chain("many heads", operand_type, torch.float32, ())
+    hidden = torch.randn(BLOCK_SIZE + 1, 512, generator=torch.Generator().manual_seed(0))
+    sequences = [Inputs(hidden[:BLOCK_SIZE]), Inputs(hidden, parent=0, num_shared=BLOCK_SIZE)]
+    expected = alone(layers, sequences)
+    schedule = [[(0, BLOCK_SIZE - 1)], [(index, 1) for index in order]]
+    with torch_threads(num_threads):
+        for _ in range(5):
+            assert_same_bits(run(layers, sequences, schedule), expected)
 
 
 def test_many_rows_at_once(operand_type: OperandType) -> None:

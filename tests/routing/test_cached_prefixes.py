@@ -43,6 +43,9 @@ def test_those_that_are_gone_are_forgotten() -> None:
     prefixes = CachedPrefixes(10)
     for pipeline in "xyz":
         prefixes.add(pipeline, keys_of("abc"))
+    prefixes.forget("z")
+    prefixes.forget("unknown")
+    assert [prefixes.num_cached(pipeline, keys_of("abc")) for pipeline in "xyz"] == [3, 3, 0]
     prefixes.keep_only({"y", "new"})
     assert [prefixes.num_cached(pipeline, keys_of("abc")) for pipeline in "xyz"] == [0, 3, 0]
 

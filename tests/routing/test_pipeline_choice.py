@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptj_serve.engine.admission import make_job
-from gptj_serve.routing.choice import MAX_SHARE, PipelineChoice, Route, RoutedBy, num_reusable_tokens
+from gptj_serve.routing.choice import MAX_SHARE, MIN_SHARE, PipelineChoice, Route, RoutedBy, num_reusable_tokens
 from gptj_serve.types import EngineRequest, Pooling, SamplingParams, Task
 
 BLOCK_SIZE = 16
@@ -118,12 +119,68 @@ def test_a_request_counts_where_it_is() -> None:
     assert known.route(request([*SYSTEM, 1, 2, 3, *[5] * 20]), "ab").pipeline == "b"
 
 
-def test_what_is_gone_or_lost_its_blocks_is_not_preferred() -> None:
+def test_what_is_on_its_way_by_load_counts_once_it_is_taken() -> None:
+    """A burst with a beginning that nobody knew: before any of it is answered, more of it is sent where that is."""
+    known = choice()
+    burst = [request([*SYSTEM, number]) for number in range(3)]
+    for one in burst:
+        assert known.route(one, "abc") == Route(RoutedBy.LOAD)
+    for one, pipeline in zip(burst, "aab", strict=True):
+        known.on_taken(one.request_id, pipeline)
+    assert [known.num_requests(pipeline) for pipeline in "abc"] == [2, 1, 0]
+    assert [known.num_tokens_due(pipeline) for pipeline in "abc"] == [len(SYSTEM) + 2, len(SYSTEM) + 1, 0]
+    more = request([*SYSTEM, 9])
+    assert known.route(more, "ab") == Route(RoutedBy.PREFIX, "b")
+    known.on_taken(more.request_id, "b")  # as it was to be
+    assert (known.num_requests("b"), known.num_tokens_due("b")) == (2, len(SYSTEM) + 2)
+    known.on_event(more.request_id, "b")
+    known.on_taken(more.request_id, "b")  # the event was faster
+    assert (known.num_requests("b"), known.num_tokens_due("b")) == (2, len(SYSTEM) + 1)
+    for one in [*burst, more]:
+        known.ended(one.request_id)
+        known.on_taken(one.request_id, "a")  # too late to count
+    assert [(known.num_requests(name), known.num_tokens_due(name)) for name in "ab"] == [(0, 0), (0, 0)]
+
+
+def test_a_request_that_is_not_taken_where_it_was_to_go_counts_where_it_is() -> None:
+    known = choice()
+    serve(known, request(SYSTEM), "a")
+    asked = request([*SYSTEM, 1])
+    assert known.route(asked, "ab").pipeline == "a"
+    known.on_taken(asked.request_id, "b")
+    assert [(known.num_requests(name), known.num_tokens_due(name)) for name in "ab"] == [(0, 0), (1, len(SYSTEM) + 1)]
+
+
+def test_what_is_gone_is_not_preferred() -> None:
     known = choice()
     serve(known, request(SYSTEM), "a")
     assert known.route(request(SYSTEM), "bc") == Route(RoutedBy.LOAD)
     known.keep_only({"b", "c"})
     assert known.route(request(SYSTEM), "abc") == Route(RoutedBy.LOAD)
+
+
+def test_what_lost_its_blocks_holds_what_it_has_computed_since() -> None:
+    """Of three requests one leaves it, one is computed there again, one has not come there yet."""
+    known = choice()
+    leaving, staying, coming = request([*SYSTEM, 1]), request([6] * 100), request([7] * 100)
+    for one in (leaving, staying):
+        known.route(one, "a")
+        known.on_event(one.request_id, "a")
+    known.route(coming, "a")
+    known.on_taken(coming.request_id, "a")
+    known.forget("a")
+    assert (known.num_requests("a"), known.num_tokens_due("a")) == (3, 321 + 100 + 100)
+    known.ended(leaving.request_id, [2] * 40)
+    assert (known.num_requests("a"), known.num_tokens_due("a")) == (2, 200)
+    assert known.route(request([*SYSTEM, 1, *[2] * 40]), "ab") == Route(RoutedBy.LOAD)
+    for one in (staying, coming):
+        known.on_event(one.request_id, "a")
+    assert known.num_tokens_due("a") == 0
+    assert known.route(request([6] * 100), "ab") == Route(RoutedBy.PREFIX, "a")
+    known.ended(staying.request_id, [3] * 40)
+    again = request([*[6] * 100, *[3] * 40])
+    assert known.route(again, "ab") == Route(RoutedBy.PREFIX, "a")
+    assert known.num_tokens_due("a") == 4 + 140 - 138 // BLOCK_SIZE * BLOCK_SIZE
 
 
 def test_where_prefixes_are_not_kept_only_load_counts() -> None:
@@ -136,40 +193,80 @@ def test_where_prefixes_are_not_kept_only_load_counts() -> None:
 # ── balance ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass
+class Sent:
+    """A request at a pipeline, or on its way there."""
+
+    choice: PipelineChoice
+    request: EngineRequest
+    pipeline: str
+    is_preferred: bool
+    taken_after: int  # steps of the cluster
+    begun_after: int
+    age: int = 0
+
+    @property
+    def is_taken(self) -> bool:
+        return self.age >= self.taken_after
+
+    def go_on(self) -> None:
+        self.age += 1
+        if self.age == self.begun_after:
+            self.choice.on_event(self.request.request_id, self.pipeline)
+        elif self.age == self.taken_after:
+            self.choice.on_taken(self.request.request_id, self.pipeline)
+
+    def is_known_to(self, choice: PipelineChoice) -> bool:
+        return self.is_taken or (self.is_preferred and self.choice is choice)
+
+
 class Cluster:
-    """Pipelines under several ingresses. What is not preferred goes to the less loaded of two random ones."""
+    """Pipelines under several ingresses. What is not preferred goes to the less loaded of two random ones.
+
+    With each new request those before take a step: they arrive after some, and later begin to be answered.
+    """
 
     def __init__(self, pipelines: str, num_ingresses: int = 1) -> None:
         self.pipelines = pipelines
         self.choices = [choice() for _ in range(num_ingresses)]
-        self.ongoing: list[tuple[PipelineChoice, EngineRequest, str]] = []
+        self.ongoing: list[Sent] = []
         self.num_served: Counter[str] = Counter()
         self.random = random.Random(0)
 
-    def load(self, pipeline: str) -> int:
-        return sum(choice.num_requests(pipeline) for choice in self.choices)
+    def num_sent(self, pipeline: str) -> int:
+        """And not over."""
+        return sum(sent.pipeline == pipeline for sent in self.ongoing)
 
     def begin(self, request: EngineRequest) -> RoutedBy:
+        for sent in self.ongoing:
+            sent.go_on()
         choice = self.random.choice(self.choices)
-        others = {name: self.load(name) - choice.num_requests(name) for name in self.pipelines}
-        route = choice.route(request, self.pipelines, others)
-        pipeline = route.pipeline or min(self.random.sample(self.pipelines, 2), key=self.load)
-        choice.on_event(request.request_id, pipeline)
+        unknown = Counter(sent.pipeline for sent in self.ongoing if not sent.is_known_to(choice))
+        taken = Counter(sent.pipeline for sent in self.ongoing if sent.is_taken and sent.choice is not choice)
+        for name in self.pipelines:
+            assert choice.num_requests(name) + taken[name] == self.num_sent(name) - unknown[name]
+        route = choice.route(request, self.pipelines, taken)
+        pipeline = route.pipeline or min(self.random.sample(self.pipelines, 2), key=self.num_sent)
         self.num_served[pipeline] += 1
-        self.ongoing.append((choice, request, pipeline))
+        taken_after = self.random.randint(1, 4)
+        begun_after = self.random.randint(taken_after, 12)
+        self.ongoing.append(Sent(choice, request, pipeline, bool(route.pipeline), taken_after, begun_after))
         if route.pipeline is not None:
-            total = sum(map(self.load, self.pipelines))
-            assert self.load(pipeline) <= math.ceil(MAX_SHARE * total / len(self.pipelines))
+            share = max(MIN_SHARE, math.ceil(MAX_SHARE * len(self.ongoing) / len(self.pipelines)))
+            assert self.num_sent(pipeline) <= share + unknown[pipeline]
         return route.routed_by
 
     def end(self, index: int) -> None:
-        choice, request, _ = self.ongoing.pop(index)
-        choice.ended(request.request_id, [3] * 20)
+        sent = self.ongoing.pop(index)
+        sent.choice.ended(sent.request.request_id, [3] * 20 if sent.age >= sent.begun_after else ())
 
 
-@pytest.mark.parametrize("num_ingresses", [1, 3])
-def test_a_common_beginning_floods_nobody(num_ingresses: int) -> None:
-    """All have the same system prompt, one pipeline was the only one to know it, and users come and go unevenly."""
+@pytest.mark.parametrize(("num_ingresses", "least_share"), [(1, 0.8), (3, 0.3)])
+def test_a_common_beginning_floods_nobody_and_leaves_nobody_idle(num_ingresses: int, least_share: float) -> None:
+    """All have the same system prompt, one pipeline was the only one to know it, and users come and go unevenly.
+
+    Each ingress has to find out by itself that others know it too.
+    """
     cluster = Cluster("abcd", num_ingresses)
     for known in cluster.choices:
         serve(known, request(SYSTEM), "a")
@@ -178,9 +275,25 @@ def test_a_common_beginning_floods_nobody(num_ingresses: int) -> None:
         routed[cluster.begin(request([*SYSTEM, next(numbers), *[1] * 20]))] += 1
         while len(cluster.ongoing) > cluster.random.choice([4, 24, 40]):
             cluster.end(min(cluster.random.randrange(len(cluster.ongoing)) for _ in range(2)))
-    assert min(cluster.num_served.values()) > 0.7 * 600 / 4, cluster.num_served
-    assert max(cluster.num_served.values()) < MAX_SHARE * 600 / 4, cluster.num_served
-    assert routed[RoutedBy.PREFIX] > 590  # all know it soon
+    assert min(cluster.num_served[name] for name in "abcd") > least_share * 600 / 4, cluster.num_served
+    assert max(cluster.num_served.values()) < (MAX_SHARE + 0.2) * 600 / 4, cluster.num_served
+    assert routed[RoutedBy.PREFIX] > 570  # all know it soon
+
+
+def test_a_pipeline_without_work_gets_some_before_others_get_much() -> None:
+    """Though these could take all within their shares: it may have been started for them."""
+    known = choice()
+    for pipeline in "abc":
+        serve(known, request(SYSTEM), pipeline)
+        keep_busy(known, pipeline, MIN_SHARE)
+    session_id = next(name for name, own in pipelines_of(choice(), "abcd").items() if own == "a")
+    in_session = [request([number], session_id=session_id) for number in range(2)]
+    new = request([*SYSTEM, 1])
+    assert known.route(new, "abcd") == Route(RoutedBy.LOAD)
+    assert known.route(in_session[0], "abcd") == Route(RoutedBy.SESSION, "d")
+    known.on_taken(new.request_id, "d")
+    assert known.route(in_session[1], "abcd") == Route(RoutedBy.SESSION, "a")
+    assert known.route(request([*SYSTEM, 2]), "abcd").routed_by is RoutedBy.PREFIX
 
 
 def test_a_pipeline_that_is_slow_gets_less() -> None:
@@ -190,7 +303,7 @@ def test_a_pipeline_that_is_slow_gets_less() -> None:
         serve(cluster.choices[0], request(SYSTEM), pipeline)
     for _ in range(600):
         cluster.begin(request([*SYSTEM, next(numbers), *[1] * 20]))
-        fast = [index for index, (*_, pipeline) in enumerate(cluster.ongoing) if pipeline != "a"]
+        fast = [index for index, sent in enumerate(cluster.ongoing) if sent.pipeline != "a"]
         if len(cluster.ongoing) > 18:
             cluster.end(fast[0] if fast and cluster.random.random() < 0.9 else 0)
     assert 0 < cluster.num_served["a"] < 0.6 * cluster.num_served["b"]
@@ -218,7 +331,7 @@ def test_nobody_is_preferred_beyond_its_share(steps: list[tuple[int, int, bool]]
             cluster.end(0)
     while cluster.ongoing:
         cluster.end(0)
-    assert [cluster.load(name) for name in cluster.pipelines] == [0] * num_pipelines
+    assert [known.num_requests(name) for known in cluster.choices for name in "abcde"] == [0] * 10
     assert [known.num_tokens_due(name) for known in cluster.choices for name in "abcde"] == [0] * 10
 
 
@@ -260,6 +373,18 @@ def test_a_session_whose_pipeline_has_its_share_moves_for_a_while() -> None:
     for one in busy:
         known.ended(one.request_id)
     assert pipelines_of(known, "abc", 1)["user-0"] == own
+
+
+def test_a_few_requests_of_others_send_no_session_away() -> None:
+    """Nor do they keep a conversation from its cache: three on one of eight pipelines, and all else idle."""
+    known = choice()
+    pipelines = "abcdefgh"
+    own = pipelines_of(known, pipelines, 1)["user-0"]
+    serve(known, request(SYSTEM), own)
+    keep_busy(known, own, MIN_SHARE - 1)
+    assert pipelines_of(known, pipelines, 1)["user-0"] == own
+    assert known.route(request([*SYSTEM, 1]), pipelines) == Route(RoutedBy.PREFIX, own)
+    assert pipelines_of(known, pipelines, 1)["user-0"] != own, "it has its share now"
 
 
 def test_a_session_goes_before_a_prefix() -> None:

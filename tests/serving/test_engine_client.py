@@ -129,13 +129,14 @@ def make_client(
     replay_timeout_s: float = 120.0,
     max_queue_wait_s: float | None = None,
     on_route: Callable[[RoutedBy], None] = lambda _: None,
+    choice: PipelineChoice | None = None,
 ) -> ServeEngineClient:
     return ServeEngineClient(
         pipelines,  # type: ignore[arg-type]
         on_replay,
         Replicas() if replicas is None else replicas,
         on_route,
-        choice=PipelineChoice(16, 1024),
+        choice=choice or PipelineChoice(16, 1024),
         replay_timeout_s=replay_timeout_s,
         max_queue_wait_s=max_queue_wait_s,
     )
@@ -462,6 +463,19 @@ class Taken(FakePipelines):
         await asyncio.Event().wait()
 
 
+async def test_a_request_counts_where_it_is_taken_before_it_is_answered() -> None:
+    """Nobody preferred that replica, and the next requests are not to be sent there as if it were idle."""
+    choice = PipelineChoice(16, 1024)
+    client = make_client(pipelines := Taken(), choice=choice)
+    request = msgspec.structs.replace(REQUEST, prompt_token_ids=list(range(40)))
+    reader = asyncio.create_task(all_of(client.submit(request)))
+    await asyncio.wait_for(pipelines.stalled.wait(), 5)
+    assert (choice.num_requests("0"), choice.num_tokens_due("0")) == (1, 40)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    assert (choice.num_requests("0"), choice.num_tokens_due("0")) == (0, 0)
+
+
 @pytest.mark.parametrize("phase", ["queued", "taken", "tokens", "before a replay", "replayed"])
 async def test_a_client_who_leaves_leaves_nothing_behind(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_client, "REPLAY_DELAY_S", 60.0 if phase == "before a replay" else 0.001)
@@ -707,14 +721,34 @@ async def test_a_conversation_goes_on_where_it_is_cached() -> None:
     await ask(prompt)
     replicas.set_running({"a", "b", "c"})
     await ask(prompt)
-    replicas.set_load("b", is_ready=False, queue_wait_s=0.0)  # its blocks are lost
-    await ask([1, 2, 3])
-    replicas.set_load("b", is_ready=True, queue_wait_s=0.0)
-    await ask(prompt)
-    assert pipelines.preferred == [None, "a", None, "b", None, None]
-    assert pipelines.asked == ["a", "a", "b", "b", "a", "a"]
+    assert pipelines.preferred == [None, "a", None, "b"]
+    assert pipelines.asked == ["a", "a", "b", "b"]
     by = {None: RoutedBy.LOAD, "a": RoutedBy.PREFIX, "b": RoutedBy.PREFIX}
     assert routes == [by[preferred] for preferred in pipelines.preferred]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [msgspec.msgpack.encode([LoadEvent(False)]), msgspec.msgpack.encode([LoadEvent(True)])],
+        [msgspec.msgpack.encode([LoadEvent(False), LoadEvent(True)])],
+        [ActorUnavailableError("gone", None)],
+    ],
+    ids=["its stage is lost and back", "both at once", "it does not answer"],
+)
+async def test_a_pipeline_that_lost_its_blocks_is_not_preferred_for_them(told: list[bytes | Exception]) -> None:
+    """Though nothing was routed before it was ready again."""
+    pipelines = Preferred(replicas := ready("a", "b"))
+    client = make_client(pipelines, replicas=replicas)
+    request = msgspec.structs.replace(REQUEST, prompt_token_ids=list(range(40)))
+    for _ in range(2):
+        assert len(await all_of(client.submit(request))) == NUM_TOKENS
+    for item in told:
+        pipelines.outboxes["a"].put_nowait(item)
+    await asyncio.sleep(0.05)
+    assert replicas.recovering == set()
+    assert len(await all_of(client.submit(request))) == NUM_TOKENS
+    assert pipelines.preferred == [None, "a", None]
 
 
 async def test_a_session_stays_until_its_pipeline_leaves() -> None:

@@ -104,6 +104,38 @@ def test_from_zero_the_first_request_waits_for_a_pipeline():
     assert any(moment.num_running + moment.num_starting == 0 for moment in result.moments)
 
 
+def test_a_pipeline_that_never_gets_to_serve_costs_from_the_beginning_of_its_start():
+    scaling = ScalingLimits(1, 2, 1.0, 0.8, 0.5, 100.0, 900.0)
+    found, result, outcomes = serve(deployment(1, scaling, startup_s=1000.0), make_load(steady(200, 2)))
+    began_s = next(moment.at_s for moment in result.moments if moment.num_starting)
+    assert list(outcomes.num_tokens) == [20] * 400
+    assert result.moments[-1].num_starting == 1
+    both_s = 2 * found.duration_s - found.pipeline_hours * 3600
+    assert began_s - 1.0 <= both_s <= began_s
+
+
+def test_it_lasts_until_the_last_token():
+    found, result, outcomes = serve(deployment(3), make_load(steady(10, 20)))
+    assert found.duration_s == max(outcomes.last_s)
+    assert result.pipeline_s == pytest.approx(3 * found.duration_s)
+    assert result.moments[-1].num_generating == 0
+
+
+def test_where_all_are_refused_it_lasts_until_the_last_one_came():
+    outcomes = Outcomes(2)
+    outcomes.arrived_s[0], outcomes.arrived_s[1] = 1.0, 2.5
+    assert outcomes.end_s == 2.5
+
+
+def test_no_request_that_waits_for_a_pipeline_to_start_is_refused_for_it():
+    scaling = ScalingLimits(0, 1, 2.0, 0.8, 1.0, 5.0, 5.0)
+    planned = [PlannedRequest(0.0, 10, 5), *(PlannedRequest(60.0 + index / 10, 10, 5) for index in range(20))]
+    found, _, outcomes = serve(deployment(1, scaling, startup_s=30.0, max_queue_wait_s=1.0), make_load(planned))
+    assert found.num_refused == 0
+    assert list(outcomes.num_tokens) == [5] * 21
+    assert min(outcomes.first_s[1:]) > 90.0
+
+
 def test_the_same_seed_gives_the_same_result():
     load = make_load(steady(10, 20))
     first, again = (serve(deployment(3), load)[0] for _ in range(2))
