@@ -86,6 +86,7 @@ EXAMPLES: list[tuple[Any, Any]] = [
         [
             LoadEvent(True, 2.5, ModelVersion("text", "numbers")),
             LoadEvent(False),
+            LoadEvent(True, 2.5, None, 1, 3, ("a", "b")),
             TokenEvent("a", 0, 5, -0.5, FinishReason.EOS, [(5, -0.5)]),
             PromptEvent("a", Matrix.of([[0.5]])),
             HeadEvent("b", Matrix.of([[0.5], [1.5]])),

@@ -120,6 +120,14 @@ class Engine:
         """How long a request of priority 0 that came now would wait for its turn."""
         return self._scheduler.queue_wait_s()
 
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    def waiting_request_ids(self) -> list[str]:
+        """Of those that nothing was computed for yet, in the order of the queue."""
+        return self._scheduler.waiting_request_ids()
+
     def load(self) -> PipelineLoad:
         """What autoscaling judges by."""
         return self._scheduler.load()

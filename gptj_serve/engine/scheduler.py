@@ -110,6 +110,10 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def waiting_request_ids(self) -> list[str]:
+        """Of those that wait for their first turn, in the order of the queue."""
+        return [entry.job.request.request_id for entry in self._waiting if not entry.was_preempted]
+
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
@@ -128,7 +132,9 @@ class Scheduler:
         num_tokens = work.prompt + work.new
         seconds = self._waiting.seconds_for(work)
         tokens_per_s = num_tokens / seconds if seconds > 0 else 0.0
-        return PipelineLoad(num_tokens, tokens_per_s, self.blocks.num_used / self.blocks.num_blocks, self.num_waiting)
+        kv_share = self.blocks.num_used / self.blocks.num_blocks
+        num_running = len(self._entries) - self.num_waiting
+        return PipelineLoad(num_tokens, tokens_per_s, kv_share, self.num_waiting, num_running)
 
     @property
     def has_work(self) -> bool:

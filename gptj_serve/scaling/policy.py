@@ -24,6 +24,7 @@ class PipelineLoad(NamedTuple):
     tokens_per_s: float  # how fast it got through them lately while requests waited; 0 when not known yet
     kv_share: float  # of its KV blocks that running sequences hold, 0..1
     num_waiting: int  # requests that wait for their turn
+    num_running: int  # requests that have it
 
 
 class ScalingLimits(NamedTuple):
@@ -44,6 +45,7 @@ class ScalingPolicy:
     def __init__(self, limits: ScalingLimits) -> None:
         self._limits = limits
         self._tokens_per_s = 0.0  # of one pipeline, as far as known
+        self._num_target: int | None = None  # at the last decision
         self._higher: _Span | None = None  # more were needed than there should be
         self._lower: _Span | None = None  # fewer were
         self._idle: _Span | None = None
@@ -56,10 +58,13 @@ class ScalingPolicy:
         `loads` are of those that run, which may be fewer (some start) or more (some end). `now_s` never goes back.
         """
         limits = self._limits
+        if num_target != self._num_target:  # whatever was seen so far says nothing of another number
+            self._num_target, self._higher, self._lower = num_target, None, None
         if not limits.min_pipelines <= num_target <= limits.max_pipelines:
-            return self._move(min(max(num_target, limits.min_pipelines), limits.max_pipelines))
+            return min(max(num_target, limits.min_pipelines), limits.max_pipelines)
         if num_target == 0:
-            return self._move(1) if num_requests_without_pipeline > 0 else 0
+            self._idle = None
+            return 1 if num_requests_without_pipeline > 0 else 0
         is_idle = num_requests_without_pipeline == 0 and not any(map(_is_busy, loads))
         if not loads:  # they start, or were lost and are started again: nothing is known of what they will do
             self._higher = self._lower = self._idle = None
@@ -71,16 +76,11 @@ class ScalingPolicy:
         self._lower = _longer(self._lower, now_s, num_enough) if num_enough < num_target else None
         self._idle = _longer(self._idle, now_s, 0) if is_idle and limits.min_pipelines == 0 else None
         if self._higher is not None and self._higher.has_lasted(now_s, limits.upscale_delay_s):
-            return self._move(self._higher.lowest)
-        if self._idle is not None and self._idle.has_lasted(now_s, limits.scale_to_zero_delay_s):
-            return self._move(0)
+            return self._higher.lowest
+        if num_target == 1 and self._idle is not None and self._idle.has_lasted(now_s, limits.scale_to_zero_delay_s):
+            return 0
         if self._lower is not None and self._lower.has_lasted(now_s, limits.downscale_delay_s):
-            return self._move(self._lower.highest)
-        return num_target
-
-    def _move(self, num_target: int) -> int:
-        """Whatever was seen so far says nothing of the new number."""
-        self._higher = self._lower = None
+            return self._lower.highest
         return num_target
 
     def _learn_speed(self, loads: Sequence[PipelineLoad]) -> None:
@@ -91,13 +91,15 @@ class ScalingPolicy:
     def _num_needed(self, loads: Sequence[PipelineLoad], num_requests_without_pipeline: int, share: float) -> int:
         """With this share of the targets; from 1 and `min_pipelines` to `max_pipelines`."""
         limits = self._limits
-        by_kv = sum(load.kv_share for load in loads) / (share * limits.target_kv_share)
-        num_needed = max(1, limits.min_pipelines, ceil(by_kv - _TOLERANCE))
+        num_waiting = sum(load.num_waiting for load in loads) + num_requests_without_pipeline
+        # A request's blocks are on one pipeline, however full they make it.
+        by_kv = ceil(sum(load.kv_share for load in loads) / (share * limits.target_kv_share) - _TOLERANCE)
+        num_needed = min(by_kv, sum(load.num_running for load in loads) + num_waiting)
+        num_needed = max(1, limits.min_pipelines, num_needed)
         if self._tokens_per_s > 0:
             num_tokens = sum(load.num_tokens_waiting for load in loads)
             by_drain = ceil(num_tokens / (self._tokens_per_s * share * limits.target_drain_s) - _TOLERANCE)
             # What runs stays where it is, and each that waits runs on one: more pipelines would have nothing to do.
-            num_waiting = sum(load.num_waiting for load in loads) + num_requests_without_pipeline
             num_needed = max(num_needed, min(by_drain, len(loads) + num_waiting))
         return min(num_needed, limits.max_pipelines)
 

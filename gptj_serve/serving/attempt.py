@@ -25,6 +25,10 @@ class AskElsewhereError(Exception):
     """By what is known now, not this replica but another one may take the request, if any."""
 
 
+class MovedError(AskElsewhereError):
+    """It waits in a long queue, and at another replica nothing does."""
+
+
 class FullError(AskElsewhereError):
     """The replica has no room for it."""
 
@@ -52,6 +56,7 @@ class Attempt:
     prefer: str | None = None
     inbox: asyncio.Queue[Event | Exception | Leaves] = field(default_factory=asyncio.Queue)
     has_ended: asyncio.Event = field(default_factory=asyncio.Event)
+    is_moving: bool = False  # from the queue where it waited until another replica takes it
     is_taken: bool = False  # by a replica
     has_begun: bool = False  # an event has come
 

@@ -56,7 +56,7 @@ class PipelineScaling:
         self._free = free
         self._clock = clock
         self._decided_at = self._raised_at = float("-inf")
-        self._num_told = 0  # for which there was no room
+        self._num_told = 0  # the largest number for which there was no room, since there was
         self._logger = logging.getLogger("ray.serve")  # the controller's own
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -81,7 +81,7 @@ class PipelineScaling:
         num_possible = num_target + num_more
         if num_possible == num_wanted:
             self._num_told = 0
-        elif num_wanted != self._num_told:
+        elif num_wanted > self._num_told:
             self._num_told = num_wanted
             self._logger.warning(
                 "the load asks for %d pipelines; the cluster has room for %d", num_wanted, num_possible

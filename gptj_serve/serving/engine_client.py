@@ -28,6 +28,7 @@ from gptj_serve.serving.attempt import (
     AskElsewhereError,
     Attempt,
     FullError,
+    MovedError,
     NotTakenError,
     ReplicaLeftError,
     ReplicaLostError,
@@ -112,7 +113,7 @@ class ServeEngineClient:
         stuck_since: float | None = None  # the first loss since the last token
         delay_s = 0.0  # after the next loss, at least
         num_losses = num_given_up = 0
-        is_admitted = request.is_admitted
+        is_admitted, is_moving = request.is_admitted, False
         refusals: dict[str, OverloadedError] = {}  # by replica id, since the last loss
         for number in itertools.count():
             await self._answers.wait_for_one_that_fits(answer)
@@ -132,7 +133,9 @@ class ServeEngineClient:
                 numbers_version=answer.numbers_version,
             )
             num_before = len(tokens)
-            attempt = Attempt(attempt_request.request_id, answer, avoid, self._route(attempt_request, avoid))
+            prefer = self._route(attempt_request, avoid)
+            attempt = Attempt(attempt_request.request_id, answer, avoid, prefer, is_moving=is_moving)
+            is_moving = False
             try:
                 # What was lost once with a request in it may be lost by it: there the scheduler finds out, elsewhere
                 # it would start anew.
@@ -155,6 +158,9 @@ class ServeEngineClient:
             except FullError as full:
                 self._refuse_if_full(attempt_request)
                 refusals[full.replica_id] = full.overload
+            except MovedError:
+                is_moving = True
+                refusals.clear()  # of what had a queue then; and what was taken once is not refused
             except AskElsewhereError:
                 pass
             except NotTakenError:
@@ -194,7 +200,8 @@ class ServeEngineClient:
             answers = await _all_answers(self._pipelines.broadcast("status"), STATUS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
             if self._may_have_none and not self._replicas.running:
-                return [], []
+                problem = None if self._counts is None else await self._counts.problem()
+                return [], [] if problem is None else [problem]
             return [], [f"no pipeline can be asked: {first_line(error)}"]
         pipelines = [answer for answer in answers if isinstance(answer, dict)]
         errors = [answer for answer in answers if isinstance(answer, BaseException)]

@@ -19,6 +19,7 @@ from gptj_serve.serving.attempt import (
     AskElsewhereError,
     Attempt,
     Leaves,
+    MovedError,
     ReplicaLeftError,
     ReplicaLostError,
     first_line,
@@ -57,6 +58,7 @@ class EventStreams:
         self._attempts: dict[str, Attempt] = {}  # by their request ids
         self._requests_at: defaultdict[str, set[str]] = defaultdict(set)  # these ids by replica id
         self._streams: dict[str, asyncio.Task[None]] = {}  # by replica id
+        self._without_queue: set[str] = set()  # ids of replicas that have told so, and taken nothing since
         replicas.subscribe(self._on_left)
         replicas.subscribe_arrivals(self._on_arrived)
 
@@ -76,6 +78,8 @@ class EventStreams:
             self._requests_at[replica_id].add(attempt.request_id)
             self._choice.on_taken(attempt.request_id, replica_id)
             self._ensure(replica_id)
+        attempt.is_moving = False
+        self._without_queue.discard(replica_id)
 
     def remove(self, attempt: Attempt) -> None:
         del self._attempts[attempt.request_id]
@@ -145,32 +149,42 @@ class EventStreams:
         self._replicas.set_load(
             replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s, num_others=load.num_others
         )
+        self._without_queue.discard(replica_id)
         if load.is_ready:
-            if load.queue_wait_s == 0 and all(attempt.has_begun for attempt in self._at(replica_id)):
-                self._share_with(replica_id)
+            self._share(replica_id, load)
             return
         self._choice.forget(replica_id)
         for attempt in self._at(replica_id):
             if self._answers.others(attempt.answer, replica_id):
                 attempt.inbox.put_nowait(Leaves())
 
-    def _share_with(self, replica_id: str) -> None:
-        """A replica at which nothing waits gets its part of what waits elsewhere: of that the last that came.
+    def _share(self, replica_id: str, load: LoadEvent) -> None:
+        """Of what waits in a long queue, replicas at which nothing waits get their part: the last that came.
 
-        What has not begun loses nothing by it; a pipeline that was started for a burst would else get none of that.
+        It loses nothing by it; a pipeline that was started for a burst would else get none of that. Only what its
+        pipeline has just told to be waiting goes, and nothing before all that went is taken, and counted where it is.
         """
-        others = [id_ for id_ in self._replicas.running - {replica_id} if self._replicas.wait_s(id_) > SAME_WAIT_S]
-        for other in others:
-            waiting = [
-                attempt
-                for attempt in self._attempts.values()  # in the order of their arrival
-                if attempt.request_id in self._requests_at.get(other, ())
-                and not attempt.has_begun
-                and replica_id in self._answers.others(attempt.answer, other)
-            ]
-            num_to_go = len(waiting) // (len(others) + 1)
-            for attempt in waiting[len(waiting) - num_to_go :]:
-                attempt.inbox.put_nowait(AskElsewhereError("nothing waits at another pipeline"))
+        is_moving = any(attempt.is_moving for attempt in self._attempts.values())
+        if load.num_waiting == 0 and load.queue_wait_s == 0 and not is_moving:
+            self._without_queue.add(replica_id)
+        if load.queue_wait_s <= SAME_WAIT_S or not load.waiting:
+            return
+        for other in self._replicas.others(replica_id):
+            self._ensure(other)  # it may have no queue, and tells so
+        free = self._without_queue & self._replicas.others(replica_id)
+        if is_moving or not free:
+            return
+        there = [self._attempts[request_id] for request_id in load.waiting if request_id in self._attempts]
+        waiting = [
+            attempt
+            for attempt in there
+            if attempt.is_taken and not attempt.has_begun and free & self._answers.others(attempt.answer, replica_id)
+        ]
+        queues = [id_ for id_ in self._replicas.running if self._replicas.wait_s(id_) > SAME_WAIT_S]
+        num_to_stay = -(-len(waiting) * len(queues) // (len(queues) + len(free)))
+        for attempt in waiting[num_to_stay:]:
+            attempt.is_moving = True
+            attempt.inbox.put_nowait(MovedError("nothing waits at another pipeline"))
 
     def _at(self, replica_id: str) -> list[Attempt]:
         request_ids = self._requests_at.get(replica_id, ())
@@ -202,6 +216,7 @@ class EventStreams:
             self._requests_at.pop(replica_id, None)
         finally:
             stream.cancel()
+            self._without_queue.discard(replica_id)
             self._replicas.forget(replica_id)
             del self._streams[replica_id]
         if self._requests_at.get(replica_id):

@@ -263,8 +263,10 @@ class Pipeline:
             os._exit(1)
 
     def _load(self, outbox: _Outbox, version: ModelVersion | None = None) -> LoadEvent:
+        engine = self._engine
         num_others = len(self._outbox_of) - outbox.num_requests
-        return LoadEvent(self._engine.is_ready, self._engine.queue_wait_s(), version, num_others)
+        waiting = tuple(id_ for id_ in engine.waiting_request_ids() if self._outbox_of.get(id_) is outbox)
+        return LoadEvent(engine.is_ready, engine.queue_wait_s(), version, num_others, engine.num_waiting, waiting)
 
     def _tell_readiness(self, _: bool) -> None:
         for outbox in self._outboxes.values():

@@ -272,7 +272,7 @@ def test_the_load_says_how_long_the_backlog_lasts():
     while scheduler.has_work:
         run(scheduler, stages, clock, 1)
     assert load.num_tokens_waiting / load.tokens_per_s == pytest.approx(clock.now - began_at, rel=0.15)
-    assert scheduler.load() == (0, 0.0, 0.0, 0)
+    assert scheduler.load() == (0, 0.0, 0.0, 0, 0)
 
 
 def test_without_a_queue_so_far_the_load_has_no_speed():
@@ -282,5 +282,5 @@ def test_without_a_queue_so_far_the_load_has_no_speed():
     run(scheduler, FakeStages(4), clock, 2)
     load = scheduler.load()
     # two to be generated, and the newest one to be computed
-    assert (load.num_tokens_waiting, load.tokens_per_s, load.num_waiting) == (3, 0.0, 0)
+    assert (load.num_tokens_waiting, load.tokens_per_s, load.num_waiting, load.num_running) == (3, 0.0, 0, 1)
     assert load.kv_share == 1 / 64

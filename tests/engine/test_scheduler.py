@@ -422,6 +422,10 @@ def test_preempted_in_the_making_of_a_microbatch_is_not_in_it():
         scheduler.update(stages.run(scheduled(scheduler)))
         scheduler.check_integrity()
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+    for name in "cd":
+        scheduler.add(generate_request(name, [1], max_new_tokens=1))
+    assert scheduler.num_waiting == 3
+    assert scheduler.waiting_request_ids() == ["c", "d"], "the younger has had its first turn"
 
 
 def test_abort_frees_blocks_at_once_even_with_a_step_in_flight():

@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,12 +28,19 @@ NUM_CALLS = 12
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeRun]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's, for this service alone."""
+    return Path(shutil.copytree(ROOT / "gptj_serve" / "demo", tmp_path_factory.mktemp("checkpoint") / "demo"))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[ServeRun]:
     """Pipelines with small shares of a CPU, four sequences at a time each, so that requests have to wait."""
     directory = tmp_path_factory.mktemp("scaling")
     config = yaml.safe_load((ROOT / "deployments" / "gptj.yaml").read_text())
     config["http_options"]["port"] = PORT
     args = config["applications"][0]["args"]
+    args |= {"checkpoint": str(checkpoint), "model_name": "gptj-demo"}
     args["pipeline"] |= {"engine_num_cpus": 0.05, "scheduler": {"max_num_sequences": 4}}
     args["pipeline"]["stage"]["num_cpus"] = 0.1
     args["ingress"] = {"num_cpus": 0.05}
@@ -214,3 +223,29 @@ async def test_an_idle_service_sleeps_and_the_next_requests_wake_it(
         f"asleep after {asleep_s:.1f} s (delay {SCALE_TO_ZERO_DELAY_S:g} s); woken by {NUM_CALLS} requests: one was "
         f"ready after {awake_s:.1f} s, all were answered after {answered_s:.1f} s"
     )
+
+
+async def test_a_pipeline_that_can_not_start_is_a_problem_until_it_can(
+    http: httpx.AsyncClient, checkpoint: Path, wanted: list[Call], expected: list[Any]
+) -> None:
+    async with watching(http) as watch:
+        await watch.until(lambda number: number == 0, 90)
+        assert watch.not_ready == []
+    config, elsewhere = checkpoint / "config.json", checkpoint / "config.json.away"
+    config.rename(elsewhere)
+    try:
+        late = await http.post("/generate", json={"inputs": "Hello"}, headers={"X-Request-Timeout": "1"})
+        assert late.status_code == 504
+
+        async def is_told() -> bool:
+            """none is ready, since the one that was asked for can't start"""
+            return (await http.get("/ready")).status_code == 503
+
+        await eventually(is_told, 100)
+        (problem,) = (await http.get("/status")).json()["problems"]
+        assert problem.startswith("no pipeline starts: ")
+        assert str(config) in problem
+    finally:
+        elsewhere.rename(config)
+    assert await wrong_answer(http, wanted[0], expected[0]) == ""
+    assert (await http.get("/ready")).status_code == 200

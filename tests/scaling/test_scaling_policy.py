@@ -1,4 +1,5 @@
 import random
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
@@ -15,12 +16,12 @@ LIMITS = ScalingLimits(
     downscale_delay_s=60.0,
     scale_to_zero_delay_s=300.0,
 )
-IDLE = PipelineLoad(num_tokens_waiting=0, tokens_per_s=0.0, kv_share=0.0, num_waiting=0)
+IDLE = PipelineLoad(num_tokens_waiting=0, tokens_per_s=0.0, kv_share=0.0, num_waiting=0, num_running=0)
 
 
 def backlog(num_tokens: int, num_waiting: int = 50) -> PipelineLoad:
     """At 100 tokens/s, so that one pipeline should have 1000 at most."""
-    return PipelineLoad(num_tokens, 100.0, 0.5, num_waiting)
+    return PipelineLoad(num_tokens, 100.0, 0.5, num_waiting, num_running=8)
 
 
 class Service:
@@ -39,6 +40,7 @@ class Service:
                 num_tokens_waiting=total.num_tokens_waiting // max(num, 1),
                 kv_share=total.kv_share / max(num, 1),
                 num_waiting=total.num_waiting // max(num, 1),
+                num_running=ceil(total.num_running / max(num, 1)),
             )
             target = self.policy.decide(self.now_s, [each] * num, num, num_without_pipeline)
             if target != num:
@@ -71,32 +73,42 @@ def test_it_goes_up_to_what_was_needed_all_the_time() -> None:
 
 def test_kv_in_use_is_spread_to_its_target() -> None:
     service = Service(num_pipelines=2)
-    service.tell(PipelineLoad(0, 0.0, kv_share=1.9, num_waiting=0), 5)
+    service.tell(PipelineLoad(0, 0.0, kv_share=1.9, num_waiting=0, num_running=9), 5)
     assert service.changes == [(2.0, 3)]
+
+
+@pytest.mark.parametrize(("num_waiting", "expected"), [(0, 1), (1, 2), (5, 2)])
+def test_what_fills_a_pipeline_alone_would_not_be_spread(num_waiting: int, expected: int) -> None:
+    service = Service()
+    service.tell(PipelineLoad(0, 0.0, kv_share=1.0, num_waiting=num_waiting, num_running=1), 5)
+    assert service.num_pipelines == expected
+    service = Service()
+    policy, lone = service.policy, PipelineLoad(0, 0.0, kv_share=1.0, num_waiting=0, num_running=1)
+    assert [policy.decide(float(now_s), [lone], 1, 1) for now_s in range(3)] == [1, 1, 2]
 
 
 def test_the_larger_need_counts() -> None:
     service = Service(num_pipelines=2)
-    service.tell(PipelineLoad(3500, 100.0, kv_share=1.9, num_waiting=10), 5)
+    service.tell(PipelineLoad(3500, 100.0, kv_share=1.9, num_waiting=10, num_running=9), 5)
     assert service.changes == [(2.0, 4)]
 
 
 def test_what_runs_already_needs_no_more_pipelines_than_it_runs_on() -> None:
     """A long request may take minutes, and no second pipeline would make it faster."""
     service = Service()
-    service.tell(PipelineLoad(90_000, 100.0, 0.3, num_waiting=0), 100)
+    service.tell(PipelineLoad(90_000, 100.0, 0.3, num_waiting=0, num_running=1), 100)
     assert service.changes == []
 
 
 def test_each_that_waits_justifies_one_more_at_most() -> None:
     service = Service()
-    service.tell(PipelineLoad(90_000, 100.0, 0.3, num_waiting=2), 3)
+    service.tell(PipelineLoad(90_000, 100.0, 0.3, num_waiting=2, num_running=1), 3)
     assert service.changes == [(2.0, 3)]
 
 
 def test_requests_that_no_pipeline_has_taken_wait_too() -> None:
     service = Service()
-    service.tell(PipelineLoad(90_000, 100.0, 0.3, num_waiting=0), 3, num_without_pipeline=2)
+    service.tell(PipelineLoad(90_000, 100.0, 0.3, num_waiting=0, num_running=1), 3, num_without_pipeline=2)
     assert service.changes == [(2.0, 3)]
 
 
@@ -173,6 +185,32 @@ def test_without_requests_it_goes_to_zero_where_that_is_allowed() -> None:
     assert service.changes == [(60.0, 1)]
 
 
+def test_only_the_last_one_is_stopped_for_want_of_requests() -> None:
+    """However short the time for that is: the others go by their own."""
+    service = Service(LIMITS._replace(min_pipelines=0, scale_to_zero_delay_s=10.0), num_pipelines=8)
+    service.tell(IDLE, 60)
+    assert service.changes == []
+    service.tell(IDLE, 10)
+    assert service.changes == [(60.0, 1), (61.0, 0)]
+
+
+def test_the_idle_time_before_it_slept_is_forgotten() -> None:
+    """What is told when it wakes may still be the load of the pipeline that was stopped."""
+    policy = ScalingPolicy(LIMITS._replace(min_pipelines=0))
+    decisions = [policy.decide(float(now_s), [IDLE], 1, 0) for now_s in range(301)]
+    assert decisions == [1] * 300 + [0]
+    assert policy.decide(301.0, [IDLE], 0, 1) == 1
+    decisions = [policy.decide(302.0 + now_s, [IDLE], 1, 0) for now_s in range(301)]
+    assert decisions == [1] * 300 + [0]
+
+
+def test_a_need_that_could_not_be_met_is_met_as_soon_as_it_can() -> None:
+    policy = ScalingPolicy(LIMITS)
+    decisions = [policy.decide(float(now_s), [backlog(4500)], 1, 0) for now_s in range(6)]
+    assert decisions == [1, 1, 5, 5, 5, 5], "the number stays 1: there is no room"
+    assert policy.decide(6.0, [backlog(9000)], 5, 0) == 5, "more than five were not needed for long enough yet"
+
+
 @pytest.mark.parametrize(
     ("load", "num_without_pipeline"),
     [
@@ -225,6 +263,7 @@ LOADS = st.builds(
     st.sampled_from([0.0, 1e-3, 100.0, 1e6]),
     st.floats(0, 1),
     st.integers(0, 10**6),
+    st.integers(0, 1000),
 )
 
 

@@ -19,7 +19,7 @@ CONFIG = AutoscalingConfig(min_pipelines=0, max_pipelines=9, upscale_delay_s=0, 
 
 def busy(num_tokens: int) -> PipelineLoad:
     """1,000 tokens are one pipeline's work, at the default target of 10 s."""
-    return PipelineLoad(num_tokens, 100.0, 0.5, 50)
+    return PipelineLoad(num_tokens, 100.0, 0.5, 50, 4)
 
 
 class Controller:
@@ -97,6 +97,21 @@ def test_it_asks_for_no_more_than_the_cluster_has_room_for() -> None:
     assert controller.tick(busy(9000), busy(0), busy(0)) == 3
     controller.nodes = [{"CPU": 7.0, "GPU": 2.0}]
     assert controller.tick(busy(9000), busy(0), busy(0)) == 4
+
+
+def test_a_need_that_swings_without_room_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    controller = Controller()
+    for num_tokens in (5000, 4000, 5000, 1000, 5000, 1000, 6000):
+        assert controller.tick(busy(num_tokens)) == 1
+    controller.nodes = [{"CPU": 8.0, "GPU": 16.0}]
+    assert controller.tick(busy(6000), elapsed_s=SETTLING_S) == 6
+    controller.nodes = []
+    assert controller.tick(busy(7000)) == 6
+    assert [record.getMessage() for record in caplog.records] == [
+        "the load asks for 5 pipelines; the cluster has room for 1",
+        "the load asks for 6 pipelines; the cluster has room for 1",
+        "the load asks for 7 pipelines; the cluster has room for 6",
+    ]
 
 
 def test_what_was_just_asked_for_is_not_taken_for_free() -> None:

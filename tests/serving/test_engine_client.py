@@ -12,9 +12,9 @@ from ray.serve.exceptions import RayServeException
 
 from gptj_serve.errors import InvalidRequestError, OverloadedError, RequestFailedError, WireError
 from gptj_serve.routing.choice import PipelineChoice, RoutedBy
-from gptj_serve.serving import calls, engine_client
+from gptj_serve.serving import calls, engine_client, pipeline_counts
 from gptj_serve.serving.engine_client import ServeEngineClient
-from gptj_serve.serving.pipeline_counts import PipelineCounts
+from gptj_serve.serving.pipeline_counts import PipelineCounts, PipelineStates
 from gptj_serve.serving.replicas import REFUSAL_COUNTS_S, Replicas
 from gptj_serve.types import (
     EngineRequest,
@@ -375,17 +375,23 @@ async def test_no_pipeline_at_all_is_a_problem_too() -> None:
     assert await client.status() == ([], ["no pipeline can be asked: no replica is running"])
 
 
-async def test_no_pipeline_is_no_problem_where_requests_start_one() -> None:
+async def test_no_pipeline_is_no_problem_where_requests_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as they do."""
+    monkeypatch.setattr(pipeline_counts, "TIMEOUT_S", 10.0)
     replicas = Replicas()
+    states = PipelineStates({"STARTING": 1})
     client = ServeEngineClient(
         Asked(),  # type: ignore[arg-type]
         replicas=replicas,
+        choice=PipelineChoice(16, 1024),
         replay_timeout_s=1.0,
-        counts=PipelineCounts(lambda: {"STARTING": 1}),
+        counts=PipelineCounts(lambda: states),
         may_have_none=True,
     )
     assert await client.status() == ([], [])
     assert await client.pipeline_changes() == {"num_starting": 1, "num_stopping": 0}
+    states = PipelineStates({"STARTING": 1}, "no pipeline starts: no such file")
+    assert await client.status() == ([], ["no pipeline starts: no such file"])
     replicas.set_running({"a"})
     assert await client.status() == ([], ["no pipeline can be asked: no replica is running"])
 

@@ -37,6 +37,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.is_ready = True
         self.wait_s = 0.0
+        self.waiting: list[str] = []
         self.refusal: Exception | None = None
 
     def add(self, request: EngineRequest, matcher: object = None) -> None:
@@ -45,6 +46,13 @@ class FakeEngine:
 
     def queue_wait_s(self) -> float:
         return self.wait_s
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    def waiting_request_ids(self) -> list[str]:
+        return self.waiting
 
     def stats(self) -> None:
         pass
@@ -127,6 +135,8 @@ async def test_ingresses_are_told_how_long_the_queue_is(monkeypatch: pytest.Monk
     assert await told() == [token, LoadEvent(True, 2.5)]
     engine.wait_s = 3.5
     assert await told() == [LoadEvent(True, 3.5)]
+    engine.waiting = ["another ingress's", "r"]
+    assert await told() == [LoadEvent(True, 3.5, None, 0, 2, ("r",))]
     await stream.aclose()
     await call.aclose()
 
