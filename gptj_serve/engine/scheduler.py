@@ -192,7 +192,11 @@ class Scheduler:
         has_prompts = len(decoding) < len(self._running)
         decode_cap = -(-sum(len(entry.job.sequences) for entry in decoding) // self.limits.num_stages)
         self._schedule_decoding(decoding, decode_cap, step)
-        if has_prompts:
+        self._schedule_prompts(step, has_running=has_prompts)
+
+    def _schedule_prompts(self, step: Step, *, has_running: bool) -> None:
+        """Those of running jobs, if there are any, then of waiting ones."""
+        if has_running:
             # Preemption takes entries off the end of the list that is gone through here: a list allows that.
             for entry in self._running:
                 if not entry.job.is_decoding:

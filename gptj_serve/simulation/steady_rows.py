@@ -187,12 +187,7 @@ class SteadyRows(Scheduler):
             return super()._fill(step)
         if self._ready:
             self._board_cohort(step, min(-(-num_decoding // self.limits.num_stages), step.budget))
-        for entry in self._running:
-            if not entry.job.is_decoding:
-                self._schedule_prompt(entry, step)
-        self._give_up_the_late()
-        while min(step.budget, step.prompt_budget) > 0 and (admitted := self._admit_next()) is not None:
-            self._schedule_prompt(admitted, step)
+        self._schedule_prompts(step, has_running=bool(self._running))
         return None
 
     def _preempt(self, entry: Entry) -> None:
