@@ -152,7 +152,6 @@ class PipelineConfig(_Part):
             raise ValueError("quantization: int8 needs our own kernels (kernels: auto)")
         return self
 
-
     @property
     def schedules_ahead(self) -> bool:
         if self.scheduler.schedule_ahead == "auto":
