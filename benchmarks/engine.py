@@ -5,6 +5,11 @@ prompt-lookup drafts on extractive prompts, idle stages by scheduling policy ove
 scheduler and sampler take per step.
 """
 
+# ruff: noqa: E402  # the environment must be set before torch is loaded
+from gptj_serve.environment import keep_openmp_from_spinning
+
+keep_openmp_from_spinning()  # as in the service
+
 import asyncio
 import random
 import statistics

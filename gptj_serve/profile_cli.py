@@ -59,6 +59,9 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Serve a load with an engine in this process, and write what it did when, for ui.perfetto.dev."""
+    from gptj_serve.environment import keep_openmp_from_spinning
+
+    keep_openmp_from_spinning()  # as in the service; from here on torch is loaded
     from gptj_serve.profiling.deployment import DEMO, read_deployment
     from gptj_serve.profiling.load import Load
     from gptj_serve.profiling.session import Session
