@@ -12,7 +12,6 @@ instead of the demo.
 
 import asyncio
 import contextlib
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.pipeline.threads import threads_per_stage
 from gptj_serve.planner import plan_service
 from gptj_serve.types import EngineRequest, SamplingParams, Task
 
@@ -148,7 +148,7 @@ async def engine_alone(directory: Path, num_stages: int) -> AsyncIterator[LocalE
     config = PipelineConfig(num_stages=num_stages)
     planned = plan_service(config, checkpoint)
     block_size = config.kv_cache.block_size
-    threads = max(1, multiprocessing.cpu_count() // num_stages)
+    threads = threads_per_stage(num_stages)
     stages = StageProcessConfig(directory, planned.num_kv_blocks, block_size, torch.float32, threads)
     async with linked_stages([stage.layers for stage in planned.stages], stages) as pipeline:
         limits = SchedulerLimits(

@@ -4,7 +4,6 @@ All run on the same weights, threads and requests, in turns. docs/performance.md
 """
 
 import asyncio
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.speed.pipeline_level import PipelineSizes, measure_pipelines
 from benchmarks.speed.plot import draw
 from benchmarks.speed.results import Results, ratios
 from benchmarks.speed.service_level import ServiceSizes, measure_services
+from gptj_serve.pipeline.threads import num_usable_cores
 from gptj_serve.planner import DEFAULT_KV_SEQUENCES
 
 GROUPS = ("engine", "load", "pipeline", "service")
@@ -52,7 +52,7 @@ def main(
     only: Annotated[str | None, typer.Option(help="Groups to measure.", show_default=FULL.only)] = None,
     contestants: Annotated[str, typer.Option(help=f"Of {', '.join(CONTESTANTS)}.")] = ",".join(DEFAULT_CONTESTANTS),
     scenarios: Annotated[str | None, typer.Option(help="Batch x prompt + new tokens, as 1x128+33,4x1792+128.")] = None,
-    threads: Annotated[int, typer.Option(help="Of each contestant; 0: one per core.")] = 0,
+    threads: Annotated[int, typer.Option(help="Of each contestant; 0: one per core that it may use.")] = 0,
     rounds: Annotated[
         int | None, typer.Option(help="Of which medians are shown; one more warms up.", show_default=str(FULL.rounds))
     ] = None,
@@ -100,7 +100,7 @@ def main(
     shapes = drawn_shapes(config.n_positions) if trace is None else read_trace(trace, config.n_positions, shrink)
     offered, batches = list(map(float, (rates or defaults.rates).split(","))), list(map(int, peer_batches.split(",")))
     offer = Offer(shapes, offered, seconds, our_batch, batches)
-    threads = threads or (1 if quick else os.cpu_count()) or 1  # tiny tensors are too small for more
+    threads = threads or (1 if quick else num_usable_cores())  # tiny tensors are too small for more
     results = Results(model)
 
     def log(line: str) -> None:

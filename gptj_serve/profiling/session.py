@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import os
 from collections.abc import Iterator
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ from gptj_serve.errors import ConfigError, GPTJServeError, OverloadedError, Requ
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.stage_runner import StageSpec
+from gptj_serve.pipeline.threads import threads_per_stage
 from gptj_serve.planner import Plan, plan_service
 from gptj_serve.profiling.load import Load, PlannedRequest
 from gptj_serve.profiling.operators import ProfiledRunner, operator_profiler, operators_in
@@ -53,7 +53,7 @@ class Session:
         num_token_ids = Tokenizer.from_directory(config.checkpoint_dir).num_token_ids
         self._num_token_ids = min(num_token_ids, self._checkpoint.config.vocab_size)
         self._config = pipeline
-        torch.set_num_threads(pipeline.stage.num_threads or max(1, len(os.sched_getaffinity(0)) // pipeline.num_stages))
+        torch.set_num_threads(threads_per_stage(pipeline.num_stages, pipeline.stage.num_threads))
         self._runners = [
             ProfiledRunner.load(self._checkpoint, spec)
             for spec in stage_specs(pipeline, self._plan, self._num_token_ids)

@@ -5,7 +5,6 @@ imports what does.
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,9 +81,10 @@ class GPTJStage:
         from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
         from gptj_serve.pipeline.stage_status import describe_stage
         from gptj_serve.pipeline.step_meter import StepMeter
+        from gptj_serve.pipeline.threads import threads_per_stage
 
         device = torch.device("cuda" if settings.uses_gpu else "cpu")
-        torch.set_num_threads(settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_stages))
+        torch.set_num_threads(threads_per_stage(settings.num_stages, settings.num_threads))
         spec = StageSpec(
             span=range(*settings.layers),
             num_kv_blocks=settings.num_kv_blocks,
