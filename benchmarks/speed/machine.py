@@ -113,16 +113,15 @@ def _products(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
 
 
 def _own_linear(operand_type: str, n: int) -> Callable[[Any], object] | None:
-    """A layer on our kernels, fp32 in and out; None where this version has none, or they don't run here."""
+    """A layer on our kernels, fp32 in and out; None where they don't run."""
     import torch
 
     from gptj_serve.errors import GPTJServeError
+    from gptj_serve.kernels.weights import OperandType, PackedLinear
 
     try:
-        from gptj_serve.kernels.weights import OperandType, PackedLinear
-
         return PackedLinear(torch.nn.Linear(n, n, bias=False), OperandType[operand_type])
-    except (ImportError, GPTJServeError):
+    except GPTJServeError:
         return None
 
 
