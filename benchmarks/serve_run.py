@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from benchmarks.random_model import M405, make_checkpoint
@@ -20,6 +23,7 @@ from benchmarks.random_model import M405, make_checkpoint
 HOST, PORT = "127.0.0.1", 8000
 MODEL_NAME = "benchmark"
 STARTUP_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 60
 
 
 def make_model(tokenizer: Path, work: Path) -> Path:
@@ -58,7 +62,7 @@ async def http_stream(prompt: Sequence[int], num_tokens: int) -> AsyncGenerator[
 
 @contextlib.contextmanager
 def running_service(directory: Path, num_stages: int, work: Path, **pipeline: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """The service on port 8000, ready; interrupted at the end."""
+    """The service on port 8000, ready; stopped at the end."""
     args = {
         "checkpoint": str(directory),
         "model_name": MODEL_NAME,
@@ -68,21 +72,52 @@ def running_service(directory: Path, num_stages: int, work: Path, **pipeline: An
     config = {"http_options": {"host": HOST, "port": PORT}, "applications": [application]}
     (work / "service.yaml").write_text(yaml.safe_dump(config))
     command = [str(Path(sys.executable).parent / "serve"), "run", str(work / "service.yaml")]
-    with (work / "service.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    with running(command, work / "service.log") as process:
+        yield process
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], log: Path, port: int = PORT, stop_timeout_s: float = STOP_TIMEOUT_S
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that serves on a port that nobody else has, once it is ready; at the end it is interrupted.
+
+    Ends the program if the port is taken, or if the command ends or isn't ready in time. What is left of the command's
+    session at the end is killed: Ray's daemons are in it.
+    """
+    if is_taken(port):
+        raise SystemExit(f"something listens on {HOST}:{port} already, and it would be measured: stop it first")
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
-        while not is_ready():
+        while not is_ready(port) or process.poll() is not None:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit((work / "service.log").read_text())
+                raise SystemExit(log.read_text())
             time.sleep(0.5)
         yield process
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(stop_timeout_s)
+        kill_session(process.pid)
+        process.wait()
 
 
-def is_ready() -> bool:
+def kill_session(session_id: int) -> None:
+    """Process groups of their own don't save those who were started in it."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == session_id:
+                os.kill(pid, signal.SIGKILL)
+
+
+def is_taken(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex((HOST, port)) == 0
+
+
+def is_ready(port: int) -> bool:
     with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"http://{HOST}:{PORT}/v1/models").status_code == 200
+        return httpx.get(f"http://{HOST}:{port}/v1/models").status_code == 200
     return False
