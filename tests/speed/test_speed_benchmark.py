@@ -12,17 +12,21 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks.speed.batches import SCENARIOS, Scenario
 from benchmarks.speed.cli import main
-from benchmarks.speed.contestants import BF16, CONTESTANTS, FP32, INT8
+from benchmarks.speed.contestants import BF16, CONTESTANTS, FP32, INT8, Settings
 from benchmarks.speed.load import batch_requests, drawn_shapes, read_trace, trace_requests
 from benchmarks.speed.mixed_load import at_equal_latency
 from benchmarks.speed.models import MODELS, TINY, Cost, decode_cost, kv_bytes_per_token, prefill_cost, weight_bytes
+from benchmarks.speed.ours_contestant import new_scheduler
 from benchmarks.speed.pipeline_level import bubble_ratio
 from benchmarks.speed.plot import draw
 from benchmarks.speed.results import Results, Spread, ratios, spread
 from benchmarks.speed.static_batches import OnToken, serve_in_batches
 from benchmarks.speed.streams import Request, Stream, agreement, batch_figures, load_figures
 from gptj_serve.planner import Model, Resources, plan
+from gptj_serve.simulation.steps_source import any_answer
+from gptj_serve.types import EngineRequest, SamplingParams, Task
 
 PEERS = [name for name in ("transformers", "ctranslate2") if importlib.util.find_spec(name)]
 
@@ -121,15 +125,47 @@ def test_batch_figures() -> None:
     assert figures.overall_rate == pytest.approx(10 / 6)
 
 
+@pytest.mark.parametrize(
+    "scenario",
+    [*SCENARIOS, Scenario(8, 120, 8), Scenario(3, 1, 15), Scenario(5, 16, 1)],
+    ids=lambda scenario: scenario.name,
+)
+def test_a_whole_batch_fits_the_pool_at_once(scenario: Scenario) -> None:
+    settings = Settings(Path("none"), MODELS["405m"], 1, scenario.num_tokens, max_microbatch_tokens=512)
+    scheduler = new_scheduler(settings, scenario.batch)
+    sampling = SamplingParams(max_new_tokens=scenario.num_new, ignore_eos=True)
+    for index in range(scenario.batch):
+        prompt = [index, *[1] * (scenario.num_prompt - 1)]
+        request = EngineRequest(request_id=str(index), task=Task.GENERATE, prompt_token_ids=prompt, sampling=sampling)
+        scheduler.add(request)
+    num_together = 0
+    while (microbatch := scheduler.schedule()) is not None:
+        num_together = max(num_together, scheduler.num_running)
+        scheduler.update(any_answer(microbatch))
+    assert num_together == scenario.batch
+    assert scheduler.num_preemptions == 0
+
+
 def test_load_figures() -> None:
     requests = [Request(0.0, [1], 3), Request(1.0, [1], 2), Request(8.0, [1], 2)]
-    streams = [Stream(0.0, [1.0, 4.0, 5.0], [1] * 3), Stream(1.0, [6.0, 9.5], [1] * 2), Stream(8.0)]
+    streams = [Stream(0.0, [1.0, 4.0, 5.0], [1] * 3), Stream(1.0, [6.0, 8.5], [1] * 2), Stream(8.0)]
     figures = load_figures(requests, streams, seconds=9.0)
-    assert figures.output_rate == pytest.approx(3 / 6)  # tokens after 3.0, up to 9.0
+    assert figures.output_rate == pytest.approx(4 / 6)  # tokens after 3.0, up to 9.0
     assert figures.ttft_p50_s == 1.0
     assert figures.ttft_p99_s == 5.0
-    assert figures.intertoken_p99_s == 3.5
+    assert figures.intertoken_p99_s == 3.0
     assert figures.num_unfinished == 1
+
+
+def test_what_comes_after_the_load_does_not_count() -> None:
+    """A peer finishes the batch that it has begun; ours gives up what is unfinished. Both had the same by then."""
+    requests = [Request(0.0, [1], 4), Request(5.0, [1], 2)]
+    finished = [Stream(0.0, [1.0, 4.0, 8.0, 30.0], [1] * 4), Stream(5.0, [20.0, 21.0], [1] * 2)]
+    given_up = [Stream(0.0, [1.0, 4.0, 8.0], [1] * 3), Stream(5.0)]
+    figures = load_figures(requests, finished, seconds=9.0)
+    assert figures == load_figures(requests, given_up, seconds=9.0)
+    assert figures.ttft_p99_s == 9.0 - 5.0
+    assert figures.num_unfinished == 2
 
 
 def test_agreement_ends_at_the_first_difference() -> None:
