@@ -24,6 +24,9 @@ HOST, PORT = "127.0.0.1", 8000
 MODEL_NAME = "benchmark"
 STARTUP_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
+NUM_LAST_BYTES = 4096  # of a stream: its last event and the mark behind it
+END_MARKS = (b'"finish_reason":"length"', b"data: [DONE]")
+"""Of a stream that has all tokens that were asked for; one that fails ends with an error and without a mark."""
 
 
 def make_model(tokenizer: Path, work: Path) -> Path:
@@ -35,8 +38,11 @@ def make_model(tokenizer: Path, work: Path) -> Path:
     return directory
 
 
-async def http_stream(prompt: Sequence[int], num_tokens: int) -> AsyncGenerator[bytes]:
-    """Chunks of a streamed completion's body, each with an event or several."""
+async def http_stream(prompt: Sequence[int], num_tokens: int, port: int = PORT) -> AsyncGenerator[bytes]:
+    """Chunks of a streamed completion's body, each with an event or several.
+
+    Raises `ConnectionError` if it is refused, or ends without all tokens.
+    """
     body = {
         "model": MODEL_NAME,
         "prompt": list(prompt),
@@ -47,15 +53,20 @@ async def http_stream(prompt: Sequence[int], num_tokens: int) -> AsyncGenerator[
         "return_token_ids": True,
     }
     content = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection(HOST, PORT)
+    reader, writer = await asyncio.open_connection(HOST, port)
     try:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
         status, *_ = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-        assert b" 200 " in status, status + await reader.read()
+        if b" 200 " not in status:
+            raise ConnectionError((status + b" " + await reader.read()).decode())
+        last = b""
         while chunk := await reader.read(65536):
+            last = (last + chunk)[-NUM_LAST_BYTES:]
             if b"data: " in chunk:
                 yield chunk
+        if not all(mark in last for mark in END_MARKS):
+            raise ConnectionError(f"a stream ended before its {num_tokens} tokens had come: {last.decode()}")
     finally:
         writer.close()
 

@@ -1,14 +1,16 @@
 """How benchmarks start and stop what they measure, here a server that stands for `serve run`."""
 
+import asyncio
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from benchmarks.serve_run import running
+from benchmarks.serve_run import http_stream, running
 
 SERVER = """
 import http.server, os, pathlib, signal, subprocess, sys
@@ -93,3 +95,46 @@ def test_who_does_not_stop_is_killed_with_its_daemons(command, port: int, tmp_pa
         pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 2
     assert are_gone(pids)
+
+
+EVENT = b'data: {"choices":[{"text":"a","finish_reason":null}]}\n\n'
+LAST = b'data: {"choices":[{"text":"b","finish_reason":"length"}]}\n\n'
+DONE = b"data: [DONE]\nid: 1-2\n\n"
+ERROR = b'data: {"error":{"message":"a stage was lost"}}\n\n'
+
+
+async def streamed(status: str, chunks: Sequence[bytes]) -> int:
+    """How many events `http_stream` makes of a server's answer."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b'"return_token_ids": true}')
+        writer.write(f"HTTP/1.1 {status}\r\n\r\n".encode())
+        for chunk in chunks:
+            writer.write(chunk)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        return sum([chunk.count(b"data: {") async for chunk in http_stream([1, 2], 3, port)])
+
+
+@pytest.mark.parametrize("chunks", [(EVENT, EVENT, LAST, DONE), (EVENT, EVENT, LAST + DONE[:7], DONE[7:])])
+async def test_events_of_a_whole_stream(chunks: Sequence[bytes]):
+    assert await streamed("200 OK", chunks) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "chunks", "message"),
+    [
+        ("503 Service Unavailable", [ERROR], "503 Service Unavailable .*a stage was lost"),
+        ("200 OK", [EVENT, ERROR], "before its 3 tokens had come: .*a stage was lost"),
+        ("200 OK", [EVENT, LAST], "before its 3 tokens had come"),  # the connection was cut
+        ("200 OK", [EVENT, LAST.replace(b"length", b"stop"), DONE], "before its 3 tokens had come"),
+        ("200 OK", [], "before its 3 tokens had come"),
+    ],
+)
+async def test_a_stream_that_ends_early_is_not_measured(status: str, chunks: Sequence[bytes], message: str):
+    with pytest.raises(ConnectionError, match=f"(?s){message}"):
+        await streamed(status, chunks)
