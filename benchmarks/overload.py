@@ -36,6 +36,7 @@ from benchmarks.serve_run import HOST, MODEL_NAME, PORT, make_model, running_ser
 from benchmarks.speed.load import Shape, check_offer, compressed, read_trace
 from gptj_serve.config import ServiceConfig
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.profiling.percentile import percentile
 
 CLOSED_LOOP_REQUESTS = 32
 SLACK_S = 5.0
@@ -189,8 +190,8 @@ async def offer(
     memory_before, max_memory, max_num_waiting = (await asyncio.gather(watch, return_exceptions=False))[0]
     done = [task.result() for task in calls if task not in unfinished]
     good = [c for c in done if c.ended_at is not None and c.ttft_s <= max_queue_wait_s + SLACK_S]
-    taken = sorted(call.ttft_s for call in done if call.first_at is not None)
-    urgent = sorted(call.ttft_s for call in done if call.first_at is not None and call.has_priority)
+    taken = [call.ttft_s for call in done if call.first_at is not None]
+    urgent = [call.ttft_s for call in done if call.first_at is not None and call.has_priority]
     window = (began_at + seconds / 3, ended_at)
     num_tokens = sum(n for call in good for at, n in call.arrivals if window[0] < at <= window[1])
     retries = [call.retry_after_s for call in done if call.retry_after_s is not None]
@@ -204,9 +205,9 @@ async def offer(
         num_refused=sum(call.status == 503 for call in done),
         num_refused_late=sum(call.status == 503 and call.answered_at - call.began_at > 1 for call in done),
         num_broken=len(unfinished) + sum(call.status != 503 and call.ended_at is None for call in done),
-        ttft_p50=_percentile(taken, 0.5),
-        ttft_p99=_percentile(taken, 0.99),
-        priority_ttft_p99=_percentile(urgent, 0.99),
+        ttft_p50=percentile(taken, 0.5),
+        ttft_p99=percentile(taken, 0.99),
+        priority_ttft_p99=percentile(urgent, 0.99),
         num_priority_refused=sum(call.status == 503 and call.has_priority for call in done),
         median_retry_after=statistics.median(retries) if retries else 0.0,
         max_num_waiting=max_num_waiting,
@@ -214,10 +215,6 @@ async def offer(
         max_memory_bytes=max_memory,
         cores=cores,
     )
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 async def request(shape: Shape, *, has_priority: bool) -> Call:

@@ -15,9 +15,10 @@ from benchmarks.serve_run import http_stream, make_model, running_service
 from benchmarks.speed.engines import Log
 from benchmarks.speed.load import batch_requests
 from benchmarks.speed.results import Results, Row, spread
-from benchmarks.speed.streams import Request, percentile
+from benchmarks.speed.streams import Request
 from gptj_serve.config import ServiceConfig
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.profiling.percentile import percentile
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gptj_serve.profiling.percentile import percentile
+
 
 class Request(NamedTuple):
     arrival_s: float  # since the run's beginning
@@ -85,8 +87,3 @@ def agreement(streams: Sequence[Stream], expected: Sequence[Stream]) -> float:
         total += len(pairs)
         same += next((index for index, (one, two) in enumerate(pairs) if one != two), len(pairs))
     return same / total
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")

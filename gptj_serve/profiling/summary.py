@@ -1,10 +1,9 @@
 """A profile in figures."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptj_serve.engine.timeline import Timeline
+from gptj_serve.profiling.percentile import percentile
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class ProfileSummary:
 
 def summarize_stage(timeline: Timeline, stage_index: int, layers: range) -> StageSummary:
     spans = timeline.of_stage(stage_index)
-    durations_s = sorted(span.duration_s for span in spans)
+    durations_s = [span.duration_s for span in spans]
     handoffs_s = [span.handoff_s for span in spans if span.handoff_s is not None]
     busy_s = sum(durations_s)
     return StageSummary(
@@ -47,8 +46,8 @@ def summarize_stage(timeline: Timeline, stage_index: int, layers: range) -> Stag
         (layers.start, layers.stop),
         len(spans),
         _ratio(busy_s, len(spans)),
-        _percentile(durations_s, 0.5),
-        _percentile(durations_s, 0.99),
+        percentile(durations_s, 0.5, of_nothing=0.0),
+        percentile(durations_s, 0.99, of_nothing=0.0),
         _ratio(busy_s, timeline.duration_s),
         1 - _ratio(busy_s, timeline.in_flight_s) if spans else 0.0,
         sum(handoffs_s) / len(handoffs_s) if handoffs_s else None,
@@ -63,8 +62,3 @@ def scheduler_s_per_step(timeline: Timeline) -> float:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that at least so large a share is not above; 0 of nothing."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
