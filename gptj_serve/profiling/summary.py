@@ -8,8 +8,8 @@ from gptj_serve.profiling.percentile import percentile
 
 @dataclass(frozen=True, slots=True)
 class StageSummary:
-    """Of one stage. `busy_ratio` is of the profile's whole time; `bubble_ratio` is the share of the time with work in
-    the pipeline in which this stage had none."""
+    """Of one stage. `busy_ratio` is of the profile's whole time; `bubble_ratio` is the share of the time with a
+    microbatch on its way, from scheduler to scheduler, in which this stage had none."""
 
     stage_index: int
     layers: tuple[int, int]  # half-open
@@ -24,11 +24,14 @@ class StageSummary:
 
 @dataclass(frozen=True, slots=True)
 class ProfileSummary:
+    dtype: str
+    kernels: str  # of the stages, as in a service's status
+    threads_per_stage: int
     num_finished: int
     num_refused: int  # requests that would have waited too long
     num_steps: int
     duration_s: float  # from the first step's start to the last one's end
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # of the requests that were finished
     num_tokens_generated: int
     num_preemptions: int
     tokens_per_s: float  # generated

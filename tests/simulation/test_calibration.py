@@ -47,7 +47,7 @@ def test_a_checkpoint_is_measured_with_the_stages_of_its_deployment(tiny: Path):
 def test_threads_are_those_of_the_service_whatever_torch_was_told_before(tiny: Path):
     config = ServiceConfig(checkpoint=str(tiny), pipeline=PipelineConfig(num_stages=1))
     with torch_threads(num_usable_cores() + 1):
-        cost = calibrate(config, Sizes((1,), (8,), (), 1, (1,), 4, 2, 1))
+        cost = calibrate(config, FEW)
     assert cost.notes["threads_per_stage"] == num_usable_cores()
 
 
