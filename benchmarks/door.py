@@ -49,11 +49,11 @@ COLUMNS = {
     "answers/s": 22,
     "honest got": 20,
     "attackers got": 24,
-    "listener MiB": 12,
+    "listener MiB": 13,
 }
 """Titles and widths."""
 
-console = Console(width=150)
+console = Console(width=160)
 LOST = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
 
 
