@@ -62,16 +62,20 @@ def ratios(results: Results, earlier: Results) -> list[Row]:
     for group, rows in results.groups.items():
         for row in rows:
             other = rows_before.get((group, key(row)), {})
-            both = [name for name, value in row.items() if name not in KEYS and isinstance(value, Spread | float)]
-            pairs = {name: (_median(row[name]), _median(other.get(name))) for name in both}
-            compared = {name: value / before for name, (value, before) in pairs.items() if before}
+            figures, before = _figures(row), _figures(other)
+            compared = {name: value / before[name] for name, value in figures.items() if before.get(name)}
             if compared:
                 found.append({"group": group, **dict(key(row)), "ratios": compared})
     return found
 
 
-def _median(value: Any) -> float | None:
-    return value.median if isinstance(value, Spread) else value
+def _figures(row: Row) -> dict[str, float]:
+    """Medians of those that were measured several times."""
+    return {
+        name: value.median if isinstance(value, Spread) else value
+        for name, value in row.items()
+        if name not in KEYS and isinstance(value, Spread | float)
+    }
 
 
 def key(row: Row) -> tuple[tuple[str, Any], ...]:
