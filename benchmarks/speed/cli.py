@@ -125,7 +125,8 @@ def main(
     model, rounds, seconds = model or defaults.model, rounds or defaults.rounds, seconds or defaults.seconds
     groups = chosen("--only", only or defaults.only, GROUPS)
     names = chosen("--contestants", contestants, tuple(CONTESTANTS))
-    (model,) = chosen("--model", model, tuple(MODELS))
+    if model not in MODELS:
+        raise typer.BadParameter(f"{model!r} is none of {', '.join(MODELS)}", param_hint="--model")
     remarks = check_effects([name for name in EFFECTS if _is_given(ctx, name) and name != "quick"], groups)
     if shrink > 1 and trace is None:
         raise typer.BadParameter("is of a --trace, which there is none of", param_hint="--shrink")

@@ -93,7 +93,9 @@ def test_load_and_pipelines(tmp_path: Path) -> None:
     assert (results.options["trace"], results.options["peer_batches"]) == ("drawn", [1, 8, 32])
 
 
-@pytest.mark.parametrize("option", [("--only", "engines"), ("--contestants", "theirs"), ("--model", "7b")])
+@pytest.mark.parametrize(
+    "option", [("--only", "engines"), ("--contestants", "theirs"), ("--model", "7b"), ("--model", "405m,6b")]
+)
 def test_unknown_names_are_refused(option: tuple[str, str]) -> None:
     assert repr(option[1]) in refused(*option)
 
