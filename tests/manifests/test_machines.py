@@ -12,6 +12,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from gptj_serve.config import ServiceConfig
 from tests.serving.service import ROOT
 
 LAUNCHERS = ["aws", "gcp"]
@@ -45,16 +46,34 @@ def shellcheck(script: str) -> None:
 def test_ray_takes_the_launchers_file(provider: str) -> None:
     config = launcher(provider)
     head, workers = config["available_node_types"]["head"], config["available_node_types"]["four-t4"]
-    assert head["resources"] == {"CPU": 0}, "no request is lost with it"
+    assert head["resources"]["CPU"] == 0, "no stage on it"
     assert workers["min_workers"] >= 1
     assert workers["max_workers"] <= config["max_workers"]
     for command in commands(config):
         if "ray start" in command:
             assert "RAY_AUTH_MODE=token" in command
             assert ("--num-cpus=0" in command) is ("--head" in command)
-    (deployed,) = re.findall(r"serve deploy ~/gptj/(\S+)", " ".join(commands(config)))
-    assert (ROOT / deployed).is_file()
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+@pytest.mark.parametrize("provider", LAUNCHERS)
+def test_a_rollout_gets_a_machine_more_and_leaves_none(provider: str, tmp_path: Path) -> None:
+    """Ingresses are where no pipeline is; else it is the deployment for four GPUs."""
+    (tmp_path / "gptj").symlink_to(ROOT)
+    config = launcher(provider)
+    (edit,) = [command for command in commands(config) if command.startswith("sed ")]
+    subprocess.run(["/bin/sh", "-c", edit], check=True, env={"HOME": str(tmp_path)}, timeout=30)
+    assert "serve deploy ~/deployment.yaml" in " ".join(config["head_start_ray_commands"])
+    (application,) = yaml.safe_load((tmp_path / "deployment.yaml").read_text())["applications"]
+    (plain,) = yaml.safe_load((ROOT / "deployments" / "gptj-6b-4gpu.yaml").read_text())["applications"]
+    ingress = {"num_replicas": 2, "num_cpus": 0, "resources": {"ingress": 1}}
+    assert application == plain | {"args": plain["args"] | {"rollout": {"surge": "always"}, "ingress": ingress}}
+    ServiceConfig.model_validate(application["args"])
+    nodes = config["available_node_types"]
+    assert nodes["head"]["resources"]["ingress"] == 2 * ingress["num_replicas"]
+    (start,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    assert """--resources='{"ingress": 4}'""" in start
+    assert nodes["four-t4"]["max_workers"] > nodes["four-t4"]["min_workers"]
 
 
 @pytest.mark.manifests
