@@ -39,6 +39,8 @@ class StageSpec:
     deterministic: bool = False  # what comes of a row doesn't depend on the other rows, in any bit
     quantization: Quantization = "none"
     kernels: Kernels = "auto"
+    max_num_sequences: int = 256  # in a microbatch; these two are what a GPU's graphs and buffers are made for
+    max_microbatch_tokens: int = 512
 
 
 class StageRunner:

@@ -31,7 +31,7 @@ class CUDADevice:
 class CUDAStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
 
@@ -83,7 +83,7 @@ class CUDAEvent:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         # Waiting spins, in a call that lets other threads of Python run: being woken up would take longer than the rest
         # of what is between two steps.
-        self.event = torch.cuda.Event()
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.event.record(stream)
 
     def wait(self) -> None:
