@@ -29,6 +29,9 @@ _SEED, _POSITION = tl.constexpr(int(Field.SEED)), tl.constexpr(int(Field.POSITIO
 _TEMPERATURE = tl.constexpr(int(Field.TEMPERATURE))
 _BEYOND = tl.constexpr(2**31 - 1)  # no token, no group
 
+UNSPECIALIZED = ["num_tokens", "num_rows", "num_groups", "num_chunks"]
+"""Arguments for whose values, 1 or multiples of 16, no kernels of their own are worth being compiled."""
+
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
@@ -85,7 +88,7 @@ def _noise(numbers, row, num_rows, places):
     return -tl.log(-tl.log(uniform))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def measure(
     logits, stride, width, num_tokens, reals, num_rows, peaks, best_ids, sums, warm_sums, maxima, num_groups,
     CHUNK_GROUPS: tl.constexpr, SHIFT: tl.constexpr, NARROWS: tl.constexpr,
@@ -115,7 +118,7 @@ def measure(
         tl.store(maxima + row * num_groups + groups, ordered_keys(group_peaks, SHIFT), mask=groups < num_groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def weigh(
     logits, stride, width, num_tokens, numbers, reals, num_rows, peaks, thresholds, last_tied_ids, values, best_groups,
     num_groups, CHUNK_GROUPS: tl.constexpr, PADDED_CHUNKS: tl.constexpr, SHIFT: tl.constexpr, NARROWS: tl.constexpr,
@@ -143,13 +146,13 @@ def weigh(
         tl.store(best_groups + place, tl.min(tl.where(perturbed == value, groups, _BEYOND), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def choose(
     logits, stride, width, num_tokens, numbers, reals, num_rows, peaks, best_ids, sums, thresholds, last_tied_ids,
-    values, best_groups, num_groups, num_chunks, token_ids, logprobs, statuses,
+    values, best_groups, num_groups, num_chunks, sampled,
     PADDED_CHUNKS: tl.constexpr, SHIFT: tl.constexpr, DRAWS: tl.constexpr, NARROWS: tl.constexpr,
 ):  # fmt: skip
-    """Each row's token, its log-probability among all tokens, and its status [R]. Grid (R,)."""
+    """Each row's token, the bits of its log-probability among all tokens, and its status [3, R]. Grid (R,)."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     chunks = tl.arange(0, PADDED_CHUNKS)
@@ -182,6 +185,7 @@ def choose(
             token_id = tl.min(tl.where(perturbed == tl.max(perturbed, 0), member_ids, _BEYOND), 0)
     token_id = tl.where(is_sound, token_id, 0)
     score = finite_scores(logits, token_id, width, num_tokens)
-    tl.store(token_ids + row, token_id)
-    tl.store(logprobs + row, tl.where(is_sound, score.to(tl.float64) - normalizer, 0.0).to(tl.float32))
-    tl.store(statuses + row, status)
+    logprob = tl.where(is_sound, score.to(tl.float64) - normalizer, 0.0).to(tl.float32)
+    tl.store(sampled + row, token_id)
+    tl.store(sampled + num_rows + row, logprob.to(tl.int32, bitcast=True))
+    tl.store(sampled + 2 * num_rows + row, status)

@@ -14,7 +14,7 @@ CPU's only where the rounding of some 1e-7 of the sum decides whether the last o
 import triton
 import triton.language as tl
 
-from gptj_serve.kernels.gpu.draw_kernels import finite_scores, ordered_keys
+from gptj_serve.kernels.gpu.draw_kernels import UNSPECIALIZED, finite_scores, ordered_keys
 from gptj_serve.kernels.gpu.sampling_parameters import Field
 
 _TOP_K, _TEMPERATURE = tl.constexpr(int(Field.TOP_K)), tl.constexpr(int(Field.TEMPERATURE))
@@ -106,7 +106,7 @@ def _id_of_nth(logits, width, num_tokens, key, n, SHIFT: tl.constexpr, TILE: tl.
     return token_id
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def narrow(
     logits, stride, width, num_tokens, numbers, reals, num_rows, peaks, warm_sums, maxima, num_groups, num_chunks,
     candidates, thresholds, last_tied_ids,

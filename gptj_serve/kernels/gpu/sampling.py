@@ -1,13 +1,13 @@
-"""`sample_rows`: tokens from logits on a GPU, without the host waiting for anything.
+"""`DeviceSampler`: tokens from logits on a GPU, without the host waiting for anything.
 
-Per row it reads the logits once for a greedy choice, twice for a draw and three times for top-k or top-p, and but for
-the first time they are in the cache. So R rows of V logits of b bytes take at least R * V * b / bandwidth, and with few
-rows the time that the two to four launches take. Under a captured graph, that is what is between them.
+Per row it reads the logits once for a greedy choice, twice for draws and three to five times for top-k or top-p; but
+for the first time they are in the cache. So R rows of V logits of b bytes take at least R * V * b / bandwidth (rows of
+GPT-J in bf16: 0.1 MB each), and few rows what two to four small launches take.
 
 Shapes: `R` rows, `W` logits of a row, of which the first `V` belong to tokens, `F` fields of the parameters.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,90 +16,95 @@ from torch import Tensor
 from gptj_serve.engine.draws import GROUP_SIZE
 from gptj_serve.kernels.gpu.draw_kernels import choose, measure, weigh
 from gptj_serve.kernels.gpu.narrowing_kernel import narrow
-from gptj_serve.kernels.gpu.sampling_parameters import Field, SamplingMode
+from gptj_serve.kernels.gpu.sampling_parameters import Field, SamplingMode, can_sample_on_device, write_parameters
+from gptj_serve.steps import SampleSpec
 
 CHUNK_GROUPS = 32
-"""Groups of tokens in a chunk: some 25 programs for a row of GPT-J's, each of which reads 4 or 8 KB."""
+"""Groups of tokens in a chunk: 25 programs for a row of GPT-J's, each of which reads 4 or 8 KB."""
 
 SEARCH_TILE = 2048
 NUM_PIVOTS = 4
 
-_SHIFTS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+NUM_WARPS = {"measure": 4, "narrow": 8, "weigh": 4, "choose": 2}
+
+SHIFTS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """So many low bits are 0 in each number of the type, as fp32."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampledRows:
-    """What came of the rows, in one tensor, so that it takes one copy to get it."""
+class DeviceSampler:
+    """Nothing is kept from one call to the next, so calls may be captured in graphs and lie in any number of streams."""
 
-    table: Tensor  # [3, R] int32
+    modes = tuple(SamplingMode)
+    """Each also serves rows that ask for what those before it do, with the same results in every bit."""
 
-    @classmethod
-    def empty(cls, num_rows: int, device: torch.device | None = None, is_pinned: bool = False) -> "SampledRows":
-        return cls(torch.empty(3, num_rows, dtype=torch.int32, device=device, pin_memory=is_pinned))
+    num_fields = len(Field)
 
-    @property
-    def token_ids(self) -> Tensor:
-        """[R]; 0 if the status is not OK."""
-        return self.table[0]
+    def can_sample(self, spec: SampleSpec) -> bool:
+        return can_sample_on_device(spec)
 
-    @property
-    def logprobs(self) -> Tensor:
-        """[R] fp32, of the chosen tokens among all of the row's."""
-        return self.table[1].view(torch.float32)
+    def write(self, parameters: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> SamplingMode:
+        """Describe rows in `parameters` [F, R] on the host: see `write_parameters`."""
+        return write_parameters(parameters, specs, positions)
 
-    @property
-    def statuses(self) -> Tensor:
-        """[R]: `draw_kernels.OK`, `NOT_FINITE` or `NOTHING_POSSIBLE`."""
-        return self.table[2]
+    def sample(self, logits: Tensor, num_token_ids: int, parameters: Tensor, mode: int) -> Tensor:
+        """Enqueue the choice of a token for each row of `logits` [R, W], whose `parameters` [F, R] int64 lie beside
+        them → int32 [3, R]: token ids, bits of their fp32 log-probabilities, statuses (see `draw_kernels`).
+
+        They are the tokens that `engine.sampling.sample` chooses. Where the status is not OK, the first two are 0.
+        """
+        return _Call(logits, num_token_ids, parameters).sample(SamplingMode(mode))
 
 
-def sample_rows(logits: Tensor, num_token_ids: int, parameters: Tensor, mode: SamplingMode) -> SampledRows:
-    """Enqueue the choice of one token for each row of `logits` [R, W], whose `parameters` [F, R] lie on the device too.
+class _Call:
+    def __init__(self, logits: Tensor, num_token_ids: int, parameters: Tensor) -> None:
+        self._num_rows, width = logits.shape
+        assert parameters.shape == (len(Field), self._num_rows)
+        assert parameters.is_contiguous()
+        assert logits.stride(1) == 1
+        assert 0 < num_token_ids <= width
+        self._device = logits.device
+        self._num_token_ids = num_token_ids
+        self._shift = SHIFTS[logits.dtype]
+        self._row = (logits, logits.stride(0), width, num_token_ids)
+        self._reals = (parameters.view(torch.float64), self._num_rows)
+        self._parameters = (parameters, *self._reals)
+        self._num_groups = -(-num_token_ids // GROUP_SIZE)
+        self._num_chunks = -(-self._num_groups // CHUNK_GROUPS)
 
-    Tokens are those that `engine.sampling.sample` chooses. `mode` is at least the one `write_parameters` gave.
-    Nothing is kept from one call to the next, so it may be captured in a graph.
-    """
-    num_rows, width = logits.shape
-    assert parameters.shape == (len(Field), num_rows) and parameters.is_contiguous()  # noqa: PT018
-    assert logits.stride(1) == 1 and num_token_ids <= width  # noqa: PT018
-    shift = _SHIFTS[logits.dtype]
-    num_groups = -(-num_token_ids // GROUP_SIZE)
-    num_chunks = -(-num_groups // CHUNK_GROUPS)
-    padded_chunks = triton.next_power_of_2(num_chunks)
-    draws, narrows = mode >= SamplingMode.DRAWN, mode >= SamplingMode.NARROWED
-    row = (logits, logits.stride(0), width, num_token_ids)
-    numbers, reals = parameters, parameters.view(torch.float64)
-
-    def parts(count: int, dtype: torch.dtype, is_needed: bool = True) -> Tensor:
-        return torch.empty(num_rows if is_needed else 1, count, dtype=dtype, device=logits.device)
-
-    peaks, sums = parts(num_chunks, torch.float32), parts(num_chunks, torch.float32)
-    best_ids = parts(num_chunks, torch.int32)
-    warm_sums = parts(num_chunks, torch.float32, narrows)
-    maxima = parts(num_groups, torch.int32, narrows)
-    thresholds, last_tied_ids = parts(1, torch.int32, narrows), parts(1, torch.int32, narrows)
-    values, best_groups = parts(num_chunks, torch.float64, draws), parts(num_chunks, torch.int32, draws)
-    sampled = SampledRows.empty(num_rows, logits.device)
-    measure[num_rows, num_chunks](
-        *row, reals, num_rows, peaks, best_ids, sums, warm_sums, maxima, num_groups,
-        CHUNK_GROUPS=CHUNK_GROUPS, SHIFT=shift, NARROWS=narrows, num_warps=4,
-    )  # fmt: skip
-    if narrows:
-        candidates = parts(num_token_ids, torch.int32)
-        narrow[num_rows,](
-            *row, numbers, reals, num_rows, peaks, warm_sums, maxima, num_groups, num_chunks, candidates, thresholds,
-            last_tied_ids, PADDED_CHUNKS=padded_chunks, SHIFT=shift, TILE=SEARCH_TILE, NUM_PIVOTS=NUM_PIVOTS,
-            num_warps=8,
+    def sample(self, mode: SamplingMode) -> Tensor:
+        draws, narrows = mode >= SamplingMode.DRAWN, mode >= SamplingMode.NARROWED
+        num_groups, num_chunks = self._num_groups, self._num_chunks
+        shift, padded_chunks = self._shift, triton.next_power_of_2(num_chunks)
+        per_chunk, per_row = (self._num_rows, num_chunks), (self._num_rows,)
+        peaks, sums = self._new(num_chunks, torch.float32), self._new(num_chunks, torch.float32)
+        best_ids = self._new(num_chunks, torch.int32)
+        warm_sums = self._new(num_chunks, torch.float32, narrows)
+        maxima = self._new(num_groups, torch.int32, narrows)
+        kept = (self._new(1, torch.int32, narrows), self._new(1, torch.int32, narrows))
+        drawn = (self._new(num_chunks, torch.float64, draws), self._new(num_chunks, torch.int32, draws))
+        sampled = torch.empty(3, self._num_rows, dtype=torch.int32, device=self._device)
+        measure[per_chunk](
+            *self._row, *self._reals, peaks, best_ids, sums, warm_sums, maxima, num_groups,
+            CHUNK_GROUPS=CHUNK_GROUPS, SHIFT=shift, NARROWS=narrows, num_warps=NUM_WARPS["measure"],
         )  # fmt: skip
-    if draws:
-        weigh[num_rows, num_chunks](
-            *row, numbers, reals, num_rows, peaks, thresholds, last_tied_ids, values, best_groups, num_groups,
-            CHUNK_GROUPS=CHUNK_GROUPS, PADDED_CHUNKS=padded_chunks, SHIFT=shift, NARROWS=narrows, num_warps=4,
+        if narrows:
+            candidates = self._new(self._num_token_ids, torch.int32)
+            narrow[per_row](
+                *self._row, *self._parameters, peaks, warm_sums, maxima, num_groups, num_chunks, candidates, *kept,
+                PADDED_CHUNKS=padded_chunks, SHIFT=shift, TILE=SEARCH_TILE, NUM_PIVOTS=NUM_PIVOTS,
+                num_warps=NUM_WARPS["narrow"],
+            )  # fmt: skip
+        if draws:
+            weigh[per_chunk](
+                *self._row, *self._parameters, peaks, *kept, *drawn, num_groups, CHUNK_GROUPS=CHUNK_GROUPS,
+                PADDED_CHUNKS=padded_chunks, SHIFT=shift, NARROWS=narrows, num_warps=NUM_WARPS["weigh"],
+            )  # fmt: skip
+        choose[per_row](
+            *self._row, *self._parameters, peaks, best_ids, sums, *kept, *drawn, num_groups, num_chunks, sampled,
+            PADDED_CHUNKS=padded_chunks, SHIFT=shift, DRAWS=draws, NARROWS=narrows, num_warps=NUM_WARPS["choose"],
         )  # fmt: skip
-    choose[num_rows,](
-        *row, numbers, reals, num_rows, peaks, best_ids, sums, thresholds, last_tied_ids, values, best_groups,
-        num_groups, num_chunks, sampled.token_ids, sampled.logprobs, sampled.statuses,
-        PADDED_CHUNKS=padded_chunks, SHIFT=shift, DRAWS=draws, NARROWS=narrows, num_warps=2,
-    )  # fmt: skip
-    return sampled
+        return sampled
+
+    def _new(self, count: int, dtype: torch.dtype, is_needed: bool = True) -> Tensor:
+        """Room for so many numbers per row."""
+        return torch.empty(self._num_rows if is_needed else 1, count, dtype=dtype, device=self._device)
