@@ -4,6 +4,7 @@
 printed is what runs. Bytes are bytes, a GiB is 2**30 of them; bandwidth is in bytes per second.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -16,6 +17,12 @@ from gptj_serve.pipeline.partition import head_cost, partition
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_KV_SEQUENCES = 8
 """The KV pool's default capacity where no memory is given, in sequences of full length."""
+
+Capability = tuple[int, int]
+"""CUDA's compute capability of a GPU: major and minor."""
+
+BFLOAT16_CAPABILITY: Capability = (8, 0)
+"""From which on GPUs multiply bfloat16."""
 
 NAMED_CONFIGS = {"gpt-j-6b": GPTJConfig()}
 
@@ -145,10 +152,14 @@ def plan(model: Model, resources: Resources, context: int | None = None) -> Plan
 
 
 def plan_service(config: PipelineConfig, checkpoint: Checkpoint) -> Plan:
-    """The plan by which a pipeline of the service runs. Raises `ConfigError`."""
+    """The plan by which a pipeline of the service runs. Raises `ConfigError`.
+
+    Where stages are on GPUs, `dtype: auto` is planned as bfloat16; float16, which they may choose, takes as many bytes.
+    If they size the KV pool too (`PipelineConfig.sizes_kv_pool_from_memory`), the plan's is the default of CPUs.
+    """
     resources = Resources(
         num_stages=config.num_stages,
-        dtype=resolve_dtype(config.dtype, checkpoint.stored_dtype, uses_gpu=config.stage.num_gpus > 0),
+        dtype=resolve_dtype(config.dtype, [BFLOAT16_CAPABILITY] if config.stage.num_gpus > 0 else []),
         quantization=config.quantization,
         block_size=config.kv_cache.block_size,
         num_kv_tokens=config.kv_cache.num_tokens,
@@ -156,14 +167,14 @@ def plan_service(config: PipelineConfig, checkpoint: Checkpoint) -> Plan:
     return plan(Model(checkpoint.config, checkpoint.heads), resources)
 
 
-def resolve_dtype(requested: str, stored: str, *, uses_gpu: bool) -> str:
-    """`auto` is float32 on CPUs, where greedy tokens are then transformers'; on GPUs as stored.
-
-    `stored` is safetensors' name of a dtype; there is no serving in a precision above float32.
-    """
+def resolve_dtype(requested: str, capabilities: Sequence[Capability] = ()) -> str:
+    """`auto` is float32 on CPUs, where greedy tokens are then transformers'. On GPUs, of which `capabilities` has each
+    one's compute capability, it is bfloat16 if all have it, else float16."""
     if requested != "auto":
         return requested
-    return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32") if uses_gpu else "float32"
+    if not capabilities:
+        return "float32"
+    return "bfloat16" if min(map(tuple, capabilities)) >= BFLOAT16_CAPABILITY else "float16"
 
 
 def remedies(model: Model, resources: Resources, context: int) -> list[str]:
