@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gptj_serve.model.config import GPTJConfig
+from gptj_serve.pipeline.gpu.buckets import DecodeBuckets
 
 GIB, MIB = 2**30, 2**20
 
@@ -81,6 +82,9 @@ class StepLimits:
     max_num_sequences: int = 256
 
 
+DEFAULT_STEP_LIMITS = StepLimits()
+
+
 def overhead(
     config: GPTJConfig, span: range, limits: StepLimits, block_size: int, width: int, *, restores_weights: bool
 ) -> Overhead:
@@ -96,6 +100,7 @@ def overhead(
     logits = 0
     if span.stop == config.n_layer:
         logits = limits.max_num_sequences * config.vocab_size * LOGIT_BYTES
-    num_graphs = _num_graphs(limits.max_num_sequences, -(-config.n_positions // block_size))
+    buckets = DecodeBuckets(limits.max_num_sequences, -(-config.n_positions // block_size))
+    num_graphs = len(buckets.largest_first())
     graphs = num_graphs * len(span) * GRAPH_BYTES_PER_LAYER
     return Overhead(CONTEXT_BYTES, WORKSPACE_BYTES, graphs, activations, logits)

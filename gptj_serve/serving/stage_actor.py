@@ -15,6 +15,7 @@ import ray
 from gptj_serve.config import Kernels, Quantization
 from gptj_serve.environment import keep_openmp_from_spinning
 from gptj_serve.errors import ConfigError
+from gptj_serve.gpus import FP8_CAPABILITY
 from gptj_serve.pipeline.kv_room import Knobs, KVRoom
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.serving.logs import log_to_stderr
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-FP8_CAPABILITY = (8, 9)
-"""CUDA's compute capability from which on the cores multiply fp8."""
 
 
 class StageSettings(NamedTuple):
@@ -68,7 +66,7 @@ class GPTJStage:
     """One stage. Its methods run in threads of their own, so `watch` can wait while others are called."""
 
     def __init__(self, settings: StageSettings, memory: "DeviceMemory | None" = None) -> None:
-        """`memory` is that of the stage's device, if it has one of its own; by default torch's if the stage uses a GPU."""
+        """`memory` is that of the stage's device; by default a GPU's as torch sees it, and none of a CPU's."""
         log_to_stderr(as_json=settings.logs_json)
         self._settings = settings
         self._memory = memory
@@ -204,11 +202,8 @@ class GPTJStage:
             from gptj_serve.pipeline.memory_trial import CUDAMemory
 
             self._memory = CUDAMemory(torch.device("cuda"))
-        if (
-            self._memory is not None
-            and self._settings.quantization == "fp8"
-            and self._memory.capability < FP8_CAPABILITY
-        ):
+        is_fp8 = self._settings.quantization == "fp8"
+        if is_fp8 and self._memory is not None and self._memory.capability < FP8_CAPABILITY:
             raise ConfigError(
                 f"pipeline.quantization=fp8: {self._memory.name} has compute capability "
                 f"{_dotted(self._memory.capability)}, and fp8 needs {_dotted(FP8_CAPABILITY)}; use int8"

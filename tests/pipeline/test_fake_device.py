@@ -9,7 +9,11 @@ from tests.pipeline.fake_device import POISON, FakeDevice, HostSyncError, NoHost
 def test_nothing_is_done_before_it_is_waited_for():
     device = FakeDevice()
     stream = device.stream()
-    here, there, back = device.pinned((2,), torch.int32), device.zeros((2,), torch.int32), device.pinned((2,), torch.int32)
+    here, there, back = (
+        device.pinned((2,), torch.int32),
+        device.zeros((2,), torch.int32),
+        device.pinned((2,), torch.int32),
+    )
     here.fill_(1)
     stream.copy(there, here)
     copied = stream.record()
