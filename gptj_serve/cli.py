@@ -15,7 +15,7 @@ import typer
 from gptj_serve.errors import ConfigError, GPTJServeError
 
 if TYPE_CHECKING:
-    from gptj_serve.gpus import GPU, Capability
+    from gptj_serve.gpus import GPU
     from gptj_serve.planner import Model, Plan
 
 GIB = 2**30
@@ -138,27 +138,26 @@ def plan(
 ) -> None:
     """Show how a model splits over stages, what fits, and how fast it can be at best. Exit status 1: it doesn't fit."""
     from gptj_serve import planner
-    from gptj_serve.gpus import StepLimits
+    from gptj_serve.gpus import ASSUMED_CAPABILITY, StepLimits
     from gptj_serve.remedies import remedies
 
     card = _card(device)
+    capability = card.capability if card else None if device == "cpu" else ASSUMED_CAPABILITY
     model = _model(checkpoint, config)
     memory_bytes = None if card is None else card.memory_bytes
     bandwidth_bytes_s = None if card is None else card.bandwidth_bytes_s
     resources = planner.Resources(
         num_stages=stages,
-        dtype=dtype.value if dtype else planner.resolve_dtype("auto", _capabilities(device, card)),
+        dtype=dtype.value if dtype else planner.resolve_dtype("auto", [] if capability is None else [capability]),
         quantization=quantization.value,
         block_size=block_size,
         num_kv_tokens=kv_tokens,
         device_memory_bytes=memory_bytes if device_memory_gib is None else int(device_memory_gib * GIB),
         memory_utilization=memory_utilization,
         bandwidth_bytes_s=bandwidth_bytes_s if bandwidth_gb_s is None else bandwidth_gb_s * 1e9,
-        on_gpu=device != "cpu",
+        capability=capability,
         step_limits=StepLimits(max_microbatch_tokens, max_num_sequences),
     )
-    if quantization is Quantization.fp8:
-        _require_fp8(device, card)
     result = planner.plan(model, resources, context)
     changes = [] if result.fits else remedies(model, resources, result.context)
     if as_json:
@@ -198,22 +197,6 @@ def _card(device: str) -> "GPU | None":
     if device not in GPUS:
         raise ConfigError(f"--device={device!r}: none of cpu, gpu, {', '.join(GPUS)}")
     return GPUS[device]
-
-
-def _capabilities(device: str, card: "GPU | None") -> list["Capability"]:
-    """Of an unknown GPU it is assumed that it has bfloat16: float16 takes as many bytes."""
-    from gptj_serve.gpus import BFLOAT16_CAPABILITY
-
-    if card is not None:
-        return [card.capability]
-    return [] if device == "cpu" else [BFLOAT16_CAPABILITY]
-
-
-def _require_fp8(device: str, card: "GPU | None") -> None:
-    from gptj_serve.gpus import FP8_CAPABILITY
-
-    if card is not None and card.capability < FP8_CAPABILITY:
-        raise ConfigError(f"--quantization='fp8': --device={device} has no fp8; int8 goes on every GPU")
 
 
 def _as_json(plan: "Plan", typical: int, changes: list[str]) -> dict[str, Any]:

@@ -21,6 +21,12 @@ BFLOAT16_CAPABILITY: Capability = (8, 0)
 FP8_CAPABILITY: Capability = (8, 9)
 """From which on they multiply fp8."""
 
+KERNEL_CAPABILITY: Capability = (8, 0)
+"""From which on our kernels run, which int8 needs."""
+
+ASSUMED_CAPABILITY: Capability = (9, 0)
+"""Of a GPU that nobody has asked yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class GPU:
@@ -58,6 +64,18 @@ GRAPH_BYTES_PER_LAYER = 192 << 10
 LOGIT_BYTES = 28
 """Of each logit of a step, at most: as computed, in fp32, sorted with their ids, probabilities and their sums. Not
 measured yet."""
+
+
+def missing_capability(quantization: str, capability: Capability) -> str | None:
+    """What a GPU lacks for the quantization; None if nothing."""
+    needed = {"int8": KERNEL_CAPABILITY, "fp8": FP8_CAPABILITY}.get(quantization, (0, 0))
+    if capability >= needed:
+        return None
+    return f"has compute capability {_dotted(capability)}, and {quantization} needs {_dotted(needed)}"
+
+
+def _dotted(capability: Capability) -> str:
+    return ".".join(map(str, capability))
 
 
 class Overhead(NamedTuple):

@@ -10,7 +10,16 @@ from math import prod
 
 from gptj_serve.config import PipelineConfig
 from gptj_serve.errors import ConfigError
-from gptj_serve.gpus import BFLOAT16_CAPABILITY, DEFAULT_STEP_LIMITS, Capability, Overhead, StepLimits, overhead
+from gptj_serve.gpus import (
+    ASSUMED_CAPABILITY,
+    BFLOAT16_CAPABILITY,
+    DEFAULT_STEP_LIMITS,
+    Capability,
+    Overhead,
+    StepLimits,
+    missing_capability,
+    overhead,
+)
 from gptj_serve.model.checkpoint import Checkpoint, backbone_shapes, head_shapes
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.pipeline.partition import head_cost, partition
@@ -59,8 +68,12 @@ class Resources:
     device_memory_bytes: int | None = None
     memory_utilization: float = 0.9  # what a stage may use of it
     bandwidth_bytes_s: float | None = None  # of one device's memory
-    on_gpu: bool = False  # then a stage takes more than weights and KV: `StagePlan.overhead`
+    capability: Capability | None = None  # of a GPU; None: on CPUs. GPUs hold more than weights and KV: `Overhead`
     step_limits: StepLimits = DEFAULT_STEP_LIMITS
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.capability is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +171,14 @@ def plan_service(config: PipelineConfig, checkpoint: Checkpoint) -> Plan:
     Where stages are on GPUs, `dtype: auto` is planned as bfloat16; float16, which they may choose, takes as many bytes.
     If they size the KV pool too (`PipelineConfig.sizes_kv_pool_from_memory`), the plan's is the default of CPUs.
     """
+    capability = ASSUMED_CAPABILITY if config.stage.num_gpus > 0 else None
     resources = Resources(
         num_stages=config.num_stages,
-        dtype=resolve_dtype(config.dtype, [BFLOAT16_CAPABILITY] if config.stage.num_gpus > 0 else []),
+        dtype=resolve_dtype(config.dtype, [] if capability is None else [capability]),
         quantization=config.quantization,
         block_size=config.kv_cache.block_size,
         num_kv_tokens=config.kv_cache.num_tokens,
-        on_gpu=config.stage.num_gpus > 0,
+        capability=capability,
         step_limits=StepLimits(config.scheduler.max_microbatch_tokens, config.scheduler.max_num_sequences),
     )
     return plan(Model(checkpoint.config, checkpoint.heads), resources)
@@ -190,6 +204,9 @@ def _check_quantization(resources: Resources) -> None:
     if quantization == "int8" and dtype == ("float32" if resources.on_gpu else "float16"):
         where = "GPUs it goes with dtype bfloat16 or float16" if resources.on_gpu else "CPUs with float32 or bfloat16"
         raise ConfigError(f"quantization='int8': on {where}, not {dtype}")
+    missing = None if resources.capability is None else missing_capability(quantization, resources.capability)
+    if missing is not None:
+        raise ConfigError(f"quantization={quantization!r}: the GPU {missing}")
 
 
 def _stage_plan(model: Model, resources: Resources, index: int, span: range) -> StagePlan:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
+from gptj_serve.gpus import missing_capability
 from gptj_serve.planner import DTYPE_BYTES, Model, Resources, plan
 
 
@@ -33,8 +34,9 @@ def remedies(model: Model, resources: Resources, context: int) -> list[str]:
         found.append(f"more stages: --stages {num_stages}")
     if not found and half is not None and (num_stages := fewest_stages(dtype=half)) is not None:
         found.append(f"fewer bytes per weight and more stages: --dtype {half} --stages {num_stages}")
-    is_half = resources.on_gpu and resources.dtype != "float32"
-    if resources.quantization == "none" and is_half and fits(quantization="int8"):
+    is_half = DTYPE_BYTES[resources.dtype] == 2
+    has_kernels = resources.capability is not None and missing_capability("int8", resources.capability) is None
+    if resources.quantization == "none" and is_half and has_kernels and fits(quantization="int8"):
         found.append("fewer bytes per weight: --quantization int8")
     room = min((stage.num_kv_tokens or 0) for stage in plan(model, resources, context).stages)
     if resources.num_kv_tokens is not None and room >= context:

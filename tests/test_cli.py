@@ -71,7 +71,10 @@ def test_convert(run, pickled: Path, tmp_path: Path):
         (["plan", "--config", "gpt-j-6b", "--stages", "29"], "num_stages=29"),
         (["plan", "--config", "gpt-j-6b", "--context", "4096"], "context=4096"),
         (["plan", "--config", "gpt-j-6b", "--device", "voodoo"], "--device='voodoo': none of cpu, gpu, t4"),
-        (["plan", "--config", "gpt-j-6b", "--device", "t4", "--quantization", "fp8"], "--device=t4 has no fp8"),
+        (
+            ["plan", "--config", "gpt-j-6b", "--device", "t4", "--quantization", "fp8"],
+            "has compute capability 7.5, and fp8 needs 8.9",
+        ),
         (["plan", "--config", "gpt-j-6b", "--device", "cpu", "--quantization", "fp8"], "is for GPUs"),
     ],
     ids=" ".join,

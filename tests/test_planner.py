@@ -51,7 +51,7 @@ def planned(draw: st.DrawFn) -> tuple[Model, Resources, int]:
         device_memory_bytes=draw(st.none() | st.integers(0, 200_000).map(lambda size: size + on_gpu * 600 * 2**20)),
         memory_utilization=draw(st.floats(0.1, 1)),
         bandwidth_bytes_s=draw(st.none() | st.floats(1, 1e12)),
-        on_gpu=on_gpu,
+        capability=(9, 0) if on_gpu else None,
         step_limits=StepLimits(draw(st.integers(1, 64)), draw(st.integers(1, 64))),
     )
     return model, resources, draw(st.integers(1, model.config.n_positions))
@@ -175,9 +175,9 @@ def test_6b_that_does_not_fit(changes: dict[str, int | str], advice: list[str]):
         (Resources(dtype="int3"), None, "dtype='int3'"),
         (Resources(quantization="int4"), None, "quantization='int4'"),
         (Resources(quantization="fp8", dtype="bfloat16"), None, "quantization='fp8': is for GPUs"),
-        (Resources(quantization="fp8", on_gpu=True), None, "with dtype bfloat16, not float16"),
+        (Resources(quantization="fp8", capability=(9, 0)), None, "with dtype bfloat16, not float16"),
         (Resources(quantization="int8"), None, "on CPUs with float32 or bfloat16, not float16"),
-        (Resources(quantization="int8", dtype="float32", on_gpu=True), None, "bfloat16 or float16, not float32"),
+        (Resources(quantization="int8", dtype="float32", capability=(9, 0)), None, "bfloat16 or float16, not float32"),
     ],
 )
 def test_impossible_values(resources: Resources, context: int | None, message: str):
@@ -216,7 +216,7 @@ def test_auto_dtype(requested: str, capabilities: list[tuple[int, int]], expecte
 @pytest.mark.parametrize(("quantization", "bytes_per_weight"), [("none", 2), ("int8", 1), ("fp8", 1)])
 def test_weights_on_gpus(quantization: str, bytes_per_weight: int):
     """Of GPT-J 6B the matrices, with a scale in fp32 for each output where they are in 8 bits."""
-    result = plan(SIX_B, Resources(dtype="bfloat16", quantization=quantization, on_gpu=True))
+    result = plan(SIX_B, Resources(dtype="bfloat16", quantization=quantization, capability=(9, 0)))
     layers, dim, vocabulary = 28, 4096, 50400
     matrices = layers * 12 * dim * dim + vocabulary * dim
     outputs = layers * (3 * dim + dim + 4 * dim + dim) + vocabulary
@@ -228,7 +228,7 @@ def test_weights_on_gpus(quantization: str, bytes_per_weight: int):
 def test_what_else_a_stage_on_a_gpu_takes():
     """More where more is computed at once; logits on the last stage only; nothing of it on CPUs."""
     few, many = (
-        plan(SIX_B, Resources(num_stages=2, dtype="bfloat16", on_gpu=True, step_limits=limits))
+        plan(SIX_B, Resources(num_stages=2, dtype="bfloat16", capability=(9, 0), step_limits=limits))
         for limits in (StepLimits(128, 64), StepLimits(2048, 512))
     )
     for less, more in zip(few.stages, many.stages, strict=True):
@@ -241,11 +241,16 @@ def test_what_else_a_stage_on_a_gpu_takes():
 
 def test_6b_on_known_gpus():
     fits = {
-        name: plan(SIX_B, Resources(dtype="float16", on_gpu=True, device_memory_bytes=gpu.memory_bytes)).fits
+        name: plan(
+            SIX_B, Resources(dtype="float16", capability=gpu.capability, device_memory_bytes=gpu.memory_bytes)
+        ).fits
         for name, gpu in GPUS.items()
     }
     assert [name for name, does in fits.items() if not does] == ["t4"]
-    with_int8 = Resources(
-        dtype="float16", quantization="int8", on_gpu=True, device_memory_bytes=GPUS["t4"].memory_bytes
-    )
-    assert plan(SIX_B, with_int8).fits
+    on_t4 = Resources(dtype="float16", capability=GPUS["t4"].capability, device_memory_bytes=GPUS["t4"].memory_bytes)
+    assert plan(SIX_B, replace(on_t4, num_stages=2)).fits
+    with pytest.raises(
+        ConfigError, match="quantization='int8': the GPU has compute capability 7.5, and int8 needs 8.0"
+    ):
+        plan(SIX_B, replace(on_t4, quantization="int8"))
+    assert not any("int8" in advice for advice in remedies(SIX_B, on_t4, 2048))

@@ -15,7 +15,7 @@ import ray
 from gptj_serve.config import Kernels, Quantization
 from gptj_serve.environment import keep_openmp_from_spinning
 from gptj_serve.errors import ConfigError
-from gptj_serve.gpus import FP8_CAPABILITY
+from gptj_serve.gpus import missing_capability
 from gptj_serve.pipeline.kv_room import Knobs, KVRoom
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.serving.logs import log_to_stderr
@@ -202,12 +202,11 @@ class GPTJStage:
             from gptj_serve.pipeline.memory_trial import CUDAMemory
 
             self._memory = CUDAMemory(torch.device("cuda"))
-        is_fp8 = self._settings.quantization == "fp8"
-        if is_fp8 and self._memory is not None and self._memory.capability < FP8_CAPABILITY:
-            raise ConfigError(
-                f"pipeline.quantization=fp8: {self._memory.name} has compute capability "
-                f"{_dotted(self._memory.capability)}, and fp8 needs {_dotted(FP8_CAPABILITY)}; use int8"
-            )
+        if self._memory is not None:
+            quantization = self._settings.quantization
+            missing = missing_capability(quantization, self._memory.capability)
+            if missing is not None:
+                raise ConfigError(f"pipeline.quantization={quantization}: {self._memory.name} {missing}")
 
     @property
     def _own_layers(self) -> str:
@@ -220,7 +219,3 @@ class GPTJStage:
 
         knobs = self._settings.knobs
         return TrialLimits(knobs.max_microbatch_tokens, knobs.max_num_sequences, self._settings.max_sequence_tokens)
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))

@@ -120,11 +120,19 @@ def test_a_stage_measures_its_room_after_it_has_loaded(tiny_gptj: Callable[..., 
     assert room.used_bytes < 100 << 20
 
 
-def test_a_gpu_without_fp8_is_refused_before_anything_is_loaded(tiny_gptj: Callable[..., Path]) -> None:
-    settings = settings_for(tiny_gptj(), stage={"num_gpus": 1}, quantization="fp8")
-    stage = GPTJStage(settings[0]._replace(uses_gpu=False), CountedMemory((8, 6)))
+@pytest.mark.parametrize(
+    ("quantization", "capability", "told"),
+    [
+        ("fp8", (8, 6), "has compute capability 8.6, and fp8 needs 8.9"),
+        ("int8", (7, 5), "has compute capability 7.5, and int8 needs 8.0"),
+    ],
+)
+def test_a_gpu_that_can_not_is_refused_before_anything_is_loaded(
+    tiny_gptj: Callable[..., Path], quantization: str, capability: tuple[int, int], told: str
+) -> None:
+    settings = settings_for(tiny_gptj(), stage={"num_gpus": 1}, quantization=quantization)
+    stage = GPTJStage(settings[0]._replace(uses_gpu=False), CountedMemory(capability))
     for call in (stage.capability, lambda: stage.load("bfloat16")):
-        with pytest.raises(
-            ConfigError, match=r"quantization=fp8: a fake has compute capability 8.6, and fp8 needs 8.9"
-        ):
+        with pytest.raises(ConfigError) as raised:
             call()
+        assert str(raised.value) == f"pipeline.quantization={quantization}: a fake {told}"

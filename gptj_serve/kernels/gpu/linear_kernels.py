@@ -86,6 +86,11 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, num_o
     return out
 
 
+def num_warps_of_a_row(width: int) -> int:
+    """So many that a thread has at most 64 of its numbers."""
+    return min(16, max(4, (1 << (width - 1).bit_length()) // 2048))
+
+
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K], contiguous → fp8 [T, K], and scales [T, 1] in fp32."""
     num_rows, width = x.shape
@@ -94,6 +99,6 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     launch: Any = round_rows_kernel[(num_rows,)]
     launch(
         x, rounded, scale, width, FP8_MAX=FP8_MAX, SMALLEST=SMALLEST,
-        BLOCK_K=triton.next_power_of_2(width), num_warps=8 if width > 2048 else 4,
+        BLOCK_K=triton.next_power_of_2(width), num_warps=num_warps_of_a_row(width),
     )  # fmt: skip
     return rounded, scale

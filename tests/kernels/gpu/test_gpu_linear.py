@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from gptj_serve.errors import ConfigError
 from gptj_serve.kernels.gpu.linear import GPULinear, LinearKind, quantized
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-
 HALF_STEP = {"int8": 0.5 / 127, "fp8": 1 / 16}
 """The most that rounding moves a weight, of the largest of its output in int8, of itself in fp8."""
 
@@ -165,8 +163,8 @@ for capability, weight, x, num_rows in itertools.product((80, 89, 90), ("i8", "f
     print(capability, weight, x, num_rows, len(made.asm["cubin"]), made.metadata.shared)
 for capability in (89, 90):
     arguments = dict(x_ptr="*bf16", rounded_ptr="*fp8e4nv", scale_ptr="*fp32", width="i32")
-    constants = dict(FP8_MAX=448.0, SMALLEST=1e-30, BLOCK_K=16384)
-    made = compiled(kernels.round_rows_kernel, capability, arguments, constants, num_warps=8)
+    constants = dict(FP8_MAX=448.0, SMALLEST=1e-30, BLOCK_K=32768)
+    made = compiled(kernels.round_rows_kernel, capability, arguments, constants, num_warps=kernels.num_warps_of_a_row(20480))
     print(capability, "fp8e4nv", "bf16", "all", len(made.asm["cubin"]), made.metadata.shared)
 """
 
