@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -90,12 +90,26 @@ class StageRunner:
 
         On our own kernels where they can be used. Raises `ConfigError` if there are none for what is asked.
         """
+        return cls.prepare(checkpoint, spec, heads, progress)(spec.num_kv_blocks)
+
+    @classmethod
+    def prepare(
+        cls,
+        checkpoint: Checkpoint,
+        spec: StageSpec,
+        heads: dict[str, HeadCheckpoint] | None = None,
+        progress: Progress = silent,
+    ) -> Callable[[int], "StageRunner"]:
+        """`load` in two parts: first the weights. What comes back takes a number of KV blocks, in place of the spec's,
+        and makes a runner with that pool: of several on the same weights one may be at work.
+        """
         config = checkpoint.config
         operand_type = choose_operand_type(
             config, spec.dtype, spec.device, spec.block_size, spec.quantization, spec.kernels
         )
         if operand_type is None:
-            return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress), spec, heads)
+            stage = load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress)
+            return lambda num_kv_blocks: cls(stage, replace(spec, num_kv_blocks=num_kv_blocks), heads)
         blocks: list[PackedBlock] = []
 
         def pack(block: GPTJBlock) -> None:
@@ -105,7 +119,12 @@ class StageRunner:
         if stage.is_last:
             _pack_heads(stage, operand_type)
         _give_back_freed_memory()
-        return cls(stage, spec, heads, CPULayers(config, blocks, spec.num_kv_blocks, spec.dtype))
+
+        def on_our_kernels(num_kv_blocks: int) -> StageRunner:
+            layers = CPULayers(config, blocks, num_kv_blocks, spec.dtype)
+            return cls(stage, replace(spec, num_kv_blocks=num_kv_blocks), heads, layers)
+
+        return on_our_kernels
 
     @property
     def kernels(self) -> str:
