@@ -21,6 +21,7 @@ from gptj_serve.model.deterministic import make_deterministic
 from gptj_serve.model.heads import HeadCheckpoint
 from gptj_serve.model.loading_progress import Progress, silent
 from gptj_serve.model.stage import GPTJStage, load_stage
+from gptj_serve.pipeline.last_tokens import LastTokens
 from gptj_serve.pipeline.layers import Layers, TorchLayers
 from gptj_serve.pipeline.row_outputs import RowOutputs
 from gptj_serve.steps import MicroBatch, StepOutput
@@ -44,7 +45,7 @@ class StageSpec:
 
 
 class StageRunner:
-    """Stateless but for weights and KV tensors: each microbatch brings all that a step needs.
+    """Stateless but for weights, KV tensors and the last step's tokens: each microbatch brings all that a step needs.
 
     Microbatches must come in the order of their ids, without gaps, or an earlier one could overwrite the KV of a
     later one.
@@ -76,6 +77,7 @@ class StageRunner:
         self._outputs = None
         if stage.is_last:
             self._outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, convert, statistics)
+        self._last_tokens = LastTokens()
         self._last_microbatch_id: int | None = None
 
     @classmethod
@@ -145,7 +147,8 @@ class StageRunner:
             torch.cuda.synchronize(self.spec.device)
 
     def restart(self) -> None:
-        """Forget the order so far: the engine recomputes every sequence after a stage was lost."""
+        """Forget the order and the tokens so far: the engine recomputes every sequence after a stage was lost."""
+        self._last_tokens.forget()
         self._last_microbatch_id = None
 
     @torch.inference_mode()
@@ -157,12 +160,14 @@ class StageRunner:
             self._layers.copy_blocks(microbatch.block_copies)
         rows = [PagedRow(row.start, len(row.token_ids), row.block_table) for row in microbatch.rows]
         if hidden is None:
-            token_ids = [token_id for row in microbatch.rows for token_id in row.token_ids]
+            token_ids = self._last_tokens.fill_in(microbatch.rows)
             hidden = self.stage.wte(torch.tensor(token_ids, device=self.spec.device))
         hidden = self._layers.forward(hidden.to(self.spec.device), rows)
         if self._outputs is None:
             return hidden
-        return StepOutput(microbatch.microbatch_id, self._outputs.of(microbatch.rows, self.stage.ln_f(hidden)))
+        results = self._outputs.of(microbatch.rows, self.stage.ln_f(hidden))
+        self._last_tokens.keep(results)
+        return StepOutput(microbatch.microbatch_id, results)
 
     def _check_order(self, microbatch_id: int) -> None:
         expected = microbatch_id if self._last_microbatch_id is None else self._last_microbatch_id + 1
