@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gptj_serve.config import Kernels, Quantization
 from gptj_serve.engine.sampling import Statistics
-from gptj_serve.kernels.choice import choose_operand_type
+from gptj_serve.kernels.choice import choose_operand_type, chooses_gpu_kernels
 from gptj_serve.kernels.cpu_layers import CPULayers, PackedBlock
 from gptj_serve.kernels.row_statistics import row_statistics
 from gptj_serve.kernels.weights import OperandType, PackedLinear
@@ -106,6 +106,14 @@ class StageRunner:
         and makes a runner with that pool: of several on the same weights one may be at work.
         """
         config = checkpoint.config
+        if spec.device.type == "cuda":
+            if chooses_gpu_kernels(config, spec.dtype, spec.device, spec.quantization, spec.kernels):
+                from gptj_serve.pipeline.gpu.cuda_device import CUDADevice  # these build on this module
+                from gptj_serve.pipeline.gpu.loading import prepare_on_gpu
+
+                return prepare_on_gpu(CUDADevice(spec.device), checkpoint, spec, heads, progress)
+            stage = load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress)
+            return lambda num_kv_blocks: cls(stage, replace(spec, num_kv_blocks=num_kv_blocks), heads)
         operand_type = choose_operand_type(
             config, spec.dtype, spec.device, spec.block_size, spec.quantization, spec.kernels
         )

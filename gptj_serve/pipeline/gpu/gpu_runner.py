@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gptj_serve.kernels.gpu.linear import GPULinear
 from gptj_serve.model.heads import HeadCheckpoint
 from gptj_serve.model.stage import GPTJStage
 from gptj_serve.pipeline.gpu.device import Device
@@ -54,7 +55,9 @@ class GPUStageRunner(StageRunner):
 
     @property
     def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.stage.parameters()) + self._device_layers.weight_bytes
+        own = sum(parameter.nbytes for parameter in self.stage.parameters())
+        quantized = sum(module.num_bytes for module in self.stage.modules() if isinstance(module, GPULinear))
+        return own + quantized + self._device_layers.weight_bytes
 
     @property
     def kv_cache_bytes(self) -> int:

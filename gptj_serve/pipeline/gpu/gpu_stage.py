@@ -154,10 +154,10 @@ class GPUStage:
         return known, fed_from
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        blocks = np.array(simultaneous(copies))  # [2, copies]
-        half = self._copies.halves[self._copies.begin()]
-        half[: blocks.size].copy_(torch.from_numpy(blocks.reshape(-1)))
-        sources, targets = self._copies.send(blocks.size).view(blocks.shape)
+        pairs = simultaneous(copies)
+        half, num_copies = self._copies.arrays[self._copies.begin()], len(pairs[0])
+        half[: 2 * num_copies].reshape(2, num_copies)[:] = pairs
+        sources, targets = self._copies.send(2 * num_copies).view(2, num_copies)
         self._stream.launch(lambda: self._layers.copy_blocks_at_once(sources, targets))
 
     def _receive(self, received: Tensor | DeviceHidden, num_tokens: int) -> None:

@@ -118,7 +118,6 @@ class StepBuffers:
         self._limits = limits
         largest = mixed_shape(limits.max_tokens, limits.max_rows, limits.max_tokens, limits.max_blocks, limits.max_rows)
         self._staging = Staging(device, stream, largest.num_words, torch.int32)
-        self._words: list[Words] = [half.numpy() for half in self._staging.halves]
         self._arrays: dict[tuple[int, StepShape], _HostArrays] = {}
         self._inputs: dict[StepShape, StepInputs] = {}
 
@@ -143,7 +142,7 @@ class StepBuffers:
         """
         half = self._staging.begin()
         if (half, shape) not in self._arrays:
-            self._arrays[half, shape] = _HostArrays(self._words[half], shape)
+            self._arrays[half, shape] = _HostArrays(self._staging.arrays[half], shape)
         arrays = self._arrays[half, shape]
         _fill(arrays, self._limits, rows, shape.max_row_tokens == 1)
         arrays.places[: len(places)] = places
