@@ -77,6 +77,9 @@ class FakeDevice:
         self.streams.append(FakeStream(self))
         return self.streams[-1]
 
+    def here(self) -> "HostStream":
+        return HostStream()
+
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._new(shape, dtype, is_pinned=True)
 
@@ -130,7 +133,6 @@ class FakeStream:
         return FakeEvent(self, self._num_put)
 
     def follow(self, event: Event) -> None:
-        assert isinstance(event, FakeEvent)
         self.put(event.wait)
 
     def capture(self, work: Callable[[], object]) -> Graph:
@@ -163,6 +165,21 @@ class FakeStream:
             while self._num_done < place:
                 self._num_done += 1
                 self._queue.popleft()()
+
+
+class HostStream:
+    """What torch does with CPU tensors is done at once: so it waits for what it follows."""
+
+    def follow(self, event: Event) -> None:
+        event.wait()
+
+    def record(self) -> Event:
+        return ReachedEvent()
+
+
+class ReachedEvent:
+    def wait(self) -> None:
+        """It is over."""
 
 
 class FakeGraph:

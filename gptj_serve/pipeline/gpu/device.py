@@ -54,7 +54,11 @@ class Device(Protocol):
     @property
     def torch_device(self) -> torch.device: ...
 
-    def stream(self) -> Stream: ...
+    def stream(self) -> Stream:
+        """A new one."""
+
+    def here(self) -> Stream:
+        """The one that torch's own calls in this thread go to."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros in memory of the host that the device copies from and to by itself."""

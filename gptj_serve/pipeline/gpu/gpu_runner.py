@@ -1,6 +1,7 @@
 """`GPUStageRunner`: a `StageRunner` whose steps need not be over before the next one begins."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from gptj_serve.steps import MicroBatch, StepOutput
 
 
 class GPUStageRunner(StageRunner):
-    """`run` is `begin` and `finish`, which a pipeline calls in different threads: so the device always has work."""
+    """`run` in two parts, `begin` and what waits for results. A pipeline calls them in two threads: so the device has
+    its next step before the results of the last one are here."""
 
     def __init__(
         self,
@@ -35,6 +37,7 @@ class GPUStageRunner(StageRunner):
         self.stage = stage
         self.spec = spec
         self._device_layers = layers
+        self._device = device
         self._last_microbatch_id = None
         limits = Limits(
             dtype=spec.dtype,
@@ -78,14 +81,24 @@ class GPUStageRunner(StageRunner):
         return self._gpu_stage.begin(microbatch, hidden)
 
     @torch.inference_mode()
-    def finish(self, step: GPUStep) -> Tensor | StepOutput:
-        """Wait for what comes of a step; hidden states are the caller's, and on the device. In any thread."""
-        if step.hidden is None:
-            return step.output()
-        step.wait()
-        hidden = step.hidden.tensor.clone()
-        step.hidden.give_back(None)
-        return hidden
+    def output(self, step: GPUStep) -> StepOutput:
+        """Wait for what comes of the last stage's step. In any thread."""
+        return step.output()
+
+    @contextmanager
+    def hidden_of(self, step: GPUStep) -> Iterator[Tensor]:
+        """The hidden states [T, D] that come of another stage's step, for what torch does next in this thread. They
+        are overwritten some time after."""
+        assert step.hidden is not None
+        here = self._device.here()
+        here.follow(step.hidden.ready)
+        yield step.hidden.tensor
+        step.hidden.give_back(here.record())
 
     def run(self, microbatch: MicroBatch, hidden: Tensor | DeviceHidden | None) -> Tensor | StepOutput:
-        return self.finish(self.begin(microbatch, hidden))
+        """As one: the hidden states are the caller's."""
+        step = self.begin(microbatch, hidden)
+        if step.hidden is None:
+            return self.output(step)
+        with self.hidden_of(step) as states:
+            return states.clone()

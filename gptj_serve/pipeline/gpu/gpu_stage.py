@@ -71,6 +71,7 @@ class GPUStage:
         outputs: RowOutputs | None = None,
     ) -> None:
         """The last stage has `outputs`. Captures the graphs: the device must have room for them."""
+        self._device = device
         self._stage = stage
         self._layers = layers
         self._limits = limits
@@ -166,6 +167,11 @@ class GPUStage:
             self._stream.follow(received.ready)
             self._stream.copy(self._received.on_device[:num_elements], received.tensor.view(-1))
             received.give_back(self._stream.record())
+        elif received.is_cuda:
+            here = self._device.here()
+            self._stream.follow(here.record())
+            self._stream.copy(self._received.on_device[:num_elements], received.view(-1))
+            here.follow(self._stream.record())  # whoever made it may overwrite it then
         else:
             half = self._received.halves[self._received.begin()]
             half[:num_elements].copy_(received.view(-1))
