@@ -150,9 +150,9 @@ class StageRunner:
         return self._layers.kv_cache_bytes
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has done what it was given; what it still hands on is not waited for."""
         if self.spec.device.type == "cuda":
-            torch.cuda.synchronize(self.spec.device)
+            torch.cuda.current_stream(self.spec.device).synchronize()
 
     def restart(self) -> None:
         """Forget the order and the tokens so far: the engine recomputes every sequence after a stage was lost."""
