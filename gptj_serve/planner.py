@@ -199,14 +199,14 @@ def _check_quantization(resources: Resources) -> None:
     quantization, dtype = resources.quantization, resources.dtype
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization={quantization!r}: must be one of {', '.join(QUANTIZATIONS)}")
+    missing = None if resources.capability is None else missing_capability(quantization, resources.capability)
+    if missing is not None:
+        raise ConfigError(f"quantization={quantization!r}: the GPU {missing}")
     if quantization == "fp8" and (not resources.on_gpu or dtype != "bfloat16"):
         raise ConfigError(f"quantization='fp8': is for GPUs, with dtype bfloat16, not {dtype}")
     if quantization == "int8" and dtype == ("float32" if resources.on_gpu else "float16"):
         where = "GPUs it goes with dtype bfloat16 or float16" if resources.on_gpu else "CPUs with float32 or bfloat16"
         raise ConfigError(f"quantization='int8': on {where}, not {dtype}")
-    missing = None if resources.capability is None else missing_capability(quantization, resources.capability)
-    if missing is not None:
-        raise ConfigError(f"quantization={quantization!r}: the GPU {missing}")
 
 
 def _stage_plan(model: Model, resources: Resources, index: int, span: range) -> StagePlan:
