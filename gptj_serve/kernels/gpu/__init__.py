@@ -1,0 +1,1 @@
+"""Kernels for GPUs: `rows` describes a microbatch to them."""
