@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from gptj_serve.pipeline.link_watch import LinkWatch
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
 from gptj_serve.pipeline.stage_runner import StageRunner
 from gptj_serve.pipeline.step_meter import StepMeter
+from gptj_serve.pipeline.step_work import StepWork, work_of
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.wire import WireDecoder
 
@@ -49,7 +51,8 @@ class StageLoop:
         self._steps = self._context.socket(zmq.PULL)
         self._hidden = self._context.socket(zmq.PULL)
         self._next = self._context.socket(zmq.PUSH)
-        self._watch = LinkWatch(self._fail)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._watch = LinkWatch(self._end_with)
         self._site = Site(runner.spec.device, "127.0.0.1")
         self._from_previous: HiddenReceiver | None = None
         self._to_next: HiddenSender | None = None
@@ -113,21 +116,32 @@ class StageLoop:
     def _ends(self) -> list[HandoffEnd]:
         return [end for end in (self._to_next, self._from_previous) if end is not None]
 
-    def _run(self) -> None:
-        try:
-            for end in self._ends():
-                end.connect(self._stopping.is_set)
-            self._connected.set()
-            self._serve()
-        except Exception as error:
-            if self._stopping.is_set():  # what was told to stop fails for no reason of its own
-                return
-            if not isinstance(error, PipelineError):
-                span = self._runner.spec.span
-                logger.exception("layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id)
-            self._fail(error)
+    def hand_on(self, microbatch_id: int, hidden: Tensor, wait: Callable[[], None]) -> None:
+        """What an aborted receive brought is not handed on: by a handoff that is aborted too it can't be, by another
+        one once it is known to be sound."""
+        assert self._to_next is not None
+        if self._incoming == "distributed" != self._outgoing:
+            wait()
+        if not self._stopping.is_set():
+            self._to_next.send(microbatch_id, hidden)
 
-    def _fail(self, error: Exception) -> None:
+    def answer(self, output: StepOutput) -> None:
+        """Not of a step that may have been computed from what an aborted receive brought."""
+        if not self._stopping.is_set():
+            self._next.send(self._encoder.encode(output))
+
+    def fail(self, error: Exception) -> None:
+        """In any thread."""
+        if self._stopping.is_set():  # what was told to stop fails for no reason of its own
+            return
+        if not isinstance(error, PipelineError):
+            span = self._runner.spec.span
+            logger.error(
+                "layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id, exc_info=error
+            )
+        self._end_with(error)
+
+    def _end_with(self, error: Exception) -> None:
         """In any thread."""
         with contextlib.suppress(InvalidStateError):  # the first one counts
             self.failure.set_exception(error)
@@ -139,10 +153,20 @@ class StageLoop:
         for end in self._ends():
             end.abort()
 
-    def _serve(self) -> None:
-        encoder = msgspec.msgpack.Encoder()
+    def _run(self) -> None:
+        work = work_of(self._runner, self._meter, self)
+        try:
+            for end in self._ends():
+                end.connect(self._stopping.is_set)
+            self._connected.set()
+            self._serve(work)
+        except Exception as error:
+            self.fail(error)
+        finally:
+            work.close()
+
+    def _serve(self, work: StepWork) -> None:
         decoder = WireDecoder[MicroBatch](MicroBatch)
-        self._meter.wait()
         while (frames := receive(self._steps, self._stopping.is_set)) is not None:
             try:
                 microbatch = decoder.decode(frames[0].buffer)
@@ -157,17 +181,4 @@ class StageLoop:
                 if received is None:
                     return
                 hidden, sent_at = received
-            self._meter.begin(sent_at)
-            result = self._runner.run(microbatch, hidden)
-            if self._incoming == "distributed" != self._outgoing:
-                self._runner.synchronize()  # an aborted receive brings anything; what would hand it on isn't aborted
-            if self._stopping.is_set():
-                return
-            if isinstance(result, StepOutput):
-                self._next.send(encoder.encode(result))
-            else:
-                assert self._to_next is not None
-                self._to_next.send(microbatch.microbatch_id, result)
-            self._runner.synchronize()  # for the meter: what was handed on is on its way already
-            self._meter.end(microbatch)
-            self._meter.wait()
+            work.run(microbatch, hidden, sent_at)

@@ -1,4 +1,4 @@
-"""A neighbour that is killed or hangs, whatever the handoff and whatever it is at: an error soon, then all is as before."""
+"""A neighbour that is killed or hangs, whatever the handoff, and whatever it is at: an error soon, then all is well."""
 
 import asyncio
 import random
