@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from gptj_serve.config import HandoffKind
 from gptj_serve.errors import PipelineError, WireError
+from gptj_serve.pipeline.gpu.gpu_runner import GPUStageRunner
+from gptj_serve.pipeline.gpu.step_results import GivenStep, StepResults
 from gptj_serve.pipeline.handoff import HandoffEnd, HiddenReceiver, HiddenSender
 from gptj_serve.pipeline.handoff_ends import Site, listen, reach
 from gptj_serve.pipeline.link_watch import LinkWatch
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
 from gptj_serve.pipeline.stage_runner import StageRunner
 from gptj_serve.pipeline.step_meter import StepMeter
-from gptj_serve.pipeline.step_work import StepWork, work_of
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.wire import WireDecoder
 
@@ -51,8 +53,7 @@ class StageLoop:
         self._steps = self._context.socket(zmq.PULL)
         self._hidden = self._context.socket(zmq.PULL)
         self._next = self._context.socket(zmq.PUSH)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._watch = LinkWatch(self._end_with)
+        self._watch = LinkWatch(self._fail)
         self._site = Site(runner.spec.device, "127.0.0.1")
         self._from_previous: HiddenReceiver | None = None
         self._to_next: HiddenSender | None = None
@@ -116,32 +117,25 @@ class StageLoop:
     def _ends(self) -> list[HandoffEnd]:
         return [end for end in (self._to_next, self._from_previous) if end is not None]
 
-    def hand_on(self, microbatch_id: int, hidden: Tensor, wait: Callable[[], None]) -> None:
-        """What an aborted receive brought is not handed on: by a handoff that is aborted too it can't be, by another
-        one once it is known to be sound."""
-        assert self._to_next is not None
-        if self._incoming == "distributed" != self._outgoing:
-            wait()
-        if not self._stopping.is_set():
-            self._to_next.send(microbatch_id, hidden)
+    def _run(self) -> None:
+        try:
+            for end in self._ends():
+                end.connect(self._stopping.is_set)
+            self._connected.set()
+            self._serve()
+        except Exception as error:
+            self._fail_at_a_step(error)
 
-    def answer(self, output: StepOutput) -> None:
-        """Not of a step that may have been computed from what an aborted receive brought."""
-        if not self._stopping.is_set():
-            self._next.send(self._encoder.encode(output))
-
-    def fail(self, error: Exception) -> None:
-        """In any thread."""
+    def _fail_at_a_step(self, error: Exception) -> None:
+        """While it is handled."""
         if self._stopping.is_set():  # what was told to stop fails for no reason of its own
             return
         if not isinstance(error, PipelineError):
             span = self._runner.spec.span
-            logger.error(
-                "layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id, exc_info=error
-            )
-        self._end_with(error)
+            logger.exception("layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id)
+        self._fail(error)
 
-    def _end_with(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """In any thread."""
         with contextlib.suppress(InvalidStateError):  # the first one counts
             self.failure.set_exception(error)
@@ -153,19 +147,22 @@ class StageLoop:
         for end in self._ends():
             end.abort()
 
-    def _run(self) -> None:
-        work = work_of(self._runner, self._meter, self)
+    def _serve(self) -> None:
+        runner = self._runner
+        if not isinstance(runner, GPUStageRunner):
+            self._meter.wait()
+            for arrived in self._microbatches():
+                self._run_step(*arrived)
+            return
+        results = StepResults(runner, self._meter, self._send_output, self._fail_at_a_step)
         try:
-            for end in self._ends():
-                end.connect(self._stopping.is_set)
-            self._connected.set()
-            self._serve(work)
-        except Exception as error:
-            self.fail(error)
+            for arrived in self._microbatches():
+                results.put(self._give_step(runner, *arrived))
         finally:
-            work.close()
+            results.close()
 
-    def _serve(self, work: StepWork) -> None:
+    def _microbatches(self) -> Iterator[tuple[MicroBatch, Tensor | None, float | None]]:
+        """With the hidden states of the stage before, and when it sent them; ends when told to stop."""
         decoder = WireDecoder[MicroBatch](MicroBatch)
         while (frames := receive(self._steps, self._stopping.is_set)) is not None:
             try:
@@ -181,4 +178,46 @@ class StageLoop:
                 if received is None:
                     return
                 hidden, sent_at = received
-            work.run(microbatch, hidden, sent_at)
+            yield microbatch, hidden, sent_at
+            if self._stopping.is_set():
+                return
+
+    def _run_step(self, microbatch: MicroBatch, hidden: Tensor | None, sent_at: float | None) -> None:
+        self._meter.begin(sent_at)
+        result = self._runner.run(microbatch, hidden)
+        if self._may_have_received_anything:
+            self._runner.synchronize()
+        if self._stopping.is_set():
+            return
+        if isinstance(result, StepOutput):
+            self._send_output(result)
+        else:
+            assert self._to_next is not None
+            self._to_next.send(microbatch.microbatch_id, result)
+        self._runner.synchronize()  # for the meter: what was handed on is on its way already
+        self._meter.end(microbatch)
+        self._meter.wait()
+
+    def _give_step(
+        self, runner: GPUStageRunner, microbatch: MicroBatch, hidden: Tensor | None, sent_at: float | None
+    ) -> GivenStep:
+        """To the device; what comes of it is waited for elsewhere."""
+        step = runner.begin(microbatch, hidden)
+        given_at = time.time()
+        if step.hidden is not None:
+            assert self._to_next is not None
+            if self._may_have_received_anything:
+                step.wait()
+            if not self._stopping.is_set():
+                with runner.hidden_of(step) as states:
+                    self._to_next.send(microbatch.microbatch_id, states)
+        return GivenStep(step, microbatch, given_at, sent_at)
+
+    @property
+    def _may_have_received_anything(self) -> bool:
+        """An aborted receive brings anything; what would hand it on isn't aborted. It is over when the step is."""
+        return self._incoming == "distributed" != self._outgoing
+
+    def _send_output(self, output: StepOutput) -> None:
+        if not self._stopping.is_set():
+            self._next.send(msgspec.msgpack.encode(output))
