@@ -63,8 +63,10 @@ def copy_blocks(layers: Sequence[Tensor], copies: Sequence[tuple[int, int]]) -> 
     origins: dict[int, int] = {}  # what a block is to hold: what this one holds now
     for source, target in copies:
         origins[target] = origins.get(source, source)
-    sources = torch.tensor(list(origins.values()), device=layers[0].device)
-    targets = torch.tensor(list(origins), device=layers[0].device)
+    both = torch.tensor([list(origins.values()), list(origins)])
+    if layers[0].is_cuda:
+        both = both.pin_memory()  # or else the host would wait until the device has done all it was given
+    sources, targets = both.to(layers[0].device, non_blocking=True)
     for layer in layers:  # one by one: what is on its way is small then
         layer[targets] = layer[sources]
 
