@@ -32,7 +32,7 @@ SHIFTS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 class DeviceSampler:
-    """Nothing is kept from one call to the next, so calls may be captured in graphs and lie in any number of streams."""
+    """Nothing is kept from one call to the next: calls may be captured in graphs, and lie in any number of streams."""
 
     modes = tuple(SamplingMode)
     """Each also serves rows that ask for what those before it do, with the same results in every bit."""
