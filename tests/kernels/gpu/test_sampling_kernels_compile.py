@@ -20,7 +20,7 @@ from gptj_serve.kernels.gpu.sampling import CHUNK_GROUPS, NUM_PIVOTS, NUM_WARPS,
 KERNELS = {"measure": draw_kernels.measure, "weigh": draw_kernels.weigh, "choose": draw_kernels.choose,
            "narrow": narrowing_kernel.narrow}
 POINTERS = {"numbers": "*i64", "reals": "*fp64", "peaks": "*fp32", "sums": "*fp32", "warm_sums": "*fp32",
-            "values": "*fp64"} | dict.fromkeys(
+            "normalizers": "*fp32", "values": "*fp64"} | dict.fromkeys(
     ["best_ids", "maxima", "thresholds", "last_tied_ids", "best_groups", "candidates", "sampled"], "*i32")
 
 def compiled(name, dtype, shift, capability, mode):
