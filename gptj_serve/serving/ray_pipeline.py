@@ -22,6 +22,7 @@ from gptj_serve.config import PipelineConfig
 from gptj_serve.errors import PipelineError
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.pipeline.step_links import StepLinks
+from gptj_serve.serving.bring_up import StartingStage, bring_up
 from gptj_serve.serving.stage_actor import GPTJStage, StageReport, StageSettings
 from gptj_serve.steps import MicroBatch, StepOutput
 
@@ -102,6 +103,11 @@ class RayPipeline:
                 stage.report = None
         return reports
 
+    @property
+    def settings(self) -> list[StageSettings]:
+        """Of the stages, with what was only known when they had started: dtype, size of the KV pool."""
+        return [stage.settings for stage in self._stages]
+
     async def start(self, settings: Sequence[StageSettings]) -> None:
         """Start all stages, load them and link them. Raises what a stage's loading raised."""
         self._stages = [_Stage(stage, self._create_actor(index, stage)) for index, stage in enumerate(settings)]
@@ -147,14 +153,15 @@ class RayPipeline:
 
     async def _load(self, stages: Sequence[_Stage]) -> None:
         """Load the stages' weights in parallel. Raises what a stage raised, or `PipelineError` after the time-out."""
-        loads = asyncio.gather(*[stage.actor.load.remote() for stage in stages])
+        limit = self._config.startup_timeout_s
         try:
-            descriptions = await asyncio.wait_for(loads, self._config.startup_timeout_s)
+            async with asyncio.timeout(limit):
+                starting = [StartingStage(stage.actor, stage.settings) for stage in stages]
+                descriptions = await bring_up(starting)
         except TimeoutError:
-            limit = self._config.startup_timeout_s
             raise PipelineError(f"the stages were not loaded within startup_timeout_s={limit}") from None
-        for stage, description in zip(stages, descriptions, strict=True):
-            stage.description = description
+        for stage, started, description in zip(stages, starting, descriptions, strict=True):
+            stage.settings, stage.description = started.settings, description
 
     async def _has_stopped(self, stage: _Stage, timeout_s: float) -> bool:
         try:

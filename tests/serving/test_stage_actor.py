@@ -23,4 +23,4 @@ def test_a_stage_that_loads_again_refuses_another_head(tmp_path: Path, demo: Pat
     assert settings[1].heads == {"reader": str(tmp_path / "reader")}
     HeadCheckpoint(head.directory, info, 2 * weight, head.bias).save(replace=True)
     with pytest.raises(CheckpointError, match="reader: the weights are not those that this pipeline started with"):
-        GPTJStage(settings[1]).load()
+        GPTJStage(settings[1]).load("float32")

@@ -40,8 +40,8 @@ def can_sample_on_device(spec: SampleSpec) -> bool:
 def has_kernels(spec: SampleSpec) -> bool:
     """Whether the kernels choose the token, greedily or drawn with temperature, top-k, top-p and min-p.
 
-    Other choices are the engine's: with guidance, of candidates for beams, and with the rarer warpers, typical-p and the
-    epsilon and eta cutoffs.
+    Other choices are the engine's: with guidance, of candidates for beams, and with the rarer warpers, typical-p and
+    the epsilon and eta cutoffs.
     """
     if spec.guidance_scale != 1 or spec.num_candidates:
         return False
