@@ -130,6 +130,7 @@ class Pipeline:
             max_microbatch_tokens=config.pipeline.scheduler.max_microbatch_tokens,
             max_sequence_tokens=checkpoint.config.n_positions,
             max_queue_wait_s=math.inf if max_queue_wait_s is None else QUEUE_WAIT_TOLERANCE * max_queue_wait_s,
+            schedules_ahead=config.pipeline.schedules_ahead,
         )
         self._metrics = PipelineMetrics(config.served_name)
         own_tracer = tracer()
