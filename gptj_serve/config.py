@@ -32,6 +32,9 @@ Quantization = Literal["none", "int8", "fp8"]
 Kernels = Literal["auto", "torch"]
 """Our own where they can run, or PyTorch's."""
 
+HandoffKind = Literal["auto", "zmq", "shared_memory", "cuda_ipc", "distributed"]
+"""How hidden states get from one stage to the next."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,6 +118,13 @@ class PipelineConfig(_Part):
         description="The same request gives the same tokens and bit-equal log-probabilities whatever runs beside it, "
         "however it is cut and over however many stages. On CPU only; docs/determinism.md has the cost.",
     )
+    handoff: HandoffKind = Field(
+        "auto",
+        description="How hidden states get from a stage to the next. auto: through shared memory between CPUs of one "
+        "host; by CUDA IPC on one GPU; by torch.distributed with NCCL between GPUs; else over ZeroMQ. Any of them can "
+        "be asked for (shared_memory, cuda_ipc, distributed, zmq), if all neighbours can use it. distributed between "
+        "CPUs uses gloo, and like NCCL encrypts nothing.",
+    )
     stage: StageConfig = StageConfig()
     kv_cache: KVCacheConfig = KVCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -166,6 +176,12 @@ class PipelineConfig(_Part):
             raise ValueError("gpu_memory_utilization is for stages on GPU; on CPU set kv_cache.num_tokens")
         if self.kv_cache.num_tokens is not None:
             raise ValueError("kv_cache.num_tokens sets the KV pool's size already: leave out gpu_memory_utilization")
+        return self
+
+    @model_validator(mode="after")
+    def _has_gpus_to_share(self) -> Self:
+        if self.handoff == "cuda_ipc" and self.stage.num_gpus == 0:
+            raise ValueError("handoff: cuda_ipc is for stages that share a GPU (stage.num_gpus above 0)")
         return self
 
     @property

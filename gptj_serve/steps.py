@@ -13,6 +13,9 @@ from gptj_serve.types import DEFAULT_HEAD, Matrix, Seed, TokenId, TokenLogprob, 
 Position = Annotated[int, Meta(ge=0, lt=2**31)]
 BlockId = Annotated[int, Meta(ge=0, lt=2**31)]
 
+PLACEHOLDER_TOKEN_ID = 0
+"""Stands where a row has no token yet."""
+
 MAX_FRAME_BYTES = 1 << 30
 """No frame on any link is larger; a ZeroMQ peer that sends one is cut off."""
 
@@ -75,6 +78,9 @@ class Row(Struct, frozen=True, array_like=True):
     `samples` ask for the tokens after the row's last len(samples) tokens: one for a sequence that goes on, more when
     the last tokens are a draft, which the engine then compares with what was chosen. `target_token_ids` ask for
     log-probabilities: of the first one after the row's token `first_target`, and so on.
+
+    A row with `fed_from` was made ahead: its only token is the one that the first sample of that row of the microbatch
+    before chooses, and `token_ids` holds a placeholder. If that row fails, what comes of this one means nothing.
     """
 
     token_ids: Annotated[list[TokenId], Meta(min_length=1)]
@@ -86,6 +92,7 @@ class Row(Struct, frozen=True, array_like=True):
     target_token_ids: list[TokenId] = []
     first_target: Annotated[int, Meta(ge=0)] = 0
     num_top_targets: Annotated[int, Meta(ge=0)] = 0
+    fed_from: Annotated[int, Meta(ge=0)] | None = None
 
     @property
     def end(self) -> int:

@@ -354,6 +354,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     num_prefix_tokens_reused: int  # of these, those that did
     num_tokens_drafted: int
     num_draft_tokens_accepted: int
+    num_rows_ahead: int  # scheduled before their token was known
+    num_rows_ahead_wasted: int  # of these, those whose request had ended by then
     num_prompt_tokens: int  # of all requests so far, those of replays and of cached prefixes too
     num_tokens_generated: int
     num_requests_finished: int

@@ -20,6 +20,8 @@ class BeamGeneration:
     it. All beams take their step in one microbatch.
     """
 
+    spec_ahead = None
+
     def __init__(
         self,
         request: EngineRequest,

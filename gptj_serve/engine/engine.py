@@ -1,8 +1,8 @@
 """The engine loop: schedule, run, update.
 
-It keeps up to `num_stages` microbatches in flight, so that every stage has one to work on. It holds no tensors and
-knows a pipeline only through the `Pipeline` protocol; requests come in through `add` and `abort`, and each step's
-events go out together through one callback.
+It keeps up to `num_stages` microbatches in flight, so that every stage has one to work on, or two if a single stage is
+scheduled ahead. It holds no tensors and knows a pipeline only through the `Pipeline` protocol; requests come in through
+`add` and `abort`, and each step's events go out together through one callback.
 """
 
 import asyncio
@@ -147,6 +147,8 @@ class Engine:
             num_prefix_tokens_reused=scheduler.num_prefix_tokens_reused,
             num_tokens_drafted=scheduler.num_tokens_drafted,
             num_draft_tokens_accepted=scheduler.num_draft_tokens_accepted,
+            num_rows_ahead=scheduler.num_rows_ahead,
+            num_rows_ahead_wasted=scheduler.num_rows_ahead_wasted,
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_tokens_generated=self._num_tokens_generated,
             num_requests_finished=self._num_finished,
@@ -174,7 +176,7 @@ class Engine:
             self._watch.cancel()
 
     def _fill_pipeline(self) -> None:
-        while len(self._steps) < self._scheduler.limits.num_stages:
+        while len(self._steps) < self._scheduler.limits.max_in_flight:
             microbatch = self._scheduler.schedule()
             failures = self._scheduler.take_failures()
             self._publish(failures)

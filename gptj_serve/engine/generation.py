@@ -67,6 +67,8 @@ class Generation:
         self._drafter: Drafter | None = None
         if self._params.prompt_lookup_num_tokens:
             self._drafter = Drafter(request.prompt_token_ids, self._params.max_matching_ngram_size)
+        is_plain = self.width == 1 and self._drafter is None and not self._editor.is_active
+        self.spec_ahead = self._spec if is_plain else None
 
     @property
     def is_decoding(self) -> bool:
@@ -127,7 +129,9 @@ class Generation:
                 break
             num_accepted += 1
         if ride.has_kv:  # of the last token too, if nothing sound came after it; but its logits are wanted
-            self.sequences[0].num_computed += min(num_accepted, len(result.tokens) - 1)
+            sequence = self.sequences[0]
+            sequence.num_computed += min(num_accepted, len(result.tokens) - 1)
+            sequence.publish(blocks, sequence.num_computed)  # a row made ahead may have filled a block already
         return events
 
     def _targets(self, start: int, end: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Protocol
 from gptj_serve.engine.backlog import Work
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.sequence import Sequence
-from gptj_serve.steps import Row, RowResult
+from gptj_serve.steps import Row, RowResult, SampleSpec
 from gptj_serve.types import EngineRequest, Event
 
 
@@ -35,6 +35,10 @@ class Job(Protocol):
     request: EngineRequest
     sequences: list[Sequence]
     width: int  # the most sequences that it will have
+
+    @property
+    def spec_ahead(self) -> SampleSpec | None:
+        """How each of its tokens is chosen, if it has one sequence and that doesn't depend on the tokens before."""
 
     @property
     def is_decoding(self) -> bool:

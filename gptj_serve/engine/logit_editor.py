@@ -58,6 +58,11 @@ class LogitEditor:
     def num_output(self) -> int:
         return len(self._token_ids) - self._rules.num_prompt
 
+    @property
+    def is_active(self) -> bool:
+        """Some token's logits may be edited."""
+        return self._rules.is_active
+
     def push(self, token_id: int) -> None:
         if self._rules.is_active:
             self._extend(token_id)

@@ -24,6 +24,7 @@ class PrefillOnly:
 
     width = 1
     is_decoding = False
+    spec_ahead = None
 
     def __init__(self, request: EngineRequest, block_size: int) -> None:
         self.request = request

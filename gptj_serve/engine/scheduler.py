@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from gptj_serve.engine.admission import MakeJob, check_fits, make_job, max_blocks
+from gptj_serve.engine.ahead import fed_row, feeding_rows, is_fed
 from gptj_serve.engine.backlog import NO_WORK, Work
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
@@ -51,6 +52,15 @@ class SchedulerLimits:
     max_microbatch_tokens: int
     max_sequence_tokens: int  # n_positions
     max_queue_wait_s: float = math.inf
+    schedules_ahead: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.num_stages == 1 or not self.schedules_ahead, "several stages have other microbatches to work on"
+
+    @property
+    def max_in_flight(self) -> int:
+        """Microbatches."""
+        return self.num_stages + self.schedules_ahead
 
 
 logger = logging.getLogger(__name__)
@@ -100,6 +110,8 @@ class Scheduler:
         self.num_prefix_tokens_reused = 0
         self.num_tokens_drafted = 0
         self.num_draft_tokens_accepted = 0
+        self.num_rows_ahead = 0
+        self.num_rows_ahead_wasted = 0
         self.num_not_finite = 0  # requests whose numbers went wrong
 
     @property
@@ -171,7 +183,10 @@ class Scheduler:
 
     def schedule(self) -> MicroBatch | None:
         """The next microbatch, or None if nothing can be scheduled now."""
-        step = Step(self.limits.max_microbatch_tokens, self._prompt_budget())
+        feeding = self._feeding()
+        if feeding is None:
+            return None
+        step = Step(self.limits.max_microbatch_tokens, self._prompt_budget(), feeding=feeding)
         if self._suspects:
             self._fill_with_suspect(step)
         else:
@@ -187,8 +202,14 @@ class Scheduler:
         self._next_microbatch_id += 1
         return microbatch
 
+    def _feeding(self) -> dict[Entry, int] | None:
+        """The rows in flight that can feed those of a microbatch made ahead; None if it is better made later."""
+        if not self.limits.schedules_ahead or not self._in_flight:
+            return {}
+        return feeding_rows(self._in_flight[self._next_microbatch_id - 1])
+
     def _fill(self, step: Step) -> None:
-        decoding = [entry for entry in self._running if entry.job.is_decoding]
+        decoding = [entry for entry in self._running if entry.job.is_decoding or entry in step.feeding]
         has_prompts = len(decoding) < len(self._running)
         decode_cap = -(-sum(len(entry.job.sequences) for entry in decoding) // self.limits.num_stages)
         self._schedule_decoding(decoding, decode_cap, step)
@@ -199,7 +220,7 @@ class Scheduler:
         if has_running:
             # Preemption takes entries off the end of the list that is gone through here: a list allows that.
             for entry in self._running:
-                if not entry.job.is_decoding:
+                if not entry.job.is_decoding and not step.carries(entry):
                     self._schedule_prompt(entry, step)
         self._give_up_the_late()
         while min(step.budget, step.prompt_budget) > 0 and (admitted := self._admit_next()) is not None:
@@ -252,6 +273,7 @@ class Scheduler:
         for entry, rides in step.riders:
             own = list(islice(results, len(rides)))
             if self._entries.get(entry.job.request.request_id) is not entry:
+                self.num_rows_ahead_wasted += sum(ride.row.fed_from is not None for ride in rides)
                 continue  # finished or aborted meanwhile
             taken = self._take(entry.job, rides, own, now)
             events += taken
@@ -344,7 +366,7 @@ class Scheduler:
             return False
         writes = []
         for sequence in sequences:
-            if sequence.num_uncomputed != 1:
+            if sequence.num_uncomputed != 1 and not is_fed(entry, step):
                 return False
             writes.append((sequence.block_table, sequence.num_computed, sequence.num_computed + 1))
         num_missing = self.blocks.num_missing
@@ -404,7 +426,7 @@ class Scheduler:
         if len(sequence.block_table) * self.blocks.block_size < end + len(draft):  # else it is booked
             step.copies += self.blocks.prepare(sequence.block_table, start, end + len(draft))
         try:
-            row = entry.job.row(sequence, end, draft)
+            row = fed_row(entry, step) if is_fed(entry, step) else entry.job.row(sequence, end, draft)
         except Exception:
             _log_failure(logging.ERROR, entry.job, "could not be scheduled", exc_info=True)
             step.remove(entry)
@@ -415,6 +437,7 @@ class Scheduler:
         sequence.publish(self.blocks, end)
         step.add(entry, Ride(sequence, row, sequence.num_evictions))
         self.num_tokens_drafted += len(draft)
+        self.num_rows_ahead += row.fed_from is not None
 
     def _admit_next(self) -> Entry | None:
         """Move the first waiting job to running if the blocks for all its tokens are free, and some to spare."""
@@ -519,6 +542,7 @@ class Scheduler:
 
     def _forget(self, entry: Entry) -> None:
         self._acquit(entry)
+        entry.is_running = False
         del self._entries[entry.job.request.request_id]
         for sequence in entry.job.sequences:
             self.blocks.release(sequence.block_table)

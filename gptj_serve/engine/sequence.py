@@ -8,7 +8,8 @@ from gptj_serve.engine.kv_blocks import BlockKeys, KVBlocks
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`num_computed` counts tokens handed to the stages, not returned: stages run microbatches in order, so a later
-    microbatch finds the KV of an earlier one in place. A sequence is schedulable iff it has uncomputed tokens.
+    microbatch finds the KV of an earlier one in place. A sequence is schedulable iff it has uncomputed tokens, or its
+    next one can be fed (`ahead`): then one more is counted than is known, until that one is here.
 
     `num_evictions` tells whether the KV that a microbatch in flight works on is still this sequence's.
     """
@@ -22,7 +23,7 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        return max(0, len(self.token_ids) - self.num_computed)
 
     def prefix_keys(self, blocks: KVBlocks, end: int) -> list[bytes]:
         """Keys of the whole blocks of positions [0, end)."""
@@ -39,7 +40,9 @@ class Sequence:
         return num_taken * blocks.block_size
 
     def publish(self, blocks: KVBlocks, end: int) -> None:
-        """Let others take the whole blocks of positions [0, end), all handed to the stages by now."""
+        """Let others take the whole blocks of positions [0, end), all handed to the stages by now, as far as it is
+        known what they hold."""
+        end = min(end, len(self.token_ids))
         if self._num_published < end // blocks.block_size:
             for index, key in enumerate(self.prefix_keys(blocks, end)[self._num_published :], self._num_published):
                 blocks.publish(self.block_table[index], key)

@@ -1,5 +1,6 @@
 """`Entry`, a job in the scheduler's books, and `Step`, a microbatch with what it is for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gptj_serve.engine.backlog import NO_WORK, Work
@@ -38,6 +39,8 @@ class Step:
     copies: list[tuple[int, int]] = field(default_factory=list)
     riders: list[tuple[Entry, list[Ride]]] = field(default_factory=list)  # in the order of the rows
     booked: set[Entry] = field(default_factory=set)  # those that have a row, or blocks for one
+    feeding: Mapping[Entry, int] = field(default_factory=dict)  # rows of the microbatch before that choose their tokens
+    sampling: dict[Entry, int] = field(default_factory=dict)  # their (last) row that chooses tokens
     work: Work = NO_WORK  # its tokens; those of decode rows as new ones
 
     def carries(self, entry: Entry) -> bool:
@@ -48,6 +51,8 @@ class Step:
             self.riders.append((entry, []))
             self.booked.add(entry)
         self.riders[-1][1].append(ride)
+        if ride.row.samples:
+            self.sampling[entry] = len(self.rows)
         self.rows.append(ride.row)
         num_tokens, num_samples = len(ride.row.token_ids), len(ride.row.samples)
         is_decoding = num_tokens == num_samples  # the last token, and a draft if there is one
@@ -57,3 +62,4 @@ class Step:
         """Take back the rows of the entry that was added last, if it has any."""
         if self.riders and self.riders[-1][0] is entry:
             del self.rows[-len(self.riders.pop()[1]) :]
+            self.sampling.pop(entry, None)

@@ -73,7 +73,7 @@ class RowOutputs:
         logits = self._logits(hidden, places + [ends[index + 1] - 1 for index in guided])
         results = iter(sample(logits[: len(specs)], specs, positions, logits[len(specs) :], self._statistics))
         return {
-            index: _in_order(list(islice(results, len(row.samples)))) for index, row in enumerate(rows) if row.samples
+            index: in_order(list(islice(results, len(row.samples)))) for index, row in enumerate(rows) if row.samples
         }
 
     def _score(self, rows: Sequence[Row], ends: Sequence[int], hidden: Tensor) -> dict[int, Answer]:
@@ -147,7 +147,7 @@ def _checked(values: Tensor) -> Answer:
     return Matrix.of(values.cpu().numpy()) if values.isfinite().all() else NOT_FINITE
 
 
-def _in_order(results: Sequence[RowResult]) -> RowResult:
+def in_order(results: Sequence[RowResult]) -> RowResult:
     """The results of a row's samples as one, up to the first that failed: after a wrong draft it may mean nothing."""
     if results[0].failure is not None or len(results) == 1:
         return results[0]

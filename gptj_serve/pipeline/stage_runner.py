@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gptj_serve.config import Kernels, Quantization
 from gptj_serve.engine.sampling import Statistics
-from gptj_serve.kernels.choice import choose_operand_type
+from gptj_serve.kernels.choice import choose_operand_type, chooses_gpu_kernels
 from gptj_serve.kernels.cpu_layers import CPULayers, PackedBlock
 from gptj_serve.kernels.row_statistics import row_statistics
 from gptj_serve.kernels.weights import OperandType, PackedLinear
@@ -21,6 +21,7 @@ from gptj_serve.model.deterministic import make_deterministic
 from gptj_serve.model.heads import HeadCheckpoint
 from gptj_serve.model.loading_progress import Progress, silent
 from gptj_serve.model.stage import GPTJStage, load_stage
+from gptj_serve.pipeline.last_tokens import LastTokens
 from gptj_serve.pipeline.layers import Layers, TorchLayers
 from gptj_serve.pipeline.row_outputs import RowOutputs
 from gptj_serve.steps import MicroBatch, StepOutput
@@ -39,10 +40,12 @@ class StageSpec:
     deterministic: bool = False  # what comes of a row doesn't depend on the other rows, in any bit
     quantization: Quantization = "none"
     kernels: Kernels = "auto"
+    max_num_sequences: int = 256  # in a microbatch; these two are what a GPU's graphs and buffers are made for
+    max_microbatch_tokens: int = 512
 
 
 class StageRunner:
-    """Stateless but for weights and KV tensors: each microbatch brings all that a step needs.
+    """Stateless but for weights, KV tensors and the last step's tokens: each microbatch brings all that a step needs.
 
     Microbatches must come in the order of their ids, without gaps, or an earlier one could overwrite the KV of a
     later one.
@@ -74,6 +77,7 @@ class StageRunner:
         self._outputs = None
         if stage.is_last:
             self._outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, convert, statistics)
+        self._last_tokens = LastTokens()
         self._last_microbatch_id: int | None = None
 
     @classmethod
@@ -102,7 +106,15 @@ class StageRunner:
         and makes a runner with that pool: of several on the same weights one may be at work.
         """
         config = checkpoint.config
-        _sum_in_fp32()
+        if spec.device.type == "cuda":
+            _sum_in_fp32()
+            if chooses_gpu_kernels(config, spec.dtype, spec.device, spec.quantization, spec.kernels):
+                from gptj_serve.pipeline.gpu.cuda_device import CUDADevice  # these build on this module
+                from gptj_serve.pipeline.gpu.loading import prepare_on_gpu
+
+                return prepare_on_gpu(CUDADevice(spec.device), checkpoint, spec, heads, progress)
+            stage = load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress)
+            return lambda num_kv_blocks: cls(stage, replace(spec, num_kv_blocks=num_kv_blocks), heads)
         operand_type = choose_operand_type(
             config, spec.dtype, spec.device, spec.block_size, spec.quantization, spec.kernels
         )
@@ -139,12 +151,13 @@ class StageRunner:
         return self._layers.kv_cache_bytes
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has done what it was given; what it still hands on is not waited for."""
         if self.spec.device.type == "cuda":
-            torch.cuda.synchronize(self.spec.device)
+            torch.cuda.current_stream(self.spec.device).synchronize()
 
     def restart(self) -> None:
-        """Forget the order so far: the engine recomputes every sequence after a stage was lost."""
+        """Forget the order and the tokens so far: the engine recomputes every sequence after a stage was lost."""
+        self._last_tokens.forget()
         self._last_microbatch_id = None
 
     @torch.inference_mode()
@@ -156,12 +169,14 @@ class StageRunner:
             self._layers.copy_blocks(microbatch.block_copies)
         rows = [PagedRow(row.start, len(row.token_ids), row.block_table) for row in microbatch.rows]
         if hidden is None:
-            token_ids = [token_id for row in microbatch.rows for token_id in row.token_ids]
+            token_ids = self._last_tokens.fill_in(microbatch.rows)
             hidden = self.stage.wte(torch.tensor(token_ids, device=self.spec.device))
         hidden = self._layers.forward(hidden.to(self.spec.device), rows)
         if self._outputs is None:
             return hidden
-        return StepOutput(microbatch.microbatch_id, self._outputs.of(microbatch.rows, self.stage.ln_f(hidden)))
+        results = self._outputs.of(microbatch.rows, self.stage.ln_f(hidden))
+        self._last_tokens.keep(results)
+        return StepOutput(microbatch.microbatch_id, results)
 
     def _check_order(self, microbatch_id: int) -> None:
         expected = microbatch_id if self._last_microbatch_id is None else self._last_microbatch_id + 1

@@ -35,6 +35,8 @@ _COUNTERS = {
     "num_prefix_tokens_reused": ("prefix_tokens_reused", "Of these, tokens that they did hold"),
     "num_tokens_drafted": ("drafted_tokens", "Tokens drafted by prompt lookup"),
     "num_draft_tokens_accepted": ("accepted_draft_tokens", "Of these, tokens that were right"),
+    "num_rows_ahead": ("rows_ahead", "Rows that were scheduled while their token was still being chosen"),
+    "num_rows_ahead_wasted": ("rows_ahead_wasted", "Of these, rows of requests that had ended by then"),
     "num_requests_not_finite": ("requests_not_finite", "Sequences that failed, their numbers being NaN or infinite"),
     "num_recoveries": ("recoveries", "Times that a pipeline was lost and brought back"),
 }

@@ -112,6 +112,8 @@ class GPTJStage:
             deterministic=settings.deterministic,
             quantization=settings.quantization,
             kernels=settings.kernels,
+            max_num_sequences=settings.knobs.max_num_sequences,
+            max_microbatch_tokens=settings.knobs.max_microbatch_tokens,
         )
         checkpoint = Checkpoint.open(Path(settings.checkpoint_dir))
         heads = open_heads({name: Path(directory) for name, directory in settings.heads.items()}, checkpoint)

@@ -46,6 +46,7 @@ class SimulatedGeneration:
 
     __slots__ = ("base", "joined_at_step", "last_s", "num_left", "num_output", "request", "sequence", "sequences")
     width = 1
+    spec_ahead = None
 
     def __init__(self, request: EngineRequest) -> None:
         assert request.sampling is not None

@@ -57,10 +57,11 @@ def make_scheduler(
     max_sequence_tokens: int = 64,
     reuse_prefixes: bool = True,
     max_queue_wait_s: float = math.inf,
+    schedules_ahead: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
     limits = SchedulerLimits(
-        num_stages, max_num_sequences, max_microbatch_tokens, max_sequence_tokens, max_queue_wait_s
+        num_stages, max_num_sequences, max_microbatch_tokens, max_sequence_tokens, max_queue_wait_s, schedules_ahead
     )
     blocks = KVBlocks(num_blocks, block_size, reuse_prefixes=reuse_prefixes)
     return Scheduler(limits, blocks, frozenset({EOS}), clock)
@@ -114,10 +115,12 @@ class FakeStages:
         self._block_size = block_size
         self._slots: dict[int, Entry] = {}
         self._last_id: int | None = None
+        self._last_results: list[RowResult | None] = []
 
     def restart(self) -> None:
         self._slots.clear()
         self._last_id = None
+        self._last_results = []
 
     def run(self, microbatch: MicroBatch) -> StepOutput:
         assert self._last_id is None or microbatch.microbatch_id == self._last_id + 1, "microbatches out of order"
@@ -126,10 +129,17 @@ class FakeStages:
             for offset in range(self._block_size):
                 if (entry := self._slots.get(source * self._block_size + offset)) is not None:
                     self._slots[target * self._block_size + offset] = entry
-        for row in microbatch.rows:
+        rows = [row if row.fed_from is None else self._fed(row, row.fed_from) for row in microbatch.rows]
+        for row in rows:
             self._write(row)
-        followers = [*microbatch.rows[1:], None]
-        return StepOutput(microbatch.microbatch_id, list(map(self._answer, microbatch.rows, followers)))
+        self._last_results = list(map(self._answer, rows, [*rows[1:], None]))
+        return StepOutput(microbatch.microbatch_id, self._last_results)
+
+    def _fed(self, row: Row, source: int) -> Row:
+        result = self._last_results[source]
+        assert result is not None
+        assert len(row.token_ids) == len(row.samples) == 1
+        return msgspec.structs.replace(row, token_ids=[result.tokens[0].token_id])
 
     def _slot(self, row: Row, position: int) -> int:
         return row.block_table[position // self._block_size] * self._block_size + position % self._block_size

@@ -1,6 +1,7 @@
 """Any order of adding, scheduling, completing, aborting and losing stages gives every request its one right answer."""
 
 import random
+from typing import Any
 
 from fake_stages import (
     HEAD_TASKS,
@@ -25,6 +26,8 @@ alike_prompts = st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=8) 
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    schedules_ahead = False
+
     @initialize(
         num_stages=st.sampled_from([4, 3, 2, 1]),
         num_blocks=st.integers(4, 16),
@@ -33,8 +36,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_sequences=st.integers(1, 8),
         reuse_prefixes=st.booleans(),
     )
-    def start(self, **limits: int) -> None:
-        self.scheduler = make_scheduler(max_sequence_tokens=MAX_TOKENS, **limits)
+    def start(self, num_stages: int, **limits: int) -> None:
+        self.scheduler = make_scheduler(
+            num_stages=1 if self.schedules_ahead else num_stages,
+            max_sequence_tokens=MAX_TOKENS,
+            schedules_ahead=self.schedules_ahead,
+            **limits,
+        )
         self.capacity = min(MAX_TOKENS, limits["num_blocks"] * limits["block_size"])
         self.stages = FakeStages(limits["block_size"])
         self.expected: dict[str, list[Event]] = {}  # of every request that was let in
@@ -60,7 +68,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_lookup_num_tokens=st.sampled_from([0, 1, 3, 8]),
         priority=st.integers(-1, 1),
     )
-    def add_generate(self, prompts: list[list[int]], num_replayed: int, **sampling: object) -> None:
+    def add_generate(self, **request: Any) -> None:
+        self._add_generate(**request)
+
+    def _add_generate(self, prompts: list[list[int]], num_replayed: int, **sampling: object) -> None:
         if sampling["guidance_scale"] != 1:
             sampling["prompt_lookup_num_tokens"] = 0
         else:
@@ -126,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------------------------------------------- steps
 
-    @precondition(lambda self: len(self.in_flight) < self.scheduler.limits.num_stages)
+    @precondition(lambda self: len(self.in_flight) < self.scheduler.limits.max_in_flight)
     @rule()
     def schedule(self) -> None:
         self._schedule()
@@ -154,14 +165,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Many steps within one rule, so that pools fill up and what is preempted comes back while it is in flight."""
         chance = random.Random(seed)
         for _ in range(num_steps):
-            has_room = len(self.in_flight) < self.scheduler.limits.num_stages
+            has_room = len(self.in_flight) < self.scheduler.limits.max_in_flight
             if has_room and chance.random() < 0.8 and self._schedule():
                 self.scheduler.check_integrity()
             elif self.in_flight:
                 self.complete()
 
     def _turn(self) -> None:
-        while len(self.in_flight) < self.scheduler.limits.num_stages and self._schedule():
+        while len(self.in_flight) < self.scheduler.limits.max_in_flight and self._schedule():
             self.scheduler.check_integrity()
         assert self.in_flight or not self.scheduler.has_work, "nothing in flight and nothing schedulable"
         if self.in_flight:
@@ -203,10 +214,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.num_in_flight == 0
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(
+class SchedulerMachineAhead(SchedulerMachine):
+    """A single stage, scheduled ahead: most requests are such as can be."""
+
+    schedules_ahead = True
+
+    @rule(
+        prompts=st.lists(prompts | alike_prompts, min_size=1, max_size=4),
+        max_new_tokens=st.integers(1, 14),
+        stop_token_ids=st.lists(st.integers(1, VOCAB_SIZE - 1), max_size=2),
+        ignore_eos=st.booleans(),
+        seed=st.integers(0, 5),
+        num_replayed=st.integers(0, 3),
+        prompt_logprobs=st.booleans(),
+        num_top_logprobs=st.integers(0, 2),
+        priority=st.integers(-1, 1),
+    )
+    def add_plain(self, **request: Any) -> None:
+        plain = {"min_new_tokens": 0, "no_repeat_ngram_size": 0, "prompt_lookup_num_tokens": 0, "guidance_scale": 1.0}
+        self._add_generate(**request, **plain)
+
+
+_SETTINGS = settings(
     max_examples=400,
     stateful_step_count=20,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = _SETTINGS
+TestSchedulerAhead = SchedulerMachineAhead.TestCase
+TestSchedulerAhead.settings = _SETTINGS

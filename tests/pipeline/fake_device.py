@@ -22,7 +22,7 @@ POISON = -0x5EAD5EAD
 
 _NAMES = [
     "item", "tolist", "numpy", "cpu", "cuda", "nonzero", "__bool__", "__int__", "__float__", "__index__", "is_nonzero",
-    "equal", "allclose", "masked_select", "unique", "repeat_interleave", "tensor", "as_tensor", "asarray", "from_numpy",
+    "equal", "allclose", "masked_select", "unique", "repeat_interleave", "tensor", "as_tensor", "asarray",
 ]  # fmt: skip
 _WAITS = {getattr(owner, name) for owner in (torch, Tensor) for name in _NAMES if hasattr(owner, name)}
 
@@ -32,10 +32,14 @@ class HostSyncError(AssertionError):
 
 
 class NoHostSync(TorchFunctionMode):
-    """In this thread. What Triton's interpreter does with tensors is work of the device."""
+    """In this thread. The device's pinned memory may be looked at; what Triton's interpreter does is the device's."""
+
+    def __init__(self, device: "FakeDevice") -> None:
+        super().__init__()
+        self._device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _waits(func, args) and not _is_called_by_triton():
+        if _waits(func, args) and not self._device.holds_pinned(args[0]) and not _is_called_by_triton():
             raise HostSyncError(f"{getattr(func, '__name__', func)} in a step")
         return func(*args, **(kwargs or {}))
 
@@ -73,6 +77,9 @@ class FakeDevice:
         self.streams.append(FakeStream(self))
         return self.streams[-1]
 
+    def here(self) -> "HostStream":
+        return HostStream()
+
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._new(shape, dtype, is_pinned=True)
 
@@ -88,6 +95,9 @@ class FakeDevice:
         if known is None:
             raise HostSyncError(f"a copy from or to memory that is neither pinned nor the device's: {tensor.shape}")
         return known[1]
+
+    def holds_pinned(self, value: object) -> bool:
+        return isinstance(value, Tensor) and self._memory.get(value.untyped_storage().data_ptr(), (None, False))[1]
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype, *, is_pinned: bool) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype)
@@ -123,7 +133,6 @@ class FakeStream:
         return FakeEvent(self, self._num_put)
 
     def follow(self, event: Event) -> None:
-        assert isinstance(event, FakeEvent)
         self.put(event.wait)
 
     def capture(self, work: Callable[[], object]) -> Graph:
@@ -141,7 +150,7 @@ class FakeStream:
         is_inference = torch.is_inference_mode_enabled()  # the thread that does the work may be another one
 
         def run() -> None:
-            with torch.inference_mode(is_inference), NoHostSync():
+            with torch.inference_mode(is_inference), NoHostSync(self._device):
                 work()
 
         with self._device.lock:
@@ -156,6 +165,21 @@ class FakeStream:
             while self._num_done < place:
                 self._num_done += 1
                 self._queue.popleft()()
+
+
+class HostStream:
+    """What torch does with CPU tensors is done at once: so it waits for what it follows."""
+
+    def follow(self, event: Event) -> None:
+        event.wait()
+
+    def record(self) -> Event:
+        return ReachedEvent()
+
+
+class ReachedEvent:
+    def wait(self) -> None:
+        """It is over."""
 
 
 class FakeGraph:

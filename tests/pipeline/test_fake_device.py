@@ -9,11 +9,7 @@ from tests.pipeline.fake_device import POISON, FakeDevice, HostSyncError, NoHost
 def test_nothing_is_done_before_it_is_waited_for():
     device = FakeDevice()
     stream = device.stream()
-    here, there, back = (
-        device.pinned((2,), torch.int32),
-        device.zeros((2,), torch.int32),
-        device.pinned((2,), torch.int32),
-    )
+    here, there, back = (make((2,), torch.int32) for make in (device.pinned, device.zeros, device.pinned))
     here.fill_(1)
     stream.copy(there, here)
     copied = stream.record()
@@ -80,13 +76,13 @@ def test_work_that_makes_the_host_wait_is_an_error(work):
         stream.record().wait()
     with pytest.raises(HostSyncError):
         device.stream().capture(lambda: work(x))
-    with NoHostSync(), pytest.raises(HostSyncError):
+    with NoHostSync(device), pytest.raises(HostSyncError):
         work(x)
 
 
 def test_work_that_does_not_is_none():
     x = torch.arange(6.0).view(2, 3)
-    with NoHostSync():
+    with NoHostSync(FakeDevice()):
         y = torch.where(x > 1, x, 0)[:, 1:].index_select(0, torch.arange(2)).argmax(-1)
         x[0, :2] = y
     assert x[0].tolist() == [1, 1, 2]

@@ -17,7 +17,7 @@ from gptj_serve.kernels.gpu.norm import add, add_and_norm, norm
 from gptj_serve.kernels.gpu.rows import DeviceRows
 from gptj_serve.kernels.gpu.tiles import attention_tiles, capability_of, num_multiprocessors
 from gptj_serve.kernels.gpu.weights import GPUBlock
-from gptj_serve.model.attention import copy_blocks
+from gptj_serve.model.attention import copy_blocks, copy_blocks_at_once
 from gptj_serve.model.block import RotaryTable
 from gptj_serve.model.config import GPTJConfig
 
@@ -69,6 +69,10 @@ class GPULayers:
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         copy_blocks([*self._keys, *self._values], copies)
+
+    def copy_blocks_at_once(self, sources: Tensor, targets: Tensor) -> None:
+        """Both int64, on the device; the host waits for nothing."""
+        copy_blocks_at_once([*self._keys, *self._values], sources, targets)
 
     def run(self, hidden: Tensor, rows: DeviceRows) -> Tensor:
         """Hidden states [T, D], which stay as they are → those after the last layer, in the model's dtype.

@@ -25,16 +25,20 @@ class DecodeBuckets:
     """All buckets up to `max_rows` rows of `max_blocks` blocks."""
 
     def __init__(self, max_rows: int, max_blocks: int) -> None:
-        self._rows = row_sizes(max_rows)
-        self._blocks = block_sizes(max_blocks)
+        self.max_rows = max_rows
+        self.max_blocks = max_blocks
+        self.row_sizes = row_sizes(max_rows)
+        self._block_sizes = block_sizes(max_blocks)
 
     def largest_first(self) -> list[Bucket]:
-        return [Bucket(rows, blocks) for rows in reversed(self._rows) for blocks in reversed(self._blocks)]
+        return [Bucket(rows, blocks) for rows in reversed(self.row_sizes) for blocks in reversed(self._block_sizes)]
 
-    def smallest_for(self, num_rows: int, num_blocks: int) -> Bucket | None:
-        """The smallest that holds them; None if none does."""
-        rows, blocks = _at_least(self._rows, num_rows), _at_least(self._blocks, num_blocks)
-        return None if rows is None or blocks is None else Bucket(rows, blocks)
+    def smallest_for(self, num_rows: int, num_blocks: int) -> Bucket:
+        """The smallest that holds them. Raises `IndexError` if none does."""
+        return Bucket(self.rows_for(num_rows), _at_least(self._block_sizes, num_blocks, "KV blocks in a row"))
+
+    def rows_for(self, num_rows: int) -> int:
+        return _at_least(self.row_sizes, num_rows, "rows in a step (max_num_sequences)")
 
 
 def row_sizes(max_rows: int) -> list[int]:
@@ -59,6 +63,7 @@ def padded_tokens(num_tokens: int) -> int:
     return -(-num_tokens // TOKEN_STEP) * TOKEN_STEP
 
 
-def _at_least(sizes: Sequence[int], number: int) -> int | None:
-    place = bisect_left(sizes, number)
-    return sizes[place] if place < len(sizes) else None
+def _at_least(sizes: Sequence[int], number: int, what: str) -> int:
+    if number > sizes[-1]:
+        raise IndexError(f"{number} {what}, where there is room for {sizes[-1]}")
+    return sizes[bisect_left(sizes, number)]

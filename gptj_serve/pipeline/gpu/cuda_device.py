@@ -1,11 +1,15 @@
 """`CUDADevice`: a `Device` by torch.cuda."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gptj_serve.pipeline.gpu.device import Event, Graph, Result
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 
 class CUDADevice:
@@ -14,7 +18,10 @@ class CUDADevice:
         self.torch_device = torch.device("cuda", index)
 
     def stream(self) -> "CUDAStream":
-        return CUDAStream(self.torch_device)
+        return CUDAStream(self.torch_device, torch.cuda.Stream(self.torch_device))  # type: ignore[no-untyped-call]
+
+    def here(self) -> "CUDAStream":
+        return CUDAStream(self.torch_device, torch.cuda.current_stream(self.torch_device))
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -29,11 +36,10 @@ class CUDADevice:
 
 
 class CUDAStream:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        with torch.cuda.device(device):
-            self._pool = torch.cuda.graph_pool_handle()
+        self._stream = stream
+        self._pool: _POOL_HANDLE | None = None  # of the graphs
 
     def launch(self, work: Callable[[], object]) -> None:
         with torch.cuda.stream(self._stream):
@@ -53,6 +59,8 @@ class CUDAStream:
     def capture(self, work: Callable[[], object]) -> Graph:
         self.launch(work)  # kernels are compiled, handles and workspaces made: none of that may happen in a capture
         self._stream.synchronize()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self._device),
@@ -83,7 +91,7 @@ class CUDAEvent:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         # Waiting spins, in a call that lets other threads of Python run: being woken up would take longer than the rest
         # of what is between two steps.
-        self.event = torch.cuda.Event()
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.event.record(stream)
 
     def wait(self) -> None:

@@ -1,7 +1,7 @@
 """`Device`: what a stage needs of a GPU. `CUDADevice` has it from torch; tests have one that is late on purpose.
 
-Work for a device is put into a `Stream`, which does it in its order, some time later; what the host wants to read it must
-wait for, with an `Event`. Nothing else here waits.
+Work for a device is put into a `Stream`, which does it in its order, some time later. What the host wants to read of
+it, it must wait for, with an `Event`; nothing else here waits.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,11 @@ class Device(Protocol):
     @property
     def torch_device(self) -> torch.device: ...
 
-    def stream(self) -> Stream: ...
+    def stream(self) -> Stream:
+        """A new one."""
+
+    def here(self) -> Stream:
+        """The one that torch's own calls in this thread go to."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros in memory of the host that the device copies from and to by itself."""

@@ -1,6 +1,9 @@
 """`Staging`: pinned memory from which numbers go to the device, in two halves that are filled in turn."""
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptj_serve.pipeline.gpu.device import Device, Event, Stream
@@ -15,6 +18,7 @@ class Staging:
     def __init__(self, device: Device, stream: Stream, num_elements: int, dtype: torch.dtype) -> None:
         self._stream = stream
         self.halves = (device.pinned((num_elements,), dtype), device.pinned((num_elements,), dtype))
+        self.arrays: tuple[NDArray[Any], ...] = tuple(half.numpy() for half in self.halves)  # the same, for NumPy
         self.on_device = device.zeros((num_elements,), dtype)
         self._copied: list[Event | None] = [None, None]
         self._next = 0

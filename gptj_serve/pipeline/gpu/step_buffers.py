@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptj_serve.kernels.gpu.rows import DeviceRows
+from gptj_serve.pipeline.gpu.buckets import Bucket, padded_to_power_of_two, padded_tokens
 from gptj_serve.pipeline.gpu.device import Device, Stream
 from gptj_serve.pipeline.gpu.staging import Staging
 from gptj_serve.steps import Row
@@ -52,11 +53,34 @@ def _aligned(num_words: int) -> int:
     return -(-num_words // ALIGNMENT) * ALIGNMENT
 
 
+MIN_PADDED = 16
+"""Rows of a step without a graph, and the longest row's tokens, are padded to powers of two from here on."""
+
+
+def decode_shape(bucket: Bucket) -> StepShape:
+    return StepShape(bucket.num_rows, bucket.num_rows, bucket.max_blocks, bucket.num_rows, 1)
+
+
+def mixed_shape(num_tokens: int, num_rows: int, max_row_tokens: int, max_blocks: int, num_places: int) -> StepShape:
+    """Of a step that is launched kernel by kernel: prompts come in too many lengths for graphs, and take longer to
+    compute than to launch. It is padded a little all the same: so a few compiled kernels and sizes of memory serve all.
+    """
+    return StepShape(
+        padded_tokens(num_tokens),
+        max(MIN_PADDED, padded_to_power_of_two(num_rows)),
+        max_blocks,
+        num_places,
+        max(MIN_PADDED, padded_to_power_of_two(max_row_tokens)),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a microbatch must keep to. The memory of graphs and buffers is made for it."""
 
+    dtype: torch.dtype  # of hidden states and logits
     num_token_ids: int  # of the embedding
+    num_sampled_ids: int  # the tokenizer's; logits beyond have no token
     num_positions: int
     num_kv_blocks: int  # the padding block comes after them
     block_size: int
@@ -92,9 +116,8 @@ class StepBuffers:
 
     def __init__(self, device: Device, stream: Stream, limits: Limits) -> None:
         self._limits = limits
-        largest = StepShape(limits.max_tokens, limits.max_rows, limits.max_blocks, limits.max_tokens, 1)
+        largest = mixed_shape(limits.max_tokens, limits.max_rows, limits.max_tokens, limits.max_blocks, limits.max_rows)
         self._staging = Staging(device, stream, largest.num_words, torch.int32)
-        self._words: list[Words] = [half.numpy() for half in self._staging.halves]
         self._arrays: dict[tuple[int, StepShape], _HostArrays] = {}
         self._inputs: dict[StepShape, StepInputs] = {}
 
@@ -119,7 +142,7 @@ class StepBuffers:
         """
         half = self._staging.begin()
         if (half, shape) not in self._arrays:
-            self._arrays[half, shape] = _HostArrays(self._words[half], shape)
+            self._arrays[half, shape] = _HostArrays(self._staging.arrays[half], shape)
         arrays = self._arrays[half, shape]
         _fill(arrays, self._limits, rows, shape.max_row_tokens == 1)
         arrays.places[: len(places)] = places

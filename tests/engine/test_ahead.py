@@ -1,0 +1,294 @@
+"""A single stage is scheduled ahead: rows are made while the tokens that they begin with are still being chosen."""
+
+import pytest
+from fake_stages import EOS, FakeStages, expected_events, generate_request, head_request, make_scheduler
+
+from gptj_serve.engine.scheduler import Scheduler
+from gptj_serve.steps import PLACEHOLDER_TOKEN_ID, MicroBatch, RowResult, StepOutput
+from gptj_serve.types import (
+    BeamParams,
+    EngineRequest,
+    Event,
+    FailureEvent,
+    FinishReason,
+    Task,
+    TokenEvent,
+    Warpers,
+)
+
+
+class Run:
+    """Steps by hand: what is in flight is computed, but its results are not in the scheduler yet."""
+
+    def __init__(self, *requests: EngineRequest, **limits: int) -> None:
+        limits = {"block_size": 4, **limits}
+        self.scheduler: Scheduler = make_scheduler(schedules_ahead=True, **limits)
+        self.stages = FakeStages(limits["block_size"])
+        self.in_flight: list[StepOutput] = []
+        self.made: list[MicroBatch] = []
+        self.riders: list[list[str]] = []  # their requests
+        self.events: dict[str, list[Event]] = {}
+        for request in requests:
+            self.add(request)
+
+    def add(self, request: EngineRequest) -> None:
+        self.scheduler.add(request)
+        self.events[request.request_id] = []
+
+    def schedule(self) -> MicroBatch | None:
+        assert len(self.in_flight) < self.scheduler.limits.max_in_flight
+        microbatch = self.scheduler.schedule()
+        if microbatch is not None:
+            self.made.append(microbatch)
+            self.riders.append(self.scheduler.request_ids_in_flight()[microbatch.microbatch_id])
+            self.in_flight.append(self.stages.run(microbatch))
+        self.scheduler.check_integrity()
+        return microbatch
+
+    def complete(self) -> list[Event]:
+        events = self.scheduler.update(self.in_flight.pop(0))
+        for event in events:
+            self.events[event.request_id].append(event)
+        self.scheduler.check_integrity()
+        return events
+
+    def turn(self) -> None:
+        """As the engine does."""
+        while len(self.in_flight) < self.scheduler.limits.max_in_flight and self.schedule() is not None:
+            pass
+        if self.in_flight:
+            self.complete()
+
+    def finish(self) -> None:
+        while self.scheduler.has_work or self.in_flight:
+            self.turn()
+        assert self.scheduler.blocks.num_used == 0
+
+
+def plain(request_id: str, prompt: list[int], **sampling: object) -> EngineRequest:
+    return generate_request(request_id, prompt, **{"ignore_eos": True, **sampling})
+
+
+def sources(microbatch: MicroBatch | None) -> list[int | None]:
+    assert microbatch is not None
+    return [row.fed_from for row in microbatch.rows]
+
+
+def test_the_next_step_is_made_while_one_runs():
+    run = Run(plain("a", [1, 2, 3]), plain("b", [4]))
+    assert sources(run.schedule()) == [None, None]
+    ahead = run.schedule()
+    assert ahead is not None
+    assert sources(ahead) == [0, 1]
+    assert [row.start for row in ahead.rows] == [3, 1]
+    assert {tuple(row.token_ids) for row in ahead.rows} == {(PLACEHOLDER_TOKEN_ID,)}
+    assert [event.index for event in run.complete()] == [0, 0]
+    assert sources(run.schedule()) == [0, 1]
+    run.finish()
+    assert run.events == {name: expected_events(plain(name, prompt)) for name, prompt in [("a", [1, 2, 3]), ("b", [4])]}
+    assert run.scheduler.num_rows_ahead == 6
+    assert run.scheduler.num_rows_ahead_wasted == 0
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 5])
+def test_nothing_is_made_beyond_the_last_token(max_new_tokens: int):
+    """Known ahead, an end by length wastes no row; nor would there be a position for it."""
+    request = plain("a", [1, 2, 3], max_new_tokens=max_new_tokens)
+    run = Run(request, max_sequence_tokens=3 + max_new_tokens)
+    run.finish()
+    assert run.events["a"] == expected_events(request)
+    assert [row.end for microbatch in run.made for row in microbatch.rows] == list(range(3, 3 + max_new_tokens))
+    assert run.scheduler.num_rows_ahead == max_new_tokens - 1
+    assert run.scheduler.num_rows_ahead_wasted == 0
+
+
+def test_a_row_made_for_a_request_that_ends_by_itself_is_wasted():
+    request = next(
+        request
+        for seed in range(0, 1000, 2)
+        for request in [generate_request("a", [1, 2], max_new_tokens=30, seed=seed)]
+        if 3 < len(expected_events(request)) < 30
+    )
+    run = Run(request)
+    run.finish()
+    assert run.events["a"] == expected_events(request)
+    assert run.events["a"][-1].finish_reason is FinishReason.EOS
+    assert run.scheduler.num_rows_ahead == len(run.events["a"])
+    assert run.scheduler.num_rows_ahead_wasted == 1
+
+
+def test_a_prompt_rides_with_rows_made_ahead_and_is_fed_as_soon_as_it_is_computed():
+    run = Run(plain("a", [1, 2], max_new_tokens=20), max_microbatch_tokens=4)
+    run.schedule()
+    run.add(plain("b", [1] * 7, max_new_tokens=20))
+    assert sources(run.schedule()) == [0, None]
+    run.complete()
+    assert sources(run.schedule()) == [0, None]
+    run.complete()
+    assert sources(run.schedule()) == [0, None]  # the third and last chunk
+    run.complete()
+    assert sources(run.schedule()) == [0, 1]
+
+
+def test_only_rows_of_the_step_before_feed():
+    """While `a` was short of room it missed a step; its token is known by the next one."""
+    run = Run(plain("a", [1], max_new_tokens=8), plain("b", [2], max_new_tokens=8), max_microbatch_tokens=1)
+    for _ in range(40):
+        run.turn()
+    for before, microbatch in zip(run.made, run.made[1:], strict=False):
+        for row in microbatch.rows:
+            if row.fed_from is not None:
+                assert before.rows[row.fed_from].end == row.start
+    run.finish()
+    assert run.events == {
+        name: expected_events(plain(name, prompt, max_new_tokens=8)) for name, prompt in [("a", [1]), ("b", [2])]
+    }
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"guidance_scale": 1.5},
+        {"beams": BeamParams(num_beams=2)},
+        {"no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.2},
+        {"prompt_lookup_num_tokens": 3},
+        {"min_new_tokens": 3},
+    ],
+)
+def test_who_needs_the_token_keeps_step_with_the_others(sampling: dict[str, object]):
+    """Made ahead, every second step would go without it."""
+    plain_one, other = plain("a", [1, 2], max_new_tokens=12), plain("b", [3, 4], max_new_tokens=6, **sampling)
+    run = Run(plain_one)
+    for _ in range(3):
+        run.turn()
+    run.add(other)
+    run.finish()
+    steps = [index for index, request_ids in enumerate(run.riders) if "b" in request_ids]
+    assert len(steps) > 1
+    assert steps == list(range(steps[0], steps[-1] + 1)), "one was made without it"
+    assert sources(run.made[steps[0] - 1]) == [0]
+    assert sources(run.made[-1]) == [0]  # alone again
+    assert run.events["a"] == expected_events(plain_one)
+
+
+@pytest.mark.parametrize("task", [Task.CLASSIFY, Task.QA])
+def test_who_gets_no_token_holds_up_nobody(task: Task):
+    run = Run(head_request("h", task, [5, 6, 7]), plain("a", [1, 2], max_new_tokens=12))
+    assert sources(run.schedule()) == [None, None]
+    assert sources(run.schedule()) == [1]
+
+
+def test_warpers_and_log_probabilities_go_along():
+    run = Run(plain("a", [1, 2], warpers=Warpers(temperature=0.7, top_p=0.9), seed=5, num_top_logprobs=2))
+    first, second = run.schedule(), run.schedule()
+    assert first is not None
+    assert second is not None
+    assert second.rows[0].samples == first.rows[0].samples
+    assert second.rows[0].samples[0].seed == 5
+
+
+def test_a_failed_row_takes_the_one_that_it_feeds_with_it():
+    run = Run(plain("bad", [1, 2]), plain("good", [3, 4]))
+    run.schedule()
+    run.schedule()
+    (good,) = run.in_flight[0].rows[1:]
+    run.in_flight[0] = StepOutput(0, [RowResult(failure="not finite", is_kv_suspect=True), good])
+    assert [type(event) for event in run.complete()] == [FailureEvent, TokenEvent]
+    run.finish()
+    assert len(run.events["bad"]) == 1
+    assert run.events["good"] == expected_events(plain("good", [3, 4]))
+    assert run.scheduler.num_rows_ahead_wasted == 1
+
+
+def test_blocks_of_the_aborted_go_to_others_while_a_row_of_theirs_is_in_flight():
+    """The row writes first: stages work in order."""
+    run = Run(plain("a", [1] * 8, max_new_tokens=4), num_blocks=4, max_sequence_tokens=16)
+    run.schedule()
+    ahead = run.schedule()
+    assert ahead is not None
+    (written,) = ahead.rows[0].block_table[2:]
+    assert run.scheduler.abort("a")
+    other = plain("b", [2] * 11, max_new_tokens=5)
+    run.add(other)
+    run.complete()
+    microbatch = run.schedule()
+    assert microbatch is not None
+    assert written in microbatch.rows[0].block_table
+    run.finish()
+    assert run.events == {"a": [], "b": expected_events(other)}
+    assert run.scheduler.num_rows_ahead_wasted == 1
+
+
+def test_a_preempted_request_keeps_what_was_made_ahead_for_it():
+    old, young = plain("old", [1] * 4, max_new_tokens=8), plain("young", [2] * 3, max_new_tokens=8)
+    run = Run(old, young, num_blocks=4, block_size=4, max_sequence_tokens=16)
+    while not run.scheduler.num_preemptions:
+        run.schedule()
+        if len(run.in_flight) == 2 and not run.scheduler.num_preemptions:
+            run.complete()
+    assert any(row.fed_from is not None for row in run.made[-2].rows)
+    num_before = len(run.events["young"])
+    run.complete()
+    assert len(run.events["young"]) > num_before  # of a step that was in flight when its blocks went to another
+    run.finish()
+    assert run.events == {"old": expected_events(old), "young": expected_events(young)}
+
+
+def test_blocks_are_published_once_their_tokens_are_known():
+    """The last position of a block is computed ahead; who comes after can take the block over all the same."""
+    first = plain("a", [1, 2, 3], max_new_tokens=6)
+    run = Run(first, block_size=4)
+    run.schedule()
+    run.schedule()
+    assert not run.scheduler.blocks.take_prefix([], [b"any"])
+    run.finish()
+    tokens = [1, 2, 3, *(event.token_id for event in expected_events(first))]
+    run.add(plain("b", [*tokens[:8], 1], max_new_tokens=3))
+    run.finish()
+    assert run.scheduler.num_prefix_tokens_reused == 8
+    assert run.events["b"] == expected_events(plain("b", [*tokens[:8], 1], max_new_tokens=3))
+
+
+def test_after_a_loss_nothing_is_fed_by_what_was_lost():
+    requests = [plain("a", [1, 2, 3], max_new_tokens=9), plain("b", [4], max_new_tokens=9)]
+    run = Run(*requests)
+    for _ in range(3):
+        run.turn()
+    run.schedule()
+    assert len(run.in_flight) == 2
+    assert run.scheduler.reset() == []
+    run.in_flight.clear()
+    run.stages.restart()
+    assert sources(run.schedule()) == [None, None]
+    run.finish()
+    assert run.events == {request.request_id: expected_events(request) for request in requests}
+
+
+def test_suspects_are_alone_in_flight():
+    run = Run(plain("a", [1, 2, 3], max_new_tokens=9), plain("b", [4], max_new_tokens=9))
+    for _ in range(2):
+        run.schedule()
+        run.schedule()
+        run.scheduler.reset()
+        run.in_flight.clear()
+        run.stages.restart()
+    microbatch = run.schedule()
+    assert microbatch is not None
+    assert len(microbatch.rows) == 1
+    assert run.schedule() is None
+    run.finish()
+    assert run.events["a"][-1].token_id == expected_events(plain("a", [1, 2, 3], max_new_tokens=9))[-1].token_id
+
+
+def test_eos_is_a_token_like_any_other_for_who_ignores_it():
+    request = next(
+        request
+        for seed in range(0, 1000, 2)
+        for request in [plain("a", [1, 2], max_new_tokens=12, seed=seed)]
+        if EOS in [event.token_id for event in expected_events(request)[:-1]]
+    )
+    run = Run(request)
+    run.finish()
+    assert run.events["a"] == expected_events(request)
+    assert run.scheduler.num_rows_ahead_wasted == 0
