@@ -71,7 +71,7 @@ class GPUStageRunner(StageRunner):
         self._gpu_stage.synchronize()
 
     def restart(self) -> None:
-        super().restart()
+        self._last_microbatch_id = None
         self._gpu_stage.restart()
 
     @torch.inference_mode()
