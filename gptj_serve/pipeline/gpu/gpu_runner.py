@@ -71,6 +71,7 @@ class GPUStageRunner(StageRunner):
         self._gpu_stage.synchronize()
 
     def restart(self) -> None:
+        """Forget the order and the tokens so far."""
         self._last_microbatch_id = None
         self._gpu_stage.restart()
 
