@@ -328,6 +328,7 @@ def stage_settings(
             num_token_ids=min(num_token_ids, checkpoint.config.vocab_size),
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
+            pin_cores=config.stage.pin_cores,
             uses_gpu=uses_gpu,
             gpu_share=config.stage.num_gpus,
             max_sequence_tokens=checkpoint.config.n_positions,
