@@ -211,7 +211,6 @@ class PipelineConfig(_Part):
         """The KV pool is as large as the stages find room for, once they have loaded."""
         return self.stage.num_gpus > 0 and self.kv_cache.num_tokens is None
 
-
     @property
     def schedules_ahead(self) -> bool:
         if self.scheduler.schedule_ahead == "auto":
