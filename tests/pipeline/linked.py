@@ -123,10 +123,11 @@ async def open_links(pipeline: LinkedPipeline) -> AsyncIterator[LinkedPipeline]:
 
 
 async def generate_all(
-    checkpoint: Checkpoint, pipeline: LinkedPipeline | InProcessPipeline, num_stages: int, max_new_tokens: int = 12
-) -> list[list[int]]:
+    checkpoint: Checkpoint, pipeline: LinkedPipeline | InProcessPipeline, num_stages: int, max_new_tokens: int = 12,
+    *, ahead: bool = False,
+) -> list[list[int]]:  # fmt: skip
     """The tokens of ten requests at a time."""
-    limits = SchedulerLimits(num_stages, 16, 24, checkpoint.config.n_positions)
+    limits = SchedulerLimits(num_stages, 16, 24, checkpoint.config.n_positions, schedules_ahead=ahead)
     scheduler = Scheduler(limits, KVBlocks(NUM_BLOCKS, BLOCK_SIZE), frozenset())
 
     async def generate(engine: LocalEngine, n: int) -> list[int]:
