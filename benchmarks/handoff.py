@@ -1,9 +1,10 @@
-"""What a hop of hidden states costs between two stage processes, by each handoff that CPUs can use.
+"""What a hop of hidden states costs between two stage processes, by each handoff that they can use.
 
     python -m benchmarks.handoff
 
 The sender computes for some time, as a stage does (its caches are another's then, and the receiver's core sleeps), and
-sends; the receiver notes when it can begin. In turns, so that what else the machine does hits all alike.
+sends; the receiver notes when it has them, on a GPU when the device has. In turns, so that what else the machine does
+hits all alike.
 """
 
 import argparse
@@ -23,7 +24,11 @@ from gptj_serve.config import HandoffKind
 from gptj_serve.pipeline.handoff_ends import Site, listen, reach
 from gptj_serve.pipeline.sockets import bind_receiver, connect_sender
 
-KINDS: tuple[HandoffKind, ...] = ("zmq", "shared_memory", "distributed")
+KINDS: dict[str, tuple[HandoffKind, ...]] = {
+    "cpu": ("zmq", "shared_memory", "distributed"),
+    "cuda": ("zmq", "shared_memory", "cuda_ipc"),  # on one GPU
+}
+LOOPBACK = "127.0.0.1"
 NUM_WARM_UP = 20
 
 
@@ -32,15 +37,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024, help="n_embd")
     parser.add_argument("--tokens", default="1,32,512", help="of a microbatch, by commas")
     parser.add_argument("--compute-ms", type=float, default=10.0, help="what the sender computes before each hop")
+    parser.add_argument("--device", choices=KINDS, default="cpu")
     parser.add_argument("--hops", type=int, default=200, help="of each kind and size")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.tokens.split(",")]
-    print(f"| tokens of {arguments.width} in fp32 | " + " | ".join(f"{kind} µs" for kind in KINDS) + " |")
-    print("|---" * (1 + len(KINDS)) + "|")
+    kinds = KINDS[arguments.device]
+    print(f"| tokens of {arguments.width} in fp32 | " + " | ".join(f"{kind} µs" for kind in kinds) + " |")
+    print("|---" * (1 + len(kinds)) + "|")
     with contextlib.ExitStack() as stack:
-        pairs = {kind: stack.enter_context(_pair(kind)) for kind in KINDS}
+        pairs = {kind: stack.enter_context(_pair(kind, arguments.device)) for kind in kinds}
         for num_tokens in sizes:
-            hops: dict[HandoffKind, list[float]] = {kind: [] for kind in KINDS}
+            hops: dict[HandoffKind, list[float]] = {kind: [] for kind in kinds}
             for index in range(NUM_WARM_UP + arguments.hops):
                 for kind, (sender, receiver) in pairs.items():
                     receiver.send(None)
@@ -48,7 +55,7 @@ def main() -> None:
                     sent_at, begun_at = sender.recv(), receiver.recv()
                     if index >= NUM_WARM_UP:
                         hops[kind].append(1e6 * (begun_at - sent_at))
-            print(f"| {num_tokens} | " + " | ".join(_described(hops[kind]) for kind in KINDS) + " |")
+            print(f"| {num_tokens} | " + " | ".join(_described(hops[kind]) for kind in kinds) + " |")
 
 
 def _described(hops: list[float]) -> str:
@@ -58,14 +65,20 @@ def _described(hops: list[float]) -> str:
 
 
 @contextlib.contextmanager
-def _pair(kind: HandoffKind) -> Iterator[tuple[Connection, Connection]]:
+def _pair(kind: HandoffKind, device: str) -> Iterator[tuple[Connection, Connection]]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         pipes, processes = [], []
         for run in (_receive, _send):
             ours, theirs = context.Pipe()
             addresses = pipes[0].recv() if pipes else None
-            processes.append(context.Process(target=run, args=(theirs, kind, directory, addresses), daemon=True))
+            processes.append(
+                context.Process(
+                    target=run,
+                    args=(theirs, kind, Site(torch.device(device), LOOPBACK), directory, addresses),
+                    daemon=True,
+                )
+            )
             processes[-1].start()
             pipes.append(ours)
         try:
@@ -78,11 +91,11 @@ def _pair(kind: HandoffKind) -> Iterator[tuple[Connection, Connection]]:
                 process.join()
 
 
-def _receive(pipe: Connection, kind: HandoffKind, directory: str, _: Any) -> None:
+def _receive(pipe: Connection, kind: HandoffKind, site: Site, directory: str, _: Any) -> None:
     torch.set_num_threads(1)
     link = zmq.Context[zmq.Socket[bytes]]().socket(zmq.PULL)
     address = bind_receiver(link, f"ipc://{directory}/hidden", None)
-    end, tensors = listen(kind, link, Site(torch.device("cpu"), "127.0.0.1"))
+    end, tensors = listen(kind, link, site)
     pipe.send((address, tensors))
     end.connect(lambda: False)
     pipe.send("connected")
@@ -90,32 +103,40 @@ def _receive(pipe: Connection, kind: HandoffKind, directory: str, _: Any) -> Non
     while True:
         pipe.recv()
         received = end.receive(microbatch_id, lambda: False)
-        begun_at = time.time()
         assert received is not None
-        received.hidden.sum().item()
+        hidden = received.hidden.to(site.device)
+        _synchronize(site)
+        begun_at = time.time()
+        hidden.sum().item()
         pipe.send(begun_at)
         microbatch_id += 1
 
 
-def _send(pipe: Connection, kind: HandoffKind, _: str, addresses: tuple[str, str]) -> None:
+def _send(pipe: Connection, kind: HandoffKind, site: Site, _: str, addresses: tuple[str, str]) -> None:
     torch.set_num_threads(1)
     link = zmq.Context[zmq.Socket[bytes]]().socket(zmq.PUSH)
     connect_sender(link, addresses[0], None)
-    end = reach(kind, link, addresses[1], Site(torch.device("cpu"), "127.0.0.1"))
+    end = reach(kind, link, addresses[1], site)
     end.connect(lambda: False)
     pipe.send("connected")
-    weights = torch.randn(4096, 4096)  # larger than caches
+    weights = torch.randn(4096, 4096, device=site.device)  # larger than caches
     microbatch_id = 0
     while True:
         num_tokens, width, compute_s = pipe.recv()
-        hidden = torch.randn(num_tokens, width)
+        hidden = torch.randn(num_tokens, width, device=site.device)
         until = time.perf_counter() + compute_s
         while time.perf_counter() < until:
             weights.sum()
+            _synchronize(site)
         sent_at = time.time()
         end.send(microbatch_id, hidden)
         pipe.send(sent_at)
         microbatch_id += 1
+
+
+def _synchronize(site: Site) -> None:
+    if site.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
 
 
 if __name__ == "__main__":
