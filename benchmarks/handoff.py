@@ -3,8 +3,9 @@
     python -m benchmarks.handoff
 
 The sender computes for some time, as a stage does (its caches are another's then, and the receiver's core sleeps), and
-sends; the receiver notes when it has them, on a GPU when the device has. In turns, so that what else the machine does
-hits all alike.
+sends; the receiver notes when it has them. On a GPU the times are the device's: from the end of the computation, for
+which the sender's host did not wait, until the hidden states are the receiver's. In turns, so that what else the
+machine does hits all alike.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import contextlib
 import multiprocessing
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -119,19 +121,40 @@ def _send(pipe: Connection, kind: HandoffKind, site: Site, _: str, addresses: tu
     end = reach(kind, link, addresses[1], site)
     end.connect(lambda: False)
     pipe.send("connected")
-    weights = torch.randn(4096, 4096, device=site.device)  # larger than caches
+    weights = torch.randn(4096, 4096)  # larger than caches
     microbatch_id = 0
     while True:
         num_tokens, width, compute_s = pipe.recv()
         hidden = torch.randn(num_tokens, width, device=site.device)
-        until = time.perf_counter() + compute_s
-        while time.perf_counter() < until:
-            weights.sum()
-            _synchronize(site)
-        sent_at = time.time()
-        end.send(microbatch_id, hidden)
-        pipe.send(sent_at)
+        if site.device.type == "cuda":
+            torch.cuda._sleep(int(1.5e9 * compute_s))  # cycles
+            with _end_noted() as ends:
+                end.send(microbatch_id, hidden)
+            pipe.send(*ends)
+        else:
+            until = time.perf_counter() + compute_s
+            while time.perf_counter() < until:
+                weights.sum()
+            sent_at = time.time()
+            end.send(microbatch_id, hidden)
+            pipe.send(sent_at)
         microbatch_id += 1
+
+
+@contextlib.contextmanager
+def _end_noted() -> Iterator[list[float]]:
+    """When the device will have done what it has been given."""
+    done = torch.cuda.current_stream().record_event()
+    ends: list[float] = []
+
+    def note() -> None:
+        done.synchronize()
+        ends.append(time.time())
+
+    thread = threading.Thread(target=note)
+    thread.start()
+    yield ends
+    thread.join()
 
 
 def _synchronize(site: Site) -> None:

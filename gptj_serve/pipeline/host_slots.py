@@ -16,8 +16,7 @@ from torch import Tensor
 from gptj_serve.errors import WireError
 from gptj_serve.pipeline.handoff import HiddenHeader
 from gptj_serve.pipeline.slot_ring import CudaMemory, Offer
-
-MAX_VIEWS = 256
+from gptj_serve.pipeline.slot_views import SlotViews
 
 
 class HostSenderSlots:
@@ -32,16 +31,16 @@ class HostSenderSlots:
         os.ftruncate(descriptor, num_slots * slot_bytes)
         # who has it mapped shall not be ended by a signal because it has become shorter
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        self._memory = torch.frombuffer(mmap.mmap(descriptor, num_slots * slot_bytes), dtype=torch.uint8)
-        self._address = self._memory.data_ptr()
+        memory = torch.frombuffer(mmap.mmap(descriptor, num_slots * slot_bytes), dtype=torch.uint8)
+        self._address = memory.data_ptr()
+        self._views = SlotViews(memory, slot_bytes)
 
     def write(self, slot: int, hidden: Tensor) -> None:
-        start = slot * self._slot_bytes
         if hidden.device.type == "cpu":
             hidden = hidden.contiguous()
-            ctypes.memmove(self._address + start, hidden.data_ptr(), hidden.nbytes)
+            ctypes.memmove(self._address + slot * self._slot_bytes, hidden.data_ptr(), hidden.nbytes)
         else:
-            self._memory[start : start + hidden.nbytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
+            self._views.of(slot, hidden.dtype, hidden.shape).copy_(hidden)
 
     def close(self) -> None:
         for descriptor in self.file_descriptors:
@@ -60,25 +59,14 @@ class HostReceiverSlots:
                 or os.fstat(file_descriptors[0]).st_size != num_bytes
             ):
                 raise WireError(f"{offer} with {len(file_descriptors)} files is no memory of this host")
-            self._memory = mmap.mmap(file_descriptors[0], num_bytes)
+            memory = mmap.mmap(file_descriptors[0], num_bytes)
         finally:
             for descriptor in file_descriptors:
                 os.close(descriptor)
-        self._slot_bytes = offer.slot_bytes
-        self._views: dict[tuple[int, str, int, int], Tensor] = {}  # the last ones: decode steps are of one shape mostly
+        self._views = SlotViews(torch.frombuffer(memory, dtype=torch.uint8), offer.slot_bytes)
 
     def read(self, slot: int, header: HiddenHeader) -> Tensor:
-        num_tokens, width = header.shape
-        key = (slot, header.dtype, num_tokens, width)
-        view = self._views.get(key)
-        if view is None:
-            if len(self._views) == MAX_VIEWS:
-                self._views.clear()
-            flat = torch.frombuffer(
-                self._memory, dtype=header.torch_dtype, count=num_tokens * width, offset=slot * self._slot_bytes
-            )
-            self._views[key] = view = flat.view(num_tokens, width)
-        return view
+        return self._views.of(slot, header.torch_dtype, header.shape)
 
     def release(self, slot: int) -> None:
         """The message that gives it back comes after all reads."""
