@@ -47,11 +47,19 @@ class StageConfig(_Part):
     num_threads: PositiveInt | None = Field(
         None, description="Torch threads per CPU stage. Default: the cores the process may use, over num_stages."
     )
+    pin_cores: bool = Field(
+        False,
+        description="Each CPU stage has num_threads cores to itself, of one NUMA node where one has enough free: for "
+        "hosts with several of them. Other stages of the service keep off these, other processes don't. Where too few "
+        "are left, a line in the log says so and the stage runs on any.",
+    )
 
     @model_validator(mode="after")
-    def _reserves_something(self) -> Self:
+    def _can_be_placed(self) -> Self:
         if self.num_cpus == self.num_gpus == 0:
             raise ValueError("num_cpus and num_gpus are both 0; Ray can't place a stage that needs nothing")
+        if self.pin_cores and self.num_gpus > 0:
+            raise ValueError("pin_cores is for stages on CPU (num_gpus: 0)")
         return self
 
 

@@ -310,6 +310,7 @@ def stage_settings(
             num_token_ids=min(num_token_ids, checkpoint.config.vocab_size),
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
+            pin_cores=config.stage.pin_cores,
             uses_gpu=config.stage.num_gpus > 0,
             heads={name: str(head.directory.resolve()) for name, head in heads.items()},
             deterministic=config.deterministic,

@@ -13,6 +13,7 @@ import ray
 
 from gptj_serve.config import Kernels, Quantization
 from gptj_serve.environment import keep_openmp_from_spinning
+from gptj_serve.pipeline.core_claims import CoreClaim, available_cores, claim_cores, pin_process
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.serving.logs import log_to_stderr
 
@@ -36,6 +37,7 @@ class StageSettings(NamedTuple):
     num_token_ids: int
     num_stages: int
     num_threads: int | None
+    pin_cores: bool
     uses_gpu: bool
     heads: dict[str, str]  # name → directory
     deterministic: bool
@@ -62,6 +64,7 @@ class GPTJStage:
         self._meter: StepMeter | None = None
         self._runner: StageRunner | None = None
         self._loop: StageLoop | None = None
+        self._cores: CoreClaim | None = None
 
     def load(self) -> dict[str, Any]:
         """Load the weights; returns a description of the stage. Raises `CheckpointError`, also if the files are no
@@ -69,6 +72,9 @@ class GPTJStage:
         and `ConfigError` where the machine can't be deterministic."""
         settings = self._settings
         keep_openmp_from_spinning()
+        num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_stages)
+        if settings.pin_cores:
+            self._pin_cores(num_threads)
         if settings.kernels == "auto" and not settings.uses_gpu:
             from gptj_serve.kernels.cpu_library import start_compiling
 
@@ -84,7 +90,7 @@ class GPTJStage:
         from gptj_serve.pipeline.step_meter import StepMeter
 
         device = torch.device("cuda" if settings.uses_gpu else "cpu")
-        torch.set_num_threads(settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_stages))
+        torch.set_num_threads(num_threads)
         spec = StageSpec(
             span=range(*settings.layers),
             num_kv_blocks=settings.num_kv_blocks,
@@ -109,6 +115,20 @@ class GPTJStage:
             "node_ip": ray.util.get_node_ip_address(),
             "node_id": ray.get_runtime_context().get_node_id(),
         }
+
+    def _pin_cores(self, num_threads: int) -> None:
+        """Before any library makes threads."""
+        first, end = self._settings.layers
+        cores = available_cores()
+        self._cores = claim_cores(num_threads, cores)
+        if self._cores is None:
+            logger.warning(
+                "layers %d to %d: on any core: pin_cores needs %d, and of %d others have claimed too many",
+                *(first, end - 1, num_threads, len(cores)),
+            )
+            return
+        pin_process(self._cores.cores)
+        logger.info("layers %d to %d: on cores %s", first, end - 1, ", ".join(map(str, self._cores.cores)))
 
     def report(self) -> StageReport:
         from gptj_serve.pipeline.stage_status import memory_bytes
