@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from gptj_serve.config import HandoffKind
 from gptj_serve.errors import PipelineError, WireError
+from gptj_serve.pipeline.gpu.gpu_runner import GPUStageRunner
+from gptj_serve.pipeline.gpu.step_results import GivenStep, StepResults
 from gptj_serve.pipeline.handoff import HandoffEnd, HiddenReceiver, HiddenSender
 from gptj_serve.pipeline.handoff_ends import Site, listen, reach
 from gptj_serve.pipeline.link_watch import LinkWatch
@@ -119,14 +123,17 @@ class StageLoop:
                 end.connect(self._stopping.is_set)
             self._connected.set()
             self._serve()
-        except PipelineError as error:
-            self._fail(error)
         except Exception as error:
-            if self._stopping.is_set():  # what ends by that fails for no reason of its own
-                return
+            self._fail_at_a_step(error)
+
+    def _fail_at_a_step(self, error: Exception) -> None:
+        """While it is handled."""
+        if self._stopping.is_set():  # what was told to stop fails for no reason of its own
+            return
+        if not isinstance(error, PipelineError):
             span = self._runner.spec.span
             logger.exception("layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id)
-            self._fail(error)
+        self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         """In any thread."""
@@ -141,9 +148,22 @@ class StageLoop:
             end.abort()
 
     def _serve(self) -> None:
-        encoder = msgspec.msgpack.Encoder()
+        runner = self._runner
+        if not isinstance(runner, GPUStageRunner):
+            self._meter.wait()
+            for arrived in self._microbatches():
+                self._run_step(*arrived)
+            return
+        results = StepResults(runner, self._meter, self._send_output, self._fail_at_a_step)
+        try:
+            for arrived in self._microbatches():
+                results.put(self._give_step(runner, *arrived))
+        finally:
+            results.close()
+
+    def _microbatches(self) -> Iterator[tuple[MicroBatch, Tensor | None, float | None]]:
+        """With the hidden states of the stage before, and when it sent them; ends when told to stop."""
         decoder = WireDecoder[MicroBatch](MicroBatch)
-        self._meter.wait()
         while (frames := receive(self._steps, self._stopping.is_set)) is not None:
             try:
                 microbatch = decoder.decode(frames[0].buffer)
@@ -158,17 +178,46 @@ class StageLoop:
                 if received is None:
                     return
                 hidden, sent_at = received
-            self._meter.begin(sent_at)
-            result = self._runner.run(microbatch, hidden)
-            if self._incoming == "distributed" != self._outgoing:
-                self._runner.synchronize()  # an aborted receive brings anything; what would hand it on isn't aborted
+            yield microbatch, hidden, sent_at
             if self._stopping.is_set():
                 return
-            if isinstance(result, StepOutput):
-                self._next.send(encoder.encode(result))
-            else:
-                assert self._to_next is not None
-                self._to_next.send(microbatch.microbatch_id, result)
-            self._runner.synchronize()  # for the meter: what was handed on is on its way already
-            self._meter.end(microbatch)
-            self._meter.wait()
+
+    def _run_step(self, microbatch: MicroBatch, hidden: Tensor | None, sent_at: float | None) -> None:
+        self._meter.begin(sent_at)
+        result = self._runner.run(microbatch, hidden)
+        if self._may_have_received_anything:
+            self._runner.synchronize()
+        if self._stopping.is_set():
+            return
+        if isinstance(result, StepOutput):
+            self._send_output(result)
+        else:
+            assert self._to_next is not None
+            self._to_next.send(microbatch.microbatch_id, result)
+        self._runner.synchronize()  # for the meter: what was handed on is on its way already
+        self._meter.end(microbatch)
+        self._meter.wait()
+
+    def _give_step(
+        self, runner: GPUStageRunner, microbatch: MicroBatch, hidden: Tensor | None, sent_at: float | None
+    ) -> GivenStep:
+        """To the device; what comes of it is waited for elsewhere."""
+        step = runner.begin(microbatch, hidden)
+        given_at = time.time()
+        if step.hidden is not None:
+            assert self._to_next is not None
+            if self._may_have_received_anything:
+                step.wait()
+            if not self._stopping.is_set():
+                with runner.hidden_of(step) as states:
+                    self._to_next.send(microbatch.microbatch_id, states)
+        return GivenStep(step, microbatch, given_at, sent_at)
+
+    @property
+    def _may_have_received_anything(self) -> bool:
+        """An aborted receive brings anything; what would hand it on isn't aborted. It is over when the step is."""
+        return self._incoming == "distributed" != self._outgoing
+
+    def _send_output(self, output: StepOutput) -> None:
+        if not self._stopping.is_set():
+            self._next.send(msgspec.msgpack.encode(output))

@@ -131,6 +131,7 @@ class Pipeline:
             max_microbatch_tokens=config.pipeline.scheduler.max_microbatch_tokens,
             max_sequence_tokens=checkpoint.config.n_positions,
             max_queue_wait_s=math.inf if max_queue_wait_s is None else QUEUE_WAIT_TOLERANCE * max_queue_wait_s,
+            schedules_ahead=config.pipeline.schedules_ahead,
         )
         self._metrics = PipelineMetrics(config.served_name)
         own_tracer = tracer()
@@ -327,6 +328,7 @@ def stage_settings(
             num_token_ids=min(num_token_ids, checkpoint.config.vocab_size),
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
+            pin_cores=config.stage.pin_cores,
             uses_gpu=uses_gpu,
             gpu_share=config.stage.num_gpus,
             max_sequence_tokens=checkpoint.config.n_positions,

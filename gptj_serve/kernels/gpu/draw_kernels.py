@@ -149,10 +149,11 @@ def weigh(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def choose(
     logits, stride, width, num_tokens, numbers, reals, num_rows, peaks, best_ids, sums, thresholds, last_tied_ids,
-    values, best_groups, num_groups, num_chunks, sampled,
+    values, best_groups, num_groups, num_chunks, sampled, normalizers,
     PADDED_CHUNKS: tl.constexpr, SHIFT: tl.constexpr, DRAWS: tl.constexpr, NARROWS: tl.constexpr,
 ):  # fmt: skip
-    """Each row's token, the bits of its log-probability among all tokens, and its status [3, R]. Grid (R,)."""
+    """Each row's token, the bits of its log-probability among all tokens, and its status [3, R]; the logarithm of its
+    sum of exp [R]. Grid (R,)."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     chunks = tl.arange(0, PADDED_CHUNKS)
@@ -189,3 +190,4 @@ def choose(
     tl.store(sampled + row, token_id)
     tl.store(sampled + num_rows + row, logprob.to(tl.int32, bitcast=True))
     tl.store(sampled + 2 * num_rows + row, status)
+    tl.store(normalizers + row, normalizer.to(tl.float32))

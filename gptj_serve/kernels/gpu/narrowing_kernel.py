@@ -50,7 +50,7 @@ def _highest_key_reaching(
         for start in range(0, num_keys, TILE):
             at = start + tl.arange(0, TILE)
             is_key = at < num_keys
-            key = tl.load(keys + at, mask=is_key, other=0)
+            key = tl.load(keys + at, mask=is_key, other=_KEY_OF_IMPOSSIBLE >> SHIFT)
             amounts = tl.where(is_key, 1.0, 0.0)
             if BY_WEIGHT:
                 amounts *= _weights(key, peak, coldness, SHIFT)
@@ -85,7 +85,7 @@ def _weight_from(keys, num_keys, key, peak, coldness, SHIFT: tl.constexpr, TILE:
     for start in range(0, num_keys, TILE):
         at = start + tl.arange(0, TILE)
         is_key = at < num_keys
-        own = tl.load(keys + at, mask=is_key, other=0)
+        own = tl.load(keys + at, mask=is_key, other=_KEY_OF_IMPOSSIBLE >> SHIFT)
         weights = tl.where(is_key & (own >= key), _weights(own, peak, coldness, SHIFT), 0.0)
         weight += tl.sum(weights, 0).to(tl.float64)
         num_equal += tl.sum((is_key & (own == key)).to(tl.int32), 0)

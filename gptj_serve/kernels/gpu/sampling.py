@@ -32,7 +32,7 @@ SHIFTS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 class DeviceSampler:
-    """Nothing is kept from one call to the next, so calls may be captured in graphs and lie in any number of streams."""
+    """Nothing is kept from one call to the next: calls may be captured in graphs, and lie in any number of streams."""
 
     modes = tuple(SamplingMode)
     """Each also serves rows that ask for what those before it do, with the same results in every bit."""
@@ -52,6 +52,12 @@ class DeviceSampler:
 
         They are the tokens that `engine.sampling.sample` chooses. Where the status is not OK, the first two are 0.
         """
+        return self.sample_and_normalize(logits, num_token_ids, parameters, mode)[0]
+
+    def sample_and_normalize(
+        self, logits: Tensor, num_token_ids: int, parameters: Tensor, mode: int
+    ) -> tuple[Tensor, Tensor]:
+        """Also the rows' logarithms of the sum of exp, fp32 [R]; of sound rows only."""
         return _Call(logits, num_token_ids, parameters).sample(SamplingMode(mode))
 
 
@@ -71,7 +77,7 @@ class _Call:
         self._num_groups = -(-num_token_ids // GROUP_SIZE)
         self._num_chunks = -(-self._num_groups // CHUNK_GROUPS)
 
-    def sample(self, mode: SamplingMode) -> Tensor:
+    def sample(self, mode: SamplingMode) -> tuple[Tensor, Tensor]:
         draws, narrows = mode >= SamplingMode.DRAWN, mode >= SamplingMode.NARROWED
         num_groups, num_chunks = self._num_groups, self._num_chunks
         shift, padded_chunks = self._shift, triton.next_power_of_2(num_chunks)
@@ -83,6 +89,7 @@ class _Call:
         kept = (self._new(1, torch.int32, narrows), self._new(1, torch.int32, narrows))
         drawn = (self._new(num_chunks, torch.float64, draws), self._new(num_chunks, torch.int32, draws))
         sampled = torch.empty(3, self._num_rows, dtype=torch.int32, device=self._device)
+        normalizers = self._new(1, torch.float32)
         measure[per_chunk](
             *self._row, *self._reals, peaks, best_ids, sums, warm_sums, maxima, num_groups,
             CHUNK_GROUPS=CHUNK_GROUPS, SHIFT=shift, NARROWS=narrows, num_warps=NUM_WARPS["measure"],
@@ -101,9 +108,10 @@ class _Call:
             )  # fmt: skip
         choose[per_row](
             *self._row, *self._parameters, peaks, best_ids, sums, *kept, *drawn, num_groups, num_chunks, sampled,
-            PADDED_CHUNKS=padded_chunks, SHIFT=shift, DRAWS=draws, NARROWS=narrows, num_warps=NUM_WARPS["choose"],
+            normalizers, PADDED_CHUNKS=padded_chunks, SHIFT=shift, DRAWS=draws, NARROWS=narrows,
+            num_warps=NUM_WARPS["choose"],
         )  # fmt: skip
-        return sampled
+        return sampled, normalizers[:, 0]
 
     def _new(self, count: int, dtype: torch.dtype, is_needed: bool = True) -> Tensor:
         """Room for so many numbers per row."""

@@ -33,17 +33,20 @@ class SamplingMode(IntEnum):
 
 
 def can_sample_on_device(spec: SampleSpec) -> bool:
-    """Whether the kernels choose the token: greedily, or drawn with temperature, top-k, top-p and min-p.
+    """Whether the kernels alone choose the token, with nothing from the host but a row of the table."""
+    return has_kernels(spec) and spec.edits is None and not spec.num_top_logprobs
 
-    Everything else is for `engine.sampling`: edits, guidance, candidates, top log-probabilities, and the warpers that
-    must see the whole distribution in another order: typical-p and the epsilon and eta cutoffs.
+
+def has_kernels(spec: SampleSpec) -> bool:
+    """Whether the kernels choose the token, greedily or drawn with temperature, top-k, top-p and min-p.
+
+    Other choices are the engine's: with guidance, of candidates for beams, and with the rarer warpers, typical-p and
+    the epsilon and eta cutoffs.
     """
-    warpers = spec.warpers
-    if spec.edits is not None or spec.guidance_scale != 1 or spec.num_candidates or spec.num_top_logprobs:
+    if spec.guidance_scale != 1 or spec.num_candidates:
         return False
-    if is_greedy(spec):
-        return True
-    return warpers.typical_p == 1 and not warpers.epsilon_cutoff and not warpers.eta_cutoff
+    warpers = spec.warpers
+    return is_greedy(spec) or (warpers.typical_p == 1 and not warpers.epsilon_cutoff and not warpers.eta_cutoff)
 
 
 def is_greedy(spec: SampleSpec) -> bool:

@@ -49,7 +49,9 @@ class GPUStageRunner(StageRunner):
             max_rows=min(spec.max_num_sequences, spec.max_microbatch_tokens),
             max_tokens=spec.max_microbatch_tokens,
         )
-        outputs = RowOutputs(stage, spec.num_token_ids, heads or {}) if stage.is_last else None
+        outputs = None
+        if stage.is_last:
+            outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, sample=sampler.sample_others)
         self._gpu_stage = GPUStage(device, stage, layers, limits, sampler, outputs)
 
     @property
@@ -71,6 +73,7 @@ class GPUStageRunner(StageRunner):
         self._gpu_stage.synchronize()
 
     def restart(self) -> None:
+        """Forget the order and the tokens so far."""
         self._last_microbatch_id = None
         self._gpu_stage.restart()
 
