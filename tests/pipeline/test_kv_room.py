@@ -22,8 +22,8 @@ def test_the_fullest_stage_decides() -> None:
 
 def test_a_stage_tells_what_it_found() -> None:
     assert str(ROOM) == (
-        "a card: 6.00 GiB of weights, 2.00 GiB of all else; in the 14.00 GiB that may be used there is room for 6,143 KV "
-        "blocks of 1,048,576 bytes"
+        "a card: 6.00 GiB of weights, 2.00 GiB of all else; in the 14.00 GiB that may be used there is room for 6,143 "
+        "KV blocks of 1,048,576 bytes"
     )
 
 
