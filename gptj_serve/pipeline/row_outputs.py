@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gptj_serve.engine.ranking import best
-from gptj_serve.engine.sampling import NOT_FINITE, Statistics, log_normalizers, sample
+from gptj_serve.engine.sampling import NOT_FINITE, Sample, Statistics, log_normalizers, sample
 from gptj_serve.model.heads import HeadCheckpoint, HeadKind
 from gptj_serve.model.stage import GPTJStage
 from gptj_serve.steps import Row, RowOutput, RowResult
@@ -33,8 +33,10 @@ class RowOutputs:
         heads: Mapping[str, HeadCheckpoint],
         convert: Callable[[nn.Linear], nn.Module] | None = None,
         statistics: Statistics | None = None,
+        sample: Sample = sample,
     ) -> None:
         """`convert` is applied to the `heads`, which are not the stage's own; `statistics` are those of logits."""
+        self._sample = sample
         self._statistics = statistics
         self._stage = stage
         self._num_token_ids = num_token_ids
@@ -71,7 +73,7 @@ class RowOutputs:
         positions = [row.end - n + 1 for row in rows for n in range(len(row.samples), 0, -1)]
         guided = [index for index, row in enumerate(rows) if row.samples and row.samples[0].guidance_scale != 1]
         logits = self._logits(hidden, places + [ends[index + 1] - 1 for index in guided])
-        results = iter(sample(logits[: len(specs)], specs, positions, logits[len(specs) :], self._statistics))
+        results = iter(self._sample(logits[: len(specs)], specs, positions, logits[len(specs) :], self._statistics))
         return {
             index: in_order(list(islice(results, len(row.samples)))) for index, row in enumerate(rows) if row.samples
         }

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 
+from gptj_serve.kernels.gpu.edited_sampling import sample_on_gpu
 from gptj_serve.kernels.gpu.layers import GPULayers
 from gptj_serve.kernels.gpu.linear import GPULinear
 from gptj_serve.kernels.gpu.sampling import DeviceSampler
@@ -58,6 +59,6 @@ def runner_maker(
     def make(num_kv_blocks: int) -> GPUStageRunner:
         layers = GPULayers(stage.config, blocks, num_kv_blocks, spec.block_size, spec.dtype, device.torch_device)
         own = replace(spec, num_kv_blocks=num_kv_blocks)
-        return GPUStageRunner(stage, own, layers, device, DeviceSampler(), heads)
+        return GPUStageRunner(stage, own, layers, device, DeviceSampler(), heads, sample_on_gpu)
 
     return make
