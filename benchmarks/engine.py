@@ -56,6 +56,7 @@ def main(
     tokenizer = Tokenizer.from_directory(ServiceConfig().checkpoint_dir)
     asyncio.run(measure_prefix_reuse(checkpoint, tokenizer))
     asyncio.run(measure_drafts(checkpoint, tokenizer))
+    asyncio.run(measure_ahead(checkpoint, tokenizer))
     measure_bubbles(trace_lengths(trace) if trace else drawn_lengths(), num_trace_requests)
     measure_overhead()
 
@@ -125,20 +126,48 @@ async def measure_drafts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     console.print(table)
 
 
-def make_engine(checkpoint: Checkpoint, *, reuse_prefixes: bool = True) -> tuple[Scheduler, InProcessPipeline]:
+async def measure_ahead(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Requests of 96 tokens, so many at a time, on one stage, in turn with and without steps made ahead."""
+    params = SamplingParams(max_new_tokens=96, ignore_eos=True)
+    table = Table("requests at a time", "tokens/s without", "with", "ratio", "rows in vain", title="Scheduled ahead")
+    for num_requests in (1, 8, 32):
+        prompts = [tokenizer.encode(f"{PASSAGE[: 120 + i]}") for i in range(num_requests)]
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        engines = {ahead: make_engine(checkpoint, schedules_ahead=ahead) for ahead in seconds}
+        for _ in range(8):
+            for ahead, (scheduler, pipeline) in engines.items():
+                async with LocalEngine(scheduler, pipeline) as engine:
+                    began = time.perf_counter()
+                    await asyncio.gather(
+                        *(generate(engine, prompt, params, f"{i}") for i, prompt in enumerate(prompts))
+                    )
+                    seconds[ahead].append(time.perf_counter() - began)
+        for _, pipeline in engines.values():
+            pipeline.close()
+        num_tokens = num_requests * params.max_new_tokens
+        without, with_it = (num_tokens / statistics.median(seconds[ahead][1:]) for ahead in (False, True))
+        scheduler = engines[True][0]
+        in_vain = f"{scheduler.num_rows_ahead_wasted} of {scheduler.num_rows_ahead}"
+        table.add_row(str(num_requests), f"{without:,.0f}", f"{with_it:,.0f}", f"{with_it / without:.2f}", in_vain)
+    console.print(table)
+
+
+def make_engine(
+    checkpoint: Checkpoint, *, reuse_prefixes: bool = True, schedules_ahead: bool = False
+) -> tuple[Scheduler, InProcessPipeline]:
     config = checkpoint.config
     num_blocks = 8 * config.n_positions // BLOCK_SIZE
     spec = StageSpec(
         range(config.n_layer), num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"), config.vocab_size
     )
-    limits = SchedulerLimits(1, 64, 512, config.n_positions)
+    limits = SchedulerLimits(1, 64, 512, config.n_positions, schedules_ahead=schedules_ahead)
     blocks = KVBlocks(num_blocks, BLOCK_SIZE, reuse_prefixes=reuse_prefixes)
     pipeline = InProcessPipeline([StageRunner.load(checkpoint, spec)])
     return Scheduler(limits, blocks, checkpoint.config.eos_token_ids), pipeline
 
 
-async def generate(engine: LocalEngine, prompt: list[int], params: SamplingParams) -> list[int]:
-    request = EngineRequest(request_id="r", task=Task.GENERATE, prompt_token_ids=prompt, sampling=params)
+async def generate(engine: LocalEngine, prompt: list[int], params: SamplingParams, request_id: str = "r") -> list[int]:
+    request = EngineRequest(request_id=request_id, task=Task.GENERATE, prompt_token_ids=prompt, sampling=params)
     return [event.token_id async for event in engine.submit(request) if isinstance(event, TokenEvent)]
 
 

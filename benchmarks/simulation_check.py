@@ -2,7 +2,7 @@
 
 The demo over two stages: its cost model is calibrated here, then the same requests are served and simulated: with an
 engine in this process, and over HTTP with `serve run` (port 8000), whose engine's coefficients are calibrated with
-streams of one length. The loads are others than those that calibrate: a trace's lengths, all at once, and at a steady
+streams of its own. The loads are others than those that calibrate: a trace's lengths, all at once, and at a steady
 share of what that came to. Client, Ray and stages share the machine's cores; what else runs on them shows as an error.
 """
 
@@ -11,7 +11,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,9 +35,9 @@ from gptj_serve.planner import Plan, plan_service
 from gptj_serve.profiling.deployment import DEMO
 from gptj_serve.profiling.load import PlannedRequest, trace_requests
 from gptj_serve.profiling.session import stage_specs
-from gptj_serve.simulation.calibration import FULL, calibrate
+from gptj_serve.simulation.calibration import FULL, calibrate, median_round
 from gptj_serve.simulation.cost_model import CostModel
-from gptj_serve.simulation.fit import Round, fit_engine
+from gptj_serve.simulation.fit import fit_engine
 from gptj_serve.simulation.load import make_load
 from gptj_serve.simulation.outcomes import Outcomes
 from gptj_serve.simulation.report import Targets, figures
@@ -96,10 +96,16 @@ class Check:
         for request in self.planned:
             steady.append(replace(request, arrival_s=at_s))
             at_s += chance.expovariate(requests_per_s)
-        rows = [{"over": name, "load": "all at once", "live": served, "simulated": self.simulate(burst, model)}]
-        load = f"{requests_per_s:.1f} requests/s"
-        live = await serve(steady, stream)
-        return [*rows, {"over": name, "load": load, "live": live, "simulated": self.simulate(steady, model)}]
+        steady_live = await serve(steady, stream)
+        rows: list[dict[str, Any]] = [
+            {"load": "all at once", "live": served, "simulated": self.simulate(burst, model)},
+            {
+                "load": f"{requests_per_s:.1f} requests/s",
+                "live": steady_live,
+                "simulated": self.simulate(steady, model),
+            },
+        ]
+        return [{"over": name, "cost": model.model_dump()} | row for row in rows]
 
     def simulate(self, planned: Sequence[PlannedRequest], model: CostModel) -> dict[str, float]:
         block_size = self.plan.resources.block_size
@@ -125,11 +131,10 @@ class Check:
 async def serve(planned: Sequence[PlannedRequest], stream: Stream) -> dict[str, float]:
     """Each when it is due; the same figures as of a simulation."""
     began_at = time.perf_counter()
-    chance = random.Random(time.time_ns())  # no prompt is met twice
 
     async def follow(request: PlannedRequest) -> list[float]:
         await asyncio.sleep(max(0.0, began_at + request.arrival_s - time.perf_counter()))
-        prompt = [chance.randrange(1, 4000) for _ in range(request.num_prompt_tokens)]
+        prompt = random_prompt(request.num_prompt_tokens)
         times: list[float] = []
         async for count in stream(prompt, request.num_new_tokens):
             times += [time.perf_counter() - began_at] * count
@@ -150,6 +155,11 @@ async def serve(planned: Sequence[PlannedRequest], stream: Stream) -> dict[str, 
         "whole answer p50, ms": 1e3 * float(np.percentile(wholes, 50)),
         "whole answer p99, ms": 1e3 * float(np.percentile(wholes, 99)),
     }
+
+
+def random_prompt(num_tokens: int) -> list[int]:
+    """None is met twice."""
+    return random.choices(range(1, 4000), k=num_tokens)
 
 
 # ------------------------------------------------------------------------------------------------ in this process
@@ -190,8 +200,15 @@ def over_http(check: Check, model: CostModel, config: ServiceConfig) -> list[dic
         async for chunk in http_stream(prompt, num_new):
             yield chunk.count(b"data: {")
 
+    async def random_stream(num_prompt_tokens: int, num_new_tokens: int) -> AsyncGenerator[int]:
+        async for count in stream(random_prompt(num_prompt_tokens), num_new_tokens):
+            yield count
+
     async def measured() -> list[dict[str, Any]]:
-        rounds = [await best_round(size, stream) for size in FULL.rounds]
+        rounds = [
+            await median_round(asked, random_stream, FULL.num_rounds)
+            for asked in FULL.asked(check.limits.max_sequence_tokens)
+        ]
         plan = check.plan
         calibrated = fit_engine(model, check.limits, plan.num_kv_blocks, plan.resources.block_size, rounds)
         console.print(
@@ -206,19 +223,6 @@ def over_http(check: Check, model: CostModel, config: ServiceConfig) -> list[dic
         running_service(config.checkpoint_dir, config.pipeline.num_stages, Path(work)),
     ):
         return asyncio.run(measured())
-
-
-async def best_round(size: int, stream: Stream, num_rounds: int = 4) -> Round:
-    found = [await one_round(size, stream) for _ in range(num_rounds)]
-    return max(found, key=lambda one: one.tokens_per_s)
-
-
-async def one_round(size: int, stream: Stream) -> Round:
-    planned = [PlannedRequest(0.0, FULL.num_prompt_tokens, FULL.num_new_tokens)] * size
-    figures = await serve(planned, stream)
-    return Round(
-        size, FULL.num_prompt_tokens, FULL.num_new_tokens, figures["tokens/s"], figures["first token p50, ms"] / 1e3
-    )
 
 
 def print_row(row: dict[str, Any]) -> None:

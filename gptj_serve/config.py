@@ -50,11 +50,19 @@ class StageConfig(_Part):
     num_threads: PositiveInt | None = Field(
         None, description="Torch threads per CPU stage. Default: the cores the process may use, over num_stages."
     )
+    pin_cores: bool = Field(
+        False,
+        description="Each CPU stage has num_threads cores to itself, of one NUMA node where one has enough free: for "
+        "hosts with several of them. Other stages of the service keep off these, other processes don't. Where too few "
+        "are left, a line in the log says so and the stage runs on any.",
+    )
 
     @model_validator(mode="after")
-    def _reserves_something(self) -> Self:
+    def _can_be_placed(self) -> Self:
         if self.num_cpus == self.num_gpus == 0:
             raise ValueError("num_cpus and num_gpus are both 0; Ray can't place a stage that needs nothing")
+        if self.pin_cores and self.num_gpus > 0:
+            raise ValueError("pin_cores is for stages on CPU (num_gpus: 0)")
         return self
 
 
@@ -81,6 +89,11 @@ class SchedulerConfig(_Part):
         description="A request that would wait longer than this for its turn gets 503 at once, with Retry-After: "
         "estimated from the tokens that wait before it and how fast the pipeline gets through them. Until an ingress "
         "has heard of the queue, it may become a quarter longer; who has waited that long gets 503. null: no limit.",
+    )
+    schedule_ahead: Literal["auto"] | bool = Field(
+        "auto",
+        description="With a single stage, make its next step while one runs, so that it need not wait for the engine "
+        "in between; a new request's prompt then begins a step later. auto: on GPUs. docs/engine.md has the gain.",
     )
 
 
@@ -154,6 +167,15 @@ class PipelineConfig(_Part):
         return self
 
     @model_validator(mode="after")
+    def _can_schedule_ahead(self) -> Self:
+        if self.scheduler.schedule_ahead is True and self.num_stages > 1:
+            raise ValueError(
+                f"scheduler.schedule_ahead: true is for a single stage, not num_stages={self.num_stages}: several have "
+                "each other's microbatches to work on while the engine makes the next"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_quantized(self) -> Self:
         uses_gpu = self.stage.num_gpus > 0
         if self.quantization == "fp8" and not uses_gpu:
@@ -188,6 +210,13 @@ class PipelineConfig(_Part):
     def sizes_kv_pool_from_memory(self) -> bool:
         """The KV pool is as large as the stages find room for, once they have loaded."""
         return self.stage.num_gpus > 0 and self.kv_cache.num_tokens is None
+
+
+    @property
+    def schedules_ahead(self) -> bool:
+        if self.scheduler.schedule_ahead == "auto":
+            return self.num_stages == 1 and self.stage.num_gpus > 0
+        return self.scheduler.schedule_ahead
 
 
 class IngressConfig(_Part):

@@ -159,6 +159,30 @@ def test_a_share_of_memory_that_decides_nothing_is_refused(others: dict[str, Any
         ServiceConfig.model_validate({"pipeline": {"gpu_memory_utilization": 0.8, **others}})
 
 
+@pytest.mark.parametrize(
+    ("asked", "num_stages", "num_gpus", "is_on"),
+    [
+        ("auto", 1, 0, False),
+        ("auto", 1, 0.5, True),
+        ("auto", 2, 1, False),
+        (True, 1, 0, True),
+        (False, 1, 1, False),
+        (False, 2, 1, False),
+    ],
+)
+def test_a_single_stage_is_scheduled_ahead_if_it_is_a_gpu_s(
+    asked: str | bool, num_stages: int, num_gpus: float, is_on: bool
+) -> None:
+    values = {"num_stages": num_stages, "stage": {"num_gpus": num_gpus}, "scheduler": {"schedule_ahead": asked}}
+    assert ServiceConfig.model_validate({"pipeline": values}).pipeline.schedules_ahead is is_on
+
+
+def test_several_stages_can_t_be_scheduled_ahead() -> None:
+    values = {"num_stages": 2, "scheduler": {"schedule_ahead": True}}
+    with pytest.raises(ValidationError, match=r"schedule_ahead: true is for a single stage, not num_stages=2"):
+        ServiceConfig.model_validate({"pipeline": values})
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
 def test_int8_on_cpus(dtype: str) -> None:
     config = ServiceConfig.model_validate({"pipeline": {"quantization": "int8", "dtype": dtype}})

@@ -250,7 +250,7 @@ def test_6b_on_known_gpus():
     on_t4 = Resources(dtype="float16", capability=GPUS["t4"].capability, device_memory_bytes=GPUS["t4"].memory_bytes)
     assert plan(SIX_B, replace(on_t4, num_stages=2)).fits
     with pytest.raises(
-        ConfigError, match="quantization='int8': the GPU has compute capability 7.5, and int8 needs 8.0"
+        ConfigError, match=r"quantization='int8': the GPU has compute capability 7.5, and int8 needs 8.0"
     ):
         plan(SIX_B, replace(on_t4, quantization="int8"))
     assert not any("int8" in advice for advice in remedies(SIX_B, on_t4, 2048))

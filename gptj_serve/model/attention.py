@@ -60,7 +60,10 @@ class KVCache:
 
 def copy_blocks(layers: Sequence[Tensor], copies: Sequence[tuple[int, int]]) -> None:
     """Copy whole blocks (from, to) in tensors [num_blocks, ...], as if one after the other."""
-    sources, targets = (torch.tensor(blocks, device=layers[0].device) for blocks in simultaneous(copies))
+    both = torch.tensor(simultaneous(copies))
+    if layers[0].is_cuda:
+        both = both.pin_memory()  # or else the host would wait until the device has done all it was given
+    sources, targets = both.to(layers[0].device, non_blocking=True)
     copy_blocks_at_once(layers, sources, targets)
 
 

@@ -142,7 +142,7 @@ def _largest(runner: StageRunner, limits: TrialLimits) -> Iterator[MicroBatch]:
             for size in sizes
         ],
     )
-    yield MicroBatch(1, [Row([0], 0, blocks[:1], samples=samples)] * limits.max_num_sequences)
+    yield MicroBatch(1, [Row([0], 0, blocks[:1], samples=samples)] * min(limits.max_num_sequences, num_tokens))
 
 
 @contextmanager

@@ -123,17 +123,16 @@ class StageLoop:
                 end.connect(self._stopping.is_set)
             self._connected.set()
             self._serve()
-        except PipelineError as error:
-            self._fail(error)
         except Exception as error:
             self._fail_at_a_step(error)
 
     def _fail_at_a_step(self, error: Exception) -> None:
         """While it is handled."""
-        if self._stopping.is_set():  # what ends by that fails for no reason of its own
+        if self._stopping.is_set():  # what was told to stop fails for no reason of its own
             return
-        span = self._runner.spec.span
-        logger.exception("layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id)
+        if not isinstance(error, PipelineError):
+            span = self._runner.spec.span
+            logger.exception("layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id)
         self._fail(error)
 
     def _fail(self, error: Exception) -> None:

@@ -98,6 +98,7 @@ class Session:
             max_microbatch_tokens=config.scheduler.max_microbatch_tokens,
             max_sequence_tokens=self.max_sequence_tokens,
             max_queue_wait_s=math.inf if max_queue_wait_s is None else max_queue_wait_s,
+            schedules_ahead=config.schedules_ahead,
         )
         blocks = KVBlocks(
             self._plan.num_kv_blocks,

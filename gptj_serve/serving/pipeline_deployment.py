@@ -117,8 +117,9 @@ class Pipeline:
         arithmetic = [agreed.dtype, agreed.quantization, agreed.kernels, agreed.deterministic]
         self._version = model_version(checkpoint, heads, " ".join(map(str, arithmetic)))
         assert agreed.num_kv_blocks is not None, "stages start with a KV pool"
+        self._num_kv_blocks = agreed.num_kv_blocks
         blocks = KVBlocks(
-            agreed.num_kv_blocks,
+            self._num_kv_blocks,
             agreed.block_size,
             reuse_prefixes=config.pipeline.kv_cache.reuse_prefixes,
         )
@@ -130,6 +131,7 @@ class Pipeline:
             max_microbatch_tokens=config.pipeline.scheduler.max_microbatch_tokens,
             max_sequence_tokens=checkpoint.config.n_positions,
             max_queue_wait_s=math.inf if max_queue_wait_s is None else QUEUE_WAIT_TOLERANCE * max_queue_wait_s,
+            schedules_ahead=config.pipeline.schedules_ahead,
         )
         self._metrics = PipelineMetrics(config.served_name)
         own_tracer = tracer()
@@ -269,7 +271,9 @@ class Pipeline:
         engine = self._engine
         num_others = len(self._outbox_of) - outbox.num_requests
         waiting = tuple(id_ for id_ in engine.waiting_request_ids() if self._outbox_of.get(id_) is outbox)
-        return LoadEvent(engine.is_ready, engine.queue_wait_s(), version, num_others, engine.num_waiting, waiting)
+        num_kv_blocks = 0 if version is None else self._num_kv_blocks
+        wait_s, num_waiting = engine.queue_wait_s(), engine.num_waiting
+        return LoadEvent(engine.is_ready, wait_s, version, num_others, num_waiting, waiting, num_kv_blocks)
 
     def _tell_readiness(self, _: bool) -> None:
         for outbox in self._outboxes.values():
@@ -324,6 +328,7 @@ def stage_settings(
             num_token_ids=min(num_token_ids, checkpoint.config.vocab_size),
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
+            pin_cores=config.stage.pin_cores,
             uses_gpu=uses_gpu,
             gpu_share=config.stage.num_gpus,
             max_sequence_tokens=checkpoint.config.n_positions,

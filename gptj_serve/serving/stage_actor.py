@@ -16,6 +16,7 @@ from gptj_serve.config import Kernels, Quantization
 from gptj_serve.environment import keep_openmp_from_spinning
 from gptj_serve.errors import ConfigError
 from gptj_serve.gpus import missing_capability
+from gptj_serve.pipeline.core_claims import CoreClaim, available_cores, claim_cores, pin_process
 from gptj_serve.pipeline.kv_room import Knobs, KVRoom
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.serving.logs import log_to_stderr
@@ -42,6 +43,7 @@ class StageSettings(NamedTuple):
     num_token_ids: int
     num_stages: int
     num_threads: int | None
+    pin_cores: bool
     uses_gpu: bool
     gpu_share: float  # of one device, that the stage may use
     max_sequence_tokens: int
@@ -74,6 +76,7 @@ class GPTJStage:
         self._make_runner: Callable[[int], StageRunner] | None = None
         self._runner: StageRunner | None = None
         self._loop: StageLoop | None = None
+        self._cores: CoreClaim | None = None
 
     def capability(self) -> tuple[int, int]:
         """CUDA's compute capability of the stage's GPU."""
@@ -86,6 +89,9 @@ class GPTJStage:
         with, `ConfigError` where the machine can't do what is asked, and `DeviceMemoryError`."""
         settings = self._settings
         keep_openmp_from_spinning()
+        num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_stages)
+        if settings.pin_cores:
+            self._pin_cores(num_threads)
         if settings.kernels == "auto" and not settings.uses_gpu:
             from gptj_serve.kernels.cpu_library import start_compiling
 
@@ -101,7 +107,7 @@ class GPTJStage:
 
         self._open_device()
         device = torch.device("cuda" if settings.uses_gpu else "cpu")
-        torch.set_num_threads(settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_stages))
+        torch.set_num_threads(num_threads)
         spec = StageSpec(
             span=range(*settings.layers),
             num_kv_blocks=settings.num_kv_blocks or 0,  # `allocate` says
@@ -162,6 +168,20 @@ class GPTJStage:
             "node_ip": ray.util.get_node_ip_address(),
             "node_id": ray.get_runtime_context().get_node_id(),
         }
+
+    def _pin_cores(self, num_threads: int) -> None:
+        """Before any library makes threads."""
+        first, end = self._settings.layers
+        cores = available_cores()
+        self._cores = claim_cores(num_threads, cores)
+        if self._cores is None:
+            logger.warning(
+                "layers %d to %d: on any core: pin_cores needs %d, and of %d others have claimed too many",
+                *(first, end - 1, num_threads, len(cores)),
+            )
+            return
+        pin_process(self._cores.cores)
+        logger.info("layers %d to %d: on cores %s", first, end - 1, ", ".join(map(str, self._cores.cores)))
 
     def report(self) -> StageReport:
         from gptj_serve.pipeline.stage_status import memory_bytes

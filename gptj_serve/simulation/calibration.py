@@ -1,12 +1,14 @@
 """Measures a checkpoint's stages, and an engine over them, in this process: what `gptj-serve bench` does."""
 
 import asyncio
+import math
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import count, cycle, islice
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from gptj_serve.planner import Plan, plan_service
 from gptj_serve.profiling.load import PlannedRequest
 from gptj_serve.profiling.session import stage_specs
 from gptj_serve.simulation.cost_model import CostModel, ModelShape
-from gptj_serve.simulation.fit import Round, StageTime, fit_engine, fit_stages, stage_errors
+from gptj_serve.simulation.fit import Asked, Round, StageTime, fit_engine, fit_stages, stage_errors
 from gptj_serve.simulation.step_shape import shape_of
 from gptj_serve.steps import MicroBatch, Row, SampleSpec
 from gptj_serve.tokenizer import Tokenizer
@@ -39,11 +41,28 @@ class Sizes:
     contexts: Sequence[int] = (16, 128, 512, 1536)  # of these
     chunks: Sequence[int] = (16, 64, 256, 512)  # of a prompt
     repeats: int = 9
-    rounds: Sequence[int] = (1, 4, 16, 64)  # equal requests at a time
-    num_prompt_tokens: int = 64  # of these
-    num_new_tokens: int = 48
-    num_rounds: int = 4
+    rounds: Sequence[tuple[int, int, int]] = (  # requests at a time; prompt and new tokens of each, on average
+        *((1, 64, 48), (2, 64, 48), (4, 64, 48), (8, 64, 48), (16, 64, 48), (64, 64, 48)),
+        *((1, 320, 16), (2, 320, 16), (4, 320, 16), (16, 320, 16)),  # the stages' work weighs more, the engine's less
+    )
+    num_rounds: int = 5
 
+    def asked(self, max_tokens: int) -> list[Asked]:
+        """Requests of several lengths, so that prompts come while others decode, as they do in service."""
+        found = []
+        for max_concurrency, num_prompt, num_new in self.rounds:
+            num_requests = max(len(_LENGTHS), 2 * max_concurrency)
+            factors = list(islice(cycle(_LENGTHS), num_requests))
+            news = [max(1, round(factor * num_new)) for factor in factors]
+            prompts = [
+                max(1, min(round(factor * num_prompt), max_tokens - new))
+                for factor, new in zip(factors, news, strict=True)
+            ]
+            found.append(Asked(max_concurrency, list(zip(prompts, news, strict=True))))
+        return found
+
+
+_LENGTHS = (0.25, 1.75, 0.5, 1.5, 1.0)
 
 FULL = Sizes()
 
@@ -77,6 +96,7 @@ def calibrate(config: ServiceConfig, sizes: Sizes = FULL) -> CostModel:
     errors = np.abs(stage_errors(cost, times))
     limits = _limits(config, checkpoint)
     rounds = asyncio.run(_rounds(runners, limits, plan, num_token_ids, sizes))
+    measured_alone = cost
     cost = fit_engine(cost, limits, plan.num_kv_blocks, plan.resources.block_size, rounds)
     notes: dict[str, str | int | float] = {
         "machine": platform.processor() or platform.machine(),
@@ -89,9 +109,12 @@ def calibrate(config: ServiceConfig, sizes: Sizes = FULL) -> CostModel:
         "max_context_tokens": max(time.shape.num_context_tokens for time in times),
         "stage_error_mean": float(errors.mean()),
         "stage_error_p90": float(np.percentile(errors, 90)),
+        "stage_factor": cost.token_s / measured_alone.token_s if measured_alone.token_s else 1.0,
     }
     for measured in rounds:
-        notes[f"tokens_per_s_of_{measured.num_requests}"] = measured.tokens_per_s
+        prompts, news = zip(*measured.asked.lengths, strict=True)
+        means = f"{statistics.mean(prompts):.0f}+{statistics.mean(news):.0f}"
+        notes[f"tokens_per_s_of_{measured.asked.max_concurrency}x{means}"] = measured.tokens_per_s
     return cost.model_copy(update={"notes": notes})
 
 
@@ -162,35 +185,53 @@ def _rows(spans: Spans, spec: StageSpec) -> list[Row] | None:
 async def _rounds(
     runners: Sequence[StageRunner], limits: SchedulerLimits, plan: Plan, num_token_ids: int, sizes: Sizes
 ) -> list[Round]:
-    """Each the fastest of several."""
+    """Each the middle one of several: what a service would see, not what it could reach."""
     blocks = KVBlocks(plan.num_kv_blocks, plan.resources.block_size)
     pipeline = InProcessPipeline(runners)
-    limits = replace(limits, max_queue_wait_s=float("inf"))
+    limits = replace(limits, max_queue_wait_s=math.inf)
     try:
         async with LocalEngine(Scheduler(limits, blocks, frozenset()), pipeline) as engine:
-            rounds = []
-            for size in sizes.rounds:
-                found = [await _round(engine, size, number, num_token_ids, sizes) for number in range(sizes.num_rounds)]
-                rounds.append(max(found, key=lambda one: one.tokens_per_s))
-            return rounds
+            numbers = count()
+
+            async def stream(num_prompt_tokens: int, num_new_tokens: int) -> AsyncGenerator[int]:
+                planned = PlannedRequest(0.0, num_prompt_tokens, num_new_tokens)
+                async with aclosing(engine.submit(planned.request(str(next(numbers)), num_token_ids))) as events:
+                    async for event in events:
+                        assert isinstance(event, TokenEvent), event
+                        yield 1
+
+            return [
+                await median_round(asked, stream, sizes.num_rounds) for asked in sizes.asked(limits.max_sequence_tokens)
+            ]
     finally:
         pipeline.close()
 
 
-async def _round(engine: LocalEngine, size: int, number: int, num_token_ids: int, sizes: Sizes) -> Round:
-    planned = PlannedRequest(0.0, sizes.num_prompt_tokens, sizes.num_new_tokens)
-    requests = [planned.request(f"{size} {number} {index}", num_token_ids) for index in range(size)]
+Stream = Callable[[int, int], AsyncGenerator[int]]
+"""Of a prompt of so many tokens and so many new ones: how many have come, each time that some do."""
+
+
+async def median_round(asked: Asked, stream: Stream, num_rounds: int) -> Round:
+    """By its tokens per second."""
+    found = [await _round(asked, stream) for _ in range(num_rounds)]
+    return sorted(found, key=lambda one: one.tokens_per_s)[num_rounds // 2]
+
+
+async def _round(asked: Asked, stream: Stream) -> Round:
+    waiting = iter(asked.lengths)
+    firsts_s: list[float] = []
+
+    async def one_after_another() -> None:
+        for num_prompt_tokens, num_new_tokens in waiting:
+            began_at = time.perf_counter()
+            first_s = None
+            async with aclosing(stream(num_prompt_tokens, num_new_tokens)) as counts:
+                async for _ in counts:
+                    first_s = first_s or time.perf_counter() - began_at
+            assert first_s is not None
+            firsts_s.append(first_s)
+
     began_at = time.perf_counter()
-
-    async def first_token_s(index: int) -> float:
-        first_s = None
-        async with aclosing(engine.submit(requests[index])) as events:
-            async for event in events:
-                assert isinstance(event, TokenEvent)
-                first_s = first_s or time.perf_counter() - began_at
-        assert first_s is not None
-        return first_s
-
-    firsts_s = await asyncio.gather(*map(first_token_s, range(size)))
-    tokens_per_s = size * sizes.num_new_tokens / (time.perf_counter() - began_at)
-    return Round(size, sizes.num_prompt_tokens, sizes.num_new_tokens, tokens_per_s, statistics.median(firsts_s))
+    await asyncio.gather(*(one_after_another() for _ in range(asked.max_concurrency)))
+    tokens_per_s = asked.num_new_tokens / (time.perf_counter() - began_at)
+    return Round(asked, tokens_per_s, statistics.median(firsts_s))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from gptj_serve.simulation.steady_rows import SteadyRows
 from gptj_serve.simulation.step_shape import StepShape
 
 FREE_TOKENS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
-_STAGE_FIELDS = ("stage_s", "weights_s", "token_s", "row_s", "context_s", "pair_s", "head_s", "sample_s")
+_STAGE_TIMES = ("stage_s", "weights_s", "token_s", "row_s", "context_s", "pair_s", "head_s", "sample_s")
 
 
 class StageTime(NamedTuple):
@@ -40,12 +41,12 @@ def fit_stages(cost: CostModel, times: Sequence[StageTime]) -> CostModel:
         if best is None or error < best[0]:
             best = (error, free_tokens, solution)
     assert best is not None
-    return cost.model_copy(update={"free_tokens": best[1]} | dict(zip(_STAGE_FIELDS, best[2].tolist(), strict=True)))
+    return cost.model_copy(update={"free_tokens": best[1]} | dict(zip(_STAGE_TIMES, best[2].tolist(), strict=True)))
 
 
 def stage_errors(cost: CostModel, times: Sequence[StageTime]) -> NDArray[np.float64]:
     """Relative, of each."""
-    solution = np.array([getattr(cost, field) for field in _STAGE_FIELDS])
+    solution = np.array([getattr(cost, field) for field in _STAGE_TIMES])
     predicted = np.array([_features(time, cost.free_tokens) for time in times]) @ solution
     errors: NDArray[np.float64] = predicted / np.array([time.seconds for time in times]) - 1
     return errors
@@ -79,53 +80,64 @@ def non_negative_least_squares(rows: NDArray[np.float64], values: NDArray[np.flo
 # ------------------------------------------------------------------------------------------------ the engine
 
 
-class Round(NamedTuple):
-    """Equal requests, all at once, and what came of them."""
+class Asked(NamedTuple):
+    """Requests of which so many run at a time, the next as soon as one has ended."""
 
-    num_requests: int
-    num_prompt_tokens: int
-    num_new_tokens: int
+    max_concurrency: int
+    lengths: Sequence[tuple[int, int]]  # prompt and new tokens of each
+
+    @property
+    def num_new_tokens(self) -> int:
+        return sum(num_new for _, num_new in self.lengths)
+
+
+class Round(NamedTuple):
+    """What came of them."""
+
+    asked: Asked
     tokens_per_s: float
-    first_token_s: float  # median
+    first_token_s: float  # the median, each from when it could begin
 
 
 def fit_engine(
     cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, block_size: int, rounds: Sequence[Round]
 ) -> CostModel:
-    """With `engine_step_s`, `engine_row_s` and `request_s` under which the simulation gives these rounds best.
+    """With `engine_step_s`, `engine_row_s` and `request_s` under which the simulation gives these rounds best, and the
+    stages' coefficients by a common factor more or less.
 
-    Whatever the stages' coefficients don't explain goes there: the engine's own work, but also that stages, engine and
-    client share a machine's cores.
+    Stages are measured one at a time; here they, the engine and whatever a client is to it share a machine's cores,
+    caches and memory. What these take from each other is in the factor, what it does not explain is the engine's.
     """
-    single = min(rounds, key=lambda measured: measured.num_requests)
+    few = [measured for measured in rounds if measured.asked.max_concurrency <= 2 * limits.num_stages]
 
-    def simulated(candidate: CostModel, asked: Round) -> Round:
-        return simulate_round(candidate, limits, num_kv_blocks, block_size, asked)
+    def simulated(candidate: CostModel, measured: Round) -> Round:
+        return simulate_round(candidate, limits, num_kv_blocks, block_size, measured.asked)
 
     def with_request_s(candidate: CostModel) -> CostModel:
-        alone = simulated(candidate.model_copy(update={"request_s": 0.0}), single)
-        return candidate.model_copy(update={"request_s": max(0.0, single.first_token_s - alone.first_token_s)})
+        """Of rounds in which requests hardly wait for each other."""
+        candidate = candidate.model_copy(update={"request_s": 0.0})
+        more_s = [measured.first_token_s - simulated(candidate, measured).first_token_s for measured in few]
+        return candidate.model_copy(update={"request_s": max(0.0, float(np.median(more_s)))})
 
     def error(candidate: CostModel) -> float:
         candidate = with_request_s(candidate)
-        found = (simulated(candidate, measured) for measured in rounds)
         return sum(
-            math.log(one.tokens_per_s / measured.tokens_per_s) ** 2 for one, measured in zip(found, rounds, strict=True)
+            math.log(simulated(candidate, measured).tokens_per_s / measured.tokens_per_s) ** 2 for measured in rounds
         )
 
     cost = cost.model_copy(update={"engine_step_s": 2e-4, "engine_row_s": 2e-5})
-    return with_request_s(_descend(cost, ("engine_step_s", "engine_row_s"), error))
+    return with_request_s(_descend(cost, (("engine_step_s",), ("engine_row_s",), _STAGE_TIMES), error))
 
 
-def _descend(cost: CostModel, fields: Sequence[str], error: Callable[[CostModel], float]) -> CostModel:
-    """Each field by a factor up or down, as long as it helps; then by a smaller one."""
+def _descend(cost: CostModel, knobs: Sequence[Sequence[str]], error: Callable[[CostModel], float]) -> CostModel:
+    """The fields of each knob by a common factor up or down, as long as it helps; then by a smaller one."""
     least = error(cost)
     factor = 4.0
     while factor > 1.02:
         improved = False
-        for field in fields:
+        for fields in knobs:
             for change in (factor, 1 / factor):
-                candidate = cost.model_copy(update={field: getattr(cost, field) * change})
+                candidate = cost.model_copy(update={field: getattr(cost, field) * change for field in fields})
                 if (found := error(candidate)) < least:
                     cost, least, improved = candidate, found, True
         if not improved:
@@ -134,17 +146,21 @@ def _descend(cost: CostModel, fields: Sequence[str], error: Callable[[CostModel]
 
 
 def simulate_round(
-    cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, block_size: int, asked: Round
+    cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, block_size: int, asked: Asked
 ) -> Round:
-    outcomes = Outcomes(asked.num_requests)
+    num_sequences = min(limits.max_num_sequences, asked.max_concurrency)
+    limits = replace(limits, max_num_sequences=num_sequences, max_queue_wait_s=math.inf)
+    outcomes = Outcomes(len(asked.lengths))
     pipeline = SimulatedPipeline(
         lambda clock: SteadyRows(limits, KVBlocks(num_kv_blocks, block_size), outcomes, clock),
         cost.pipeline(limits.num_stages),
         limits.num_stages,
     )
-    for index in range(asked.num_requests):
-        pipeline.add(simulated_request(index, asked.num_prompt_tokens, asked.num_new_tokens))
+    for index, (num_prompt_tokens, num_new_tokens) in enumerate(asked.lengths):
+        pipeline.add(simulated_request(index, num_prompt_tokens, num_new_tokens))
     pipeline.finish()
-    duration_s = pipeline.now + cost.request_s
-    first_s = float(np.median(outcomes.first_s)) + cost.request_s
-    return asked._replace(tokens_per_s=asked.num_requests * asked.num_new_tokens / duration_s, first_token_s=first_s)
+    # Each request is on its way for request_s, during which its place is empty
+    duration_s = pipeline.now + cost.request_s * len(asked.lengths) / asked.max_concurrency
+    begun_s = [0.0] * asked.max_concurrency + sorted(outcomes.last_s)
+    waits_s = [first_s - begun for first_s, begun in zip(sorted(outcomes.first_s), begun_s, strict=False)]
+    return Round(asked, asked.num_new_tokens / duration_s, float(np.median(waits_s)) + cost.request_s)

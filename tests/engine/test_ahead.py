@@ -1,7 +1,7 @@
 """A single stage is scheduled ahead: rows are made while the tokens that they begin with are still being chosen."""
 
 import pytest
-from fake_stages import EOS, FakeStages, expected_events, generate_request, head_request, make_scheduler
+from fake_stages import EOS, VOCAB_SIZE, FakeStages, expected_events, generate_request, head_request, make_scheduler
 
 from gptj_serve.engine.scheduler import Scheduler
 from gptj_serve.steps import PLACEHOLDER_TOKEN_ID, MicroBatch, RowResult, StepOutput
@@ -172,6 +172,14 @@ def test_who_needs_the_token_keeps_step_with_the_others(sampling: dict[str, obje
     assert run.events["a"] == expected_events(plain_one)
 
 
+def test_who_has_left_is_waited_for_no_more():
+    run = Run(plain("a", [1, 2], max_new_tokens=12), plain("b", [3, 4], max_new_tokens=6, no_repeat_ngram_size=2))
+    run.schedule()
+    assert run.schedule() is None
+    run.scheduler.abort("b")
+    assert sources(run.schedule()) == [0]
+
+
 @pytest.mark.parametrize("task", [Task.CLASSIFY, Task.QA])
 def test_who_gets_no_token_holds_up_nobody(task: Task):
     run = Run(head_request("h", task, [5, 6, 7]), plain("a", [1, 2], max_new_tokens=12))
@@ -235,19 +243,33 @@ def test_a_preempted_request_keeps_what_was_made_ahead_for_it():
     assert run.events == {"old": expected_events(old), "young": expected_events(young)}
 
 
-def test_blocks_are_published_once_their_tokens_are_known():
-    """The last position of a block is computed ahead; who comes after can take the block over all the same."""
-    first = plain("a", [1, 2, 3], max_new_tokens=6)
-    run = Run(first, block_size=4)
-    run.schedule()
-    run.schedule()
-    assert not run.scheduler.blocks.take_prefix([], [b"any"])
+@pytest.mark.parametrize(("max_new_tokens", "num_reused"), [(4, 4), (5, 4), (6, 8)])
+def test_blocks_are_published_once_their_tokens_are_known_and_computed(max_new_tokens: int, num_reused: int):
+    """The last position of a block is computed ahead, while prompts are; who comes after takes the block over all the
+    same. Of the last token nothing is computed."""
+    first = plain("a", [1, 2, 3], max_new_tokens=max_new_tokens)
+    run = Run(first, plain("long", [9] * 30, max_new_tokens=1), block_size=4, max_microbatch_tokens=8)
     run.finish()
     tokens = [1, 2, 3, *(event.token_id for event in expected_events(first))]
-    run.add(plain("b", [*tokens[:8], 1], max_new_tokens=3))
+    second = plain("b", [*tokens, 1], max_new_tokens=3)
+    run.add(second)
     run.finish()
-    assert run.scheduler.num_prefix_tokens_reused == 8
-    assert run.events["b"] == expected_events(plain("b", [*tokens[:8], 1], max_new_tokens=3))
+    assert run.scheduler.num_prefix_tokens_reused == num_reused
+    assert run.events["b"] == expected_events(second)
+
+
+def test_nobody_takes_a_block_of_which_a_token_is_not_known_yet():
+    """Whatever it will be, and whatever stands in for it: 0, or nothing at all."""
+    run = Run(plain("a", [1, 2, 3], max_new_tokens=6, seed=2), block_size=4)
+    run.schedule()
+    run.schedule()
+    guesses = [plain(f"b{token}", [1, 2, 3, token, 5], max_new_tokens=2) for token in range(VOCAB_SIZE)]
+    for guess in guesses:
+        run.add(guess)
+    run.complete()
+    run.finish()
+    for guess in guesses:
+        assert run.events[guess.request_id] == expected_events(guess)
 
 
 def test_after_a_loss_nothing_is_fed_by_what_was_lost():

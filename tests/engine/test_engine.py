@@ -107,16 +107,19 @@ async def turns(count: int = 20) -> None:
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
-async def test_all_answers_are_right_and_the_counters_agree(num_stages: int):
+@pytest.mark.parametrize(("num_stages", "ahead"), [(1, False), (1, True), (2, False), (4, False)])
+async def test_all_answers_are_right_and_the_counters_agree(num_stages: int, ahead: bool):
     pipeline = FakePipeline(block_size=2)
     requests = mixed_requests(30)
-    scheduler = make_scheduler(num_stages=num_stages, num_blocks=24, block_size=2, max_microbatch_tokens=16)
+    scheduler = make_scheduler(
+        num_stages=num_stages, num_blocks=24, block_size=2, max_microbatch_tokens=16, schedules_ahead=ahead
+    )
     async with LocalEngine(scheduler, pipeline) as engine:
         answers = await asyncio.gather(*(collect(engine, request) for request in requests))
         after = await stats(engine)
     assert answers == [expected_events(request) for request in requests]
-    assert pipeline.max_in_flight == num_stages
+    assert pipeline.max_in_flight == num_stages + ahead
+    assert (after["num_rows_ahead"] > after["num_rows_ahead_wasted"] > 0) == ahead
     assert after["num_requests_finished"] == 30
     assert after["num_tokens_generated"] == sum(
         len(answer) for answer, request in zip(answers, requests, strict=True) if request.task is Task.GENERATE
@@ -127,12 +130,13 @@ async def test_all_answers_are_right_and_the_counters_agree(num_stages: int):
     assert after["num_requests_aborted"] == after["num_requests_failed"] == after["num_recoveries"] == 0
 
 
-@pytest.mark.parametrize("seed", range(5))
-async def test_losing_stages_at_random_changes_no_answer(seed: int):
+@pytest.mark.parametrize("limits", [{"num_stages": 3}, {"schedules_ahead": True}], ids=["three stages", "ahead"])
+@pytest.mark.parametrize("seed", range(1, 6))
+async def test_losing_stages_at_random_changes_no_answer(seed: int, limits: dict[str, int]):
     chance = random.Random(seed)
     pipeline = FakePipeline(fails=lambda _: chance.random() < 0.1)
     requests = mixed_requests(25)
-    scheduler = make_scheduler(num_stages=3, num_blocks=16, max_microbatch_tokens=16)
+    scheduler = make_scheduler(num_blocks=16, max_microbatch_tokens=16, **limits)
     async with LocalEngine(scheduler, pipeline) as engine:
         answers = await asyncio.gather(*(collect(engine, request) for request in requests))
         after = await stats(engine)
@@ -142,11 +146,11 @@ async def test_losing_stages_at_random_changes_no_answer(seed: int):
     assert after["num_kv_blocks_used"] == after["num_requests_failed"] == 0
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
-async def test_request_that_kills_the_pipeline_is_told_from_those_beside_it(num_stages: int):
+@pytest.mark.parametrize(("num_stages", "ahead"), [(1, False), (1, True), (3, False)])
+async def test_request_that_kills_the_pipeline_is_told_from_those_beside_it(num_stages: int, ahead: bool):
     """13 in a prompt kills a stage. That request is given up; the others, also later ones, are served."""
     pipeline = FakePipeline(fails=lambda microbatch: any(13 in row.token_ids for row in microbatch.rows))
-    scheduler = make_scheduler(num_stages=num_stages, max_microbatch_tokens=16)
+    scheduler = make_scheduler(num_stages=num_stages, max_microbatch_tokens=16, schedules_ahead=ahead)
     others = [*mixed_requests(10), generate_request("long", [1, 2], max_new_tokens=40, ignore_eos=True)]
     async with LocalEngine(scheduler, pipeline) as engine:
         answers = [asyncio.create_task(collect(engine, request)) for request in others[:6]]

@@ -71,6 +71,8 @@ class FakeDevice:
         self.num_captured = 0
         self.num_replayed = 0
         self.num_launched = 0  # what was put in without a graph
+        self.num_computed = 0  # of what was launched or replayed
+        self.error: Exception | None = None  # after one no work is done, as with CUDA
         self._memory: dict[int, tuple[Tensor, bool]] = {}  # by address of the storage; is it pinned?
 
     def stream(self) -> "FakeStream":
@@ -118,7 +120,7 @@ class FakeStream:
 
     def launch(self, work: Callable[[], object]) -> None:
         self._device.num_launched += 1
-        self.put(work)
+        self.put(work, is_computing=True)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         assert (target.shape, target.dtype) == (source.shape, source.dtype)
@@ -146,12 +148,13 @@ class FakeStream:
             self.reach(self._num_put)
             return work()
 
-    def put(self, work: Callable[[], object]) -> None:
+    def put(self, work: Callable[[], object], *, is_computing: bool = False) -> None:
         is_inference = torch.is_inference_mode_enabled()  # the thread that does the work may be another one
 
         def run() -> None:
             with torch.inference_mode(is_inference), NoHostSync(self._device):
                 work()
+            self._device.num_computed += is_computing
 
         with self._device.lock:
             self._queue.append(run)
@@ -163,8 +166,14 @@ class FakeStream:
         """Do all work up to there."""
         with self._device.lock:
             while self._num_done < place:
+                if self._device.error is not None:
+                    raise self._device.error
                 self._num_done += 1
-                self._queue.popleft()()
+                try:
+                    self._queue.popleft()()
+                except Exception as error:
+                    self._device.error = error
+                    raise
 
 
 class HostStream:
@@ -190,7 +199,7 @@ class FakeGraph:
 
     def replay(self) -> None:
         self._device.num_replayed += 1
-        self._stream.put(self._work)
+        self._stream.put(self._work, is_computing=True)
 
 
 class FakeEvent:

@@ -26,8 +26,8 @@ STEP = MicroBatch(0, [Row([1, 2, 3], 0, [0])])
 def address_of(pipeline: LinkedPipeline, link: str) -> str:
     return {
         "steps to stage 0": pipeline.addresses[0].steps,
-        "steps to stage 1": pipeline.addresses[1].steps,
-        "hidden": pipeline.addresses[1].hidden,
+        "steps to stage 1": pipeline.addresses[-1].steps,
+        "hidden": pipeline.addresses[-1].hidden,
         "results": pipeline.results_address,
     }[link]
 
@@ -110,6 +110,27 @@ async def test_answers_are_exact_however_often_links_are_cut(tiny_gptj, linked) 
         assert pipeline.num_recoveries == 8
 
 
+async def test_answers_are_exact_though_links_are_cut_with_steps_made_ahead_in_flight(tiny_gptj, linked) -> None:
+    checkpoint = Checkpoint.open(tiny_gptj())
+    in_process = InProcessPipeline(make_runners(checkpoint, 1))
+    expected = await generate_all(checkpoint, in_process, 1, max_new_tokens=40)
+    in_process.close()
+
+    async def cut_links(pipeline: LinkedPipeline) -> None:
+        for num_recoveries, link in enumerate(["steps to stage 0", "results"]):
+            while pipeline.num_steps < 8 * (num_recoveries + 1):
+                await asyncio.sleep(0)
+            cut(address_of(pipeline, link))
+            while pipeline.num_recoveries == num_recoveries:
+                await asyncio.sleep(0.001)
+
+    async with open_links(linked(make_runners(checkpoint, 1))) as pipeline:
+        cutter = asyncio.create_task(cut_links(pipeline))
+        assert await generate_all(checkpoint, pipeline, 1, max_new_tokens=40, ahead=True) == expected
+        await cutter
+        assert pipeline.num_recoveries == 2
+
+
 async def test_an_unlinked_socket_file_disturbs_no_link(tiny_gptj, tmp_path: Path) -> None:
     """A link that stands needs its file no longer, and a recovery makes new ones."""
     numbers = itertools.count()
@@ -172,8 +193,8 @@ async def test_a_peer_that_falls_silent_is_noticed(tiny_gptj) -> None:
     """As when its host loses its power: the connection stands, but nothing comes over it any more."""
     keys = CurveKeys.generate()
     pipeline = LinkedPipeline(make_runners(Checkpoint.open(tiny_gptj()), 2), lambda _: "tcp://127.0.0.1", lambda: keys)
-    relay = Relay(pipeline.addresses[1].hidden)
-    pipeline.addresses[1] = pipeline.addresses[1]._replace(hidden=relay.address)
+    relay = Relay(pipeline.addresses[-1].hidden)
+    pipeline.addresses[-1] = pipeline.addresses[1]._replace(hidden=relay.address)
     async with relay, open_links(pipeline):
         assert await pipeline.run(STEP) == StepOutput(0, [None])
         await asyncio.sleep(LINK_TIMEOUT_S + HEARTBEAT_INTERVAL_S)  # who has nothing to say is not silent

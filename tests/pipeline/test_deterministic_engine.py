@@ -39,7 +39,13 @@ SCARCE_ON_OUR_KERNELS = N_POSITIONS // CPU_BLOCK_SIZE + 5
 
 @asynccontextmanager
 async def serving(
-    directory: Path, *, num_stages: int, num_kv_blocks: int, max_microbatch_tokens: int, kernels: Kernels = "torch"
+    directory: Path,
+    *,
+    num_stages: int,
+    num_kv_blocks: int,
+    max_microbatch_tokens: int,
+    kernels: Kernels = "torch",
+    schedules_ahead: bool = False,
 ) -> AsyncGenerator[LocalEngine]:
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
@@ -58,7 +64,7 @@ async def serving(
         )
         runners.append(StageRunner.load(checkpoint, spec))
     pipeline = InProcessPipeline(runners)
-    limits = SchedulerLimits(num_stages, 64, max_microbatch_tokens, N_POSITIONS)
+    limits = SchedulerLimits(num_stages, 64, max_microbatch_tokens, N_POSITIONS, schedules_ahead=schedules_ahead)
     try:
         async with LocalEngine(Scheduler(limits, KVBlocks(num_kv_blocks, block_size), frozenset({41})), pipeline) as it:
             yield it
@@ -133,22 +139,25 @@ def alone(tiny_gptj, asked: Sequence[EngineRequest]) -> Callable[[Kernels], Awai
 
 
 @pytest.mark.parametrize(
-    ("num_stages", "num_kv_blocks", "max_microbatch_tokens", "kernels"),
+    ("num_stages", "num_kv_blocks", "max_microbatch_tokens", "kernels", "schedules_ahead"),
     [
-        (1, PLENTY, 512, "torch"),
-        (1, SCARCE, 13, "torch"),
-        (2, PLENTY, 64, "torch"),
-        (3, SCARCE, 64, "torch"),
-        (6, PLENTY, 9, "torch"),
-        (1, SCARCE_ON_OUR_KERNELS, 64, "auto"),
-        (2, PLENTY, 64, "auto"),
-        (6, SCARCE_ON_OUR_KERNELS, 64, "auto"),
+        (1, PLENTY, 512, "torch", False),
+        (1, SCARCE, 13, "torch", False),
+        (1, SCARCE, 13, "torch", True),
+        (2, PLENTY, 64, "torch", False),
+        (3, SCARCE, 64, "torch", False),
+        (6, PLENTY, 9, "torch", False),
+        (1, SCARCE_ON_OUR_KERNELS, 64, "auto", False),
+        (1, SCARCE_ON_OUR_KERNELS, 64, "auto", True),
+        (2, PLENTY, 64, "auto", False),
+        (6, SCARCE_ON_OUR_KERNELS, 64, "auto", False),
     ],
     indirect=["kernels"],
 )
 async def test_answers_have_the_same_bits(
-    tiny_gptj, asked, alone, num_stages: int, num_kv_blocks: int, max_microbatch_tokens: int, kernels: Kernels
-):
+    tiny_gptj, asked, alone, num_stages: int, num_kv_blocks: int, max_microbatch_tokens: int, kernels: Kernels,
+    schedules_ahead: bool,
+):  # fmt: skip
     expected = await alone(kernels)
     async with serving(
         tiny_gptj(),
@@ -156,9 +165,11 @@ async def test_answers_have_the_same_bits(
         num_kv_blocks=num_kv_blocks,
         max_microbatch_tokens=max_microbatch_tokens,
         kernels=kernels,
+        schedules_ahead=schedules_ahead,
     ) as engine:
         answers = await asyncio.gather(*(answer(engine, request) for request in asked))
         stats = engine.stats().as_dict()
+    assert (stats["num_rows_ahead"] > 0) == schedules_ahead
     if num_kv_blocks == PLENTY:
         assert stats["num_prefix_tokens_reused"] > 0
     else:

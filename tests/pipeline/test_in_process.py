@@ -102,9 +102,10 @@ async def serving(
     num_kv_blocks: int = PLENTY,
     max_microbatch_tokens: int = 64,
     kernels: Kernels = "torch",
+    schedules_ahead: bool = False,
 ) -> AsyncGenerator[LocalEngine]:
     pipeline = InProcessPipeline(make_runners(directory, num_stages, num_kv_blocks, kernels))
-    limits = SchedulerLimits(num_stages, 64, max_microbatch_tokens, N_POSITIONS)
+    limits = SchedulerLimits(num_stages, 64, max_microbatch_tokens, N_POSITIONS, schedules_ahead=schedules_ahead)
     scheduler = Scheduler(limits, KVBlocks(num_kv_blocks, block_size(kernels)), frozenset({EOS}))
     try:
         async with LocalEngine(scheduler, pipeline) as engine:
@@ -199,6 +200,32 @@ async def test_greedy_tokens_equal_transformers_generate(
     for i, (class_logits, qa_logits) in enumerate(zip(logits[::2], logits[1::2], strict=True), 3):
         assert class_logits.shape == (1, 3)
         assert qa_logits.shape == (len(prompts[i]), 2)
+
+
+@pytest.mark.parametrize(
+    ("max_microbatch_tokens", "num_kv_blocks", "kernels"),
+    [(512, PLENTY, "torch"), (17, SCARCE, "torch"), (512, PLENTY, "auto")],
+    indirect=["kernels"],
+)
+async def test_greedy_tokens_of_a_stage_scheduled_ahead_equal_transformers_generate(
+    directory: Path, prompts, greedy_reference, max_microbatch_tokens: int, num_kv_blocks: int, kernels: Kernels
+):
+    async with serving(
+        directory,
+        max_microbatch_tokens=max_microbatch_tokens,
+        num_kv_blocks=num_kv_blocks,
+        kernels=kernels,
+        schedules_ahead=True,
+    ) as engine:
+        requests = [generate_request(str(i), prompt) for i, prompt in enumerate(prompts)]
+        assert await asyncio.gather(*(generate(engine, request) for request in requests)) == greedy_reference
+        alone = [await generate(engine, request) for request in requests[:4]]
+        assert alone == greedy_reference[:4]
+        stats = engine.stats()
+    assert (stats.num_preemptions > 0) == (num_kv_blocks != PLENTY)
+    assert stats.num_rows_ahead > 0.5 * stats.num_tokens_generated
+    num_ended_early = sum(len(answer) < MAX_NEW_TOKENS for answer in [*greedy_reference, *greedy_reference[:4]])
+    assert 0 < stats.num_rows_ahead_wasted <= num_ended_early
 
 
 @pytest.mark.parametrize(("num_stages", "num_kv_blocks", "kernels"), ENGINES, indirect=["kernels"])
@@ -403,10 +430,15 @@ async def test_sampled_tokens_are_the_same_alone_in_a_crowd_under_preemption_and
     async with serving(directory) as engine:
         alone = [await generate(engine, request) for request in sampled_requests]
     assert alone[24:] != alone[:8]  # the same prompts with other seeds and parameters
-    for num_stages, num_kv_blocks in [(1, PLENTY), (2, SCARCE), (3, PLENTY)]:
-        async with serving(directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks) as engine:
+    for num_stages, num_kv_blocks, ahead in [
+        (1, PLENTY, False), (1, PLENTY, True), (1, SCARCE, True), (2, SCARCE, False), (3, PLENTY, False)
+    ]:  # fmt: skip
+        async with serving(
+            directory, num_stages=num_stages, num_kv_blocks=num_kv_blocks, schedules_ahead=ahead
+        ) as engine:
             together = await asyncio.gather(*(generate(engine, request) for request in sampled_requests))
             assert (await num_preemptions(engine) > 0) == (num_kv_blocks == SCARCE)
+            assert (engine.stats().num_rows_ahead > 0) == ahead
         assert together == alone, f"{num_stages} stages, {num_kv_blocks} blocks"
 
 
@@ -502,6 +534,34 @@ async def test_failure_of_a_stage_is_recovered_from(directory: Path, prompts, gr
         assert engine.stats().as_dict()["num_recoveries"] == 2
     pipeline.close()
     assert answers == greedy_reference
+
+
+async def test_a_stage_lost_with_rows_made_ahead_in_flight_is_recovered_from(
+    directory: Path, prompts, greedy_reference
+):
+    num_fed: list[int] = []  # rows of each step that were
+
+    class FailingRunner(StageRunner):
+        def run(self, microbatch, hidden):
+            num_fed.append(sum(row.fed_from is not None for row in microbatch.rows))
+            if len(num_fed) in (7, 8, 20):
+                raise RuntimeError("out of memory")
+            return super().run(microbatch, hidden)
+
+    (runner,) = make_runners(directory, 1, PLENTY)
+    pipeline = InProcessPipeline([FailingRunner(runner.stage, runner.spec)])
+    limits = SchedulerLimits(1, 64, 64, N_POSITIONS, schedules_ahead=True)
+    scheduler = Scheduler(limits, KVBlocks(PLENTY, BLOCK_SIZE), frozenset({EOS}))
+    async with LocalEngine(scheduler, pipeline) as engine:
+        answers = await asyncio.gather(
+            *(generate(engine, generate_request(str(i), prompt)) for i, prompt in enumerate(prompts[:12]))
+        )
+        assert engine.stats().num_recoveries >= 2
+        scheduler.check_integrity()
+    pipeline.close()
+    assert num_fed[6] > 0
+    assert num_fed[19] > 0
+    assert answers == greedy_reference[:12]
 
 
 async def test_pipeline_error_names_the_cause(directory: Path):

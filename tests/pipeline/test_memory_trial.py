@@ -9,6 +9,9 @@ import torch
 
 from gptj_serve.errors import DeviceMemoryError
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.stage import load_stage
+from gptj_serve.pipeline.gpu.gpu_runner import GPUStageRunner
+from gptj_serve.pipeline.gpu.sampler import GreedySampler
 from gptj_serve.pipeline.kv_room import Knobs
 from gptj_serve.pipeline.memory_trial import (
     CONTEXT_BYTES,
@@ -16,9 +19,12 @@ from gptj_serve.pipeline.memory_trial import (
     TrialLimits,
     measure_room,
     out_of_memory_named,
+    run_largest,
 )
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
 from gptj_serve.steps import MicroBatch
+from tests.pipeline.fake_device import FakeDevice
+from tests.pipeline.reference_layers import ReferenceLayers
 
 BLOCK_SIZE, N_POSITIONS, WIDTH, NUM_LAYERS = 8, 96, 32, 6
 LIMITS = TrialLimits(max_microbatch_tokens=150, max_num_sequences=20, max_sequence_tokens=N_POSITIONS)
@@ -114,10 +120,31 @@ def test_the_largest_microbatches_are_as_large_as_can_come(tiny_gptj: Callable[.
     assert all(row.samples[0].warpers.top_p < 1 for row in decoding.rows)
 
 
+@pytest.mark.parametrize("span", [range(3), range(3, 6)])
+def test_a_runner_with_graphs_takes_the_trial_too(tiny_gptj: Callable[..., Path], span: range) -> None:
+    """It refuses microbatches that it was not made for."""
+    checkpoint = Checkpoint.open(tiny_gptj())
+    cpu, device, memory = torch.device("cpu"), FakeDevice(), CountedMemory()
+    stage = load_stage(checkpoint, span, torch.float32, cpu)
+
+    def make(num_kv_blocks: int) -> StageRunner:
+        spec = StageSpec(
+            span, num_kv_blocks, BLOCK_SIZE, torch.float32, cpu, 90,
+            max_num_sequences=LIMITS.max_num_sequences, max_microbatch_tokens=LIMITS.max_microbatch_tokens,
+        )  # fmt: skip
+        layers = ReferenceLayers(stage, num_kv_blocks, BLOCK_SIZE)
+        runner = GPUStageRunner(stage, spec, layers, device, GreedySampler())
+        memory.runners.append(runner)
+        return runner
+
+    room = measure_room(make, BLOCK_SIZE, LIMITS, memory, utilization=0.5)
+    assert room.block_bytes == 2 * len(span) * BLOCK_SIZE * WIDTH * 4
+    assert room.used_bytes == 0
+    run_largest(make(room.num_blocks % 100), LIMITS)
+
+
 def test_a_runner_is_as_new_after_the_trial(tiny_gptj: Callable[..., Path]) -> None:
     """The engine's first microbatch has the id 0 again."""
-    from gptj_serve.pipeline.memory_trial import run_largest
-
     runner = prepared(tiny_gptj(), CountedMemory(), range(6))(12)
     run_largest(runner, LIMITS)
     run_largest(runner, LIMITS)

@@ -89,7 +89,9 @@ def load(directory: Path) -> Model:
     return Model(directory, oracle, oracle.config.vocab_size, frequent, eos=frequent[3])
 
 
-def draw_case(model: Model, chance: random.Random, shared: list[list[int]], max_sequences: int) -> Case:
+def draw_case(
+    model: Model, chance: random.Random, shared: list[list[int]], max_sequences: int, *, is_plain: bool
+) -> Case:
     prompt = [*chance.choice(shared), *(draw_token(model, chance) for _ in range(chance.randint(0, 6)))]
     prompt = (prompt or [draw_token(model, chance)])[:MAX_PROMPT]
     max_new = chance.randint(1, MAX_NEW)
@@ -97,7 +99,7 @@ def draw_case(model: Model, chance: random.Random, shared: list[list[int]], max_
     ours: dict[str, Any] = {"max_new_tokens": max_new}
 
     def maybe(probability: float) -> bool:
-        return chance.random() < probability
+        return chance.random() < probability and not is_plain
 
     def tokens(count: int) -> list[int]:
         return [draw_token(model, chance) for _ in range(count)]
@@ -146,7 +148,7 @@ def draw_case(model: Model, chance: random.Random, shared: list[list[int]], max_
             theirs["negative_prompt_ids"] = torch.tensor([negative])
     elif maybe(0.5):
         ours["prompt_lookup_num_tokens"] = chance.randint(1, 6)  # may not change anything
-    cancelled = chance.randint(0, 3) if maybe(0.1) else None
+    cancelled = chance.randint(0, 3) if chance.random() < 0.1 else None
     return Case(prompt, theirs, SamplingParams(**ours), cancelled)
 
 
@@ -169,11 +171,13 @@ def num_blocks_of(case: Case, block_size: int) -> int:
     return num_sequences * -(-length // block_size)
 
 
-def draw_engine(model: Model, cases: list[Case], chance: random.Random) -> tuple[Scheduler, InProcessPipeline]:
-    """Any number of stages, and so few KV blocks that requests are preempted."""
+def draw_engine(
+    model: Model, cases: list[Case], chance: random.Random, *, ahead: bool
+) -> tuple[Scheduler, InProcessPipeline]:
+    """Any number of stages, or one that is scheduled ahead, and so few KV blocks that requests are preempted."""
     checkpoint = Checkpoint.open(model.directory)
     config = checkpoint.config
-    num_stages = chance.randint(1, 4)
+    num_stages = 1 if ahead else chance.randint(1, 4)
     are_wide = any(case.ours.beams or case.ours.guidance_scale != 1 for case in cases)
     block_size, num_spare, max_num_sequences, max_microbatch_tokens = 1, 0, 64, 64
     if are_wide:
@@ -189,14 +193,18 @@ def draw_engine(model: Model, cases: list[Case], chance: random.Random) -> tuple
         )
         for span in partition(config.n_layer, num_stages, head_cost(config))
     ]
-    limits = SchedulerLimits(num_stages, max_num_sequences, max_microbatch_tokens, config.n_positions)
+    limits = SchedulerLimits(
+        num_stages, max_num_sequences, max_microbatch_tokens, config.n_positions, schedules_ahead=ahead
+    )
     blocks = KVBlocks(num_blocks, block_size, reuse_prefixes=chance.random() < 0.8)
     return Scheduler(limits, blocks, frozenset({model.eos})), InProcessPipeline(runners)
 
 
-async def serve(model: Model, cases: list[Case], chance: random.Random, seen: Counter[str]) -> list[list[int] | None]:
+async def serve(
+    model: Model, cases: list[Case], chance: random.Random, seen: Counter[str], *, ahead: bool
+) -> list[list[int] | None]:
     """Each case's tokens, or None where the stream was closed early; `seen` adds up the engine's counters."""
-    scheduler, pipeline = draw_engine(model, cases, chance)
+    scheduler, pipeline = draw_engine(model, cases, chance, ahead=ahead)
     try:
         async with LocalEngine(scheduler, pipeline) as engine:
             delays = [chance.choice([0, 0, 0, chance.random() * 0.1]) for _ in cases]
@@ -239,8 +247,11 @@ async def answer(engine: LocalEngine, request: EngineRequest, case: Case, delay_
     return tokens
 
 
-def compare(models: list[Model], seed: int, num_requests: int, seen: Counter[str]) -> Iterator[str]:
-    """Descriptions of all mismatches."""
+def compare(
+    models: list[Model], seed: int, num_requests: int, seen: Counter[str], *, ahead: bool = False
+) -> Iterator[str]:
+    """Descriptions of all mismatches. `ahead`: on single stages scheduled ahead, of which most serve plain requests
+    alone."""
     chance = random.Random(seed)
     num_compared = 0
     while num_compared < num_requests:
@@ -248,8 +259,10 @@ def compare(models: list[Model], seed: int, num_requests: int, seen: Counter[str
         shared = [[], *([draw_token(model, chance) for _ in range(chance.randint(1, 34))] for _ in range(2))]
         max_sequences = chance.choice([1, 2, 8]) if num_compared else 1  # of a request
         num_cases = min(REQUESTS_PER_ENGINE, num_requests - num_compared)
-        cases = [draw_case(model, chance, shared, max_sequences) for _ in range(num_cases)]
-        for case, tokens in zip(cases, asyncio.run(serve(model, cases, chance, seen)), strict=True):
+        are_plain = ahead and chance.random() < 0.8
+        cases = [draw_case(model, chance, shared, max_sequences, is_plain=are_plain) for _ in range(num_cases)]
+        answers = asyncio.run(serve(model, cases, chance, seen, ahead=ahead))
+        for case, tokens in zip(cases, answers, strict=True):
             if tokens is not None and tokens != (reference := expected(model, case)):
                 yield f"{model.directory}: {case}\n  ours   {tokens}\n  theirs {reference}"
         num_compared += len(cases)
@@ -264,8 +277,18 @@ def test_what_is_served_is_what_transformers_generates(models: list[Model]) -> N
     assert seen["num_requests_failed"] == 0
 
 
+def test_what_a_stage_scheduled_ahead_serves_is_what_transformers_generates(models: list[Model]) -> None:
+    seen: Counter[str] = Counter()
+    mismatches = list(compare(models, 3, 80, seen, ahead=True))
+    assert not mismatches, "\n".join(mismatches)
+    for counter in ("preemptions", "prefix_tokens_reused", "requests_aborted", "rows_ahead", "rows_ahead_wasted"):
+        assert seen[f"num_{counter}"] > 0, counter
+    assert seen["num_requests_failed"] == 0
+
+
 @pytest.mark.large
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(10, 20))
-def test_thousands_of_requests(models: list[Model], seed: int) -> None:
-    mismatches = list(compare(models, seed, 250, Counter()))
+def test_thousands_of_requests(models: list[Model], seed: int, ahead: bool) -> None:
+    mismatches = list(compare(models, seed, 250, Counter(), ahead=ahead))
     assert not mismatches, "\n".join(mismatches)

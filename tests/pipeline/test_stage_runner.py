@@ -377,6 +377,60 @@ def test_a_row_reads_blocks_that_another_row_fills(stages: Stages, model: GPTJFo
     assert chosen(results[2]) == [logits_of(model, [*PROMPT[:8], 33, 34])[-1].argmax().item()]
 
 
+@pytest.mark.parametrize("spec", [GREEDY, SampleSpec(Warpers(temperature=0.9, top_k=30), seed=4)])
+def test_a_row_is_fed_with_what_a_row_of_the_step_before_chose(directory: Path, spec: SampleSpec):
+    """As if the engine had waited for the token and sent it; rows may change places from step to step."""
+    sequences = {"mine": (PROMPT, list(range(8))), "theirs": (OTHER, list(range(8, 14)))}
+    orders = [["mine", "", "theirs"], ["theirs", "mine"], ["mine", "", "theirs"], ["", "mine", "theirs"]]
+
+    def tokens(*, is_fed: bool) -> dict[str, list[int]]:
+        stages = Stages.load(directory)
+        found: dict[str, list[int]] = {"mine": [], "theirs": [], "": []}
+        for step, order in enumerate(orders):
+            rows = [whole([7, 8], 20, samples=[spec])] * len(order)
+            for index, name in enumerate(order):
+                if name:
+                    prompt, table = sequences[name]
+                    if step == 0:
+                        rows[index] = Row(prompt, 0, table, samples=[spec])
+                    elif is_fed:
+                        source = orders[step - 1].index(name)
+                        rows[index] = Row([0], len(prompt) + step - 1, table, samples=[spec], fed_from=source)
+                    else:
+                        rows[index] = Row(found[name][-1:], len(prompt) + step - 1, table, samples=[spec])
+            for name, result in zip(order, stages.run(*rows), strict=True):
+                found[name] += chosen(result)
+        return found
+
+    expected = tokens(is_fed=False)
+    assert tokens(is_fed=True) == expected
+    assert len({*expected["mine"], *expected["theirs"]}) > 3
+
+
+def test_a_row_fed_by_a_failed_one_disturbs_nobody(directory: Path, model: GPTJForCausalLM):
+    stages = Stages.load(directory)
+    impossible = SampleSpec(edits=LogitEdits(allowed_mask=b"\0"))
+    results = stages.run(whole(OTHER, 8, samples=[impossible]), whole(PROMPT, 0, samples=[GREEDY]))
+    assert results[0] is not None
+    assert results[0].failure == NOTHING_POSSIBLE
+    (token_id,) = chosen(results[1])
+    table = list(range(8, 8 + len(OTHER)))
+    results = stages.run(
+        Row([0], len(OTHER), table, samples=[GREEDY], fed_from=0),
+        Row([0], len(PROMPT), [0, 1, 2, 3], samples=[GREEDY], fed_from=1),
+    )
+    expected = logits_of(model, [*PROMPT, token_id])[-1].argmax().item()
+    assert chosen(results[1]) == [expected]
+
+
+def test_after_a_restart_there_is_nothing_to_feed_with(stages: Stages):
+    fed = Row([0], len(PROMPT), [0, 1, 2, 3], samples=[GREEDY], fed_from=0)
+    stages.run(whole(PROMPT, 0, samples=[GREEDY]))
+    stages.runners[0].restart()
+    with pytest.raises(AssertionError, match="nothing was computed before"):
+        stages.run(fed)
+
+
 def test_microbatches_come_in_order_without_gaps(directory: Path):
     (runner,) = Stages.load(directory).runners
     microbatch = [MicroBatch(i, [Row([1], 0, [0])]) for i in range(9)]

@@ -22,14 +22,14 @@ from tests.pipeline.linked import NUM_BLOCKS, generate_all, make_runners, open_l
 STEP = MicroBatch(0, [Row([1, 2, 3], 0, [0])])
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
-async def test_linked_stages_equal_threads(tiny_gptj, linked, num_stages: int) -> None:
+@pytest.mark.parametrize(("num_stages", "ahead"), [(1, False), (1, True), (3, False)])
+async def test_linked_stages_equal_threads(tiny_gptj, linked, num_stages: int, ahead: bool) -> None:
     checkpoint = Checkpoint.open(tiny_gptj())
     in_process = InProcessPipeline(make_runners(checkpoint, num_stages))
     expected = await generate_all(checkpoint, in_process, num_stages)
     in_process.close()
     async with open_links(linked(make_runners(checkpoint, num_stages))) as pipeline:
-        assert await generate_all(checkpoint, pipeline, num_stages) == expected
+        assert await generate_all(checkpoint, pipeline, num_stages, ahead=ahead) == expected
     assert all(len(tokens) == 12 for tokens in expected)
 
 

@@ -8,7 +8,7 @@ from gptj_serve.errors import ConfigError
 from gptj_serve.simulation.calibration import Sizes, calibrate
 from gptj_serve.simulation.step_shape import StepShape
 
-FEW = Sizes((1, 4), (8, 40), (16,), 2, (1, 3), 10, 6, 1)
+FEW = Sizes((1, 4), (8, 40), (16,), 2, ((1, 10, 6), (3, 60, 8)), 1)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_checkpoint_is_measured_with_the_stages_of_its_deployment(tiny: Path):
     assert (cost.notes["stage_times"], cost.notes["stage_times_left_out"]) == (3 * 5, 3)
     assert cost.notes["max_context_tokens"] == 64  # of the later chunk
     assert cost.notes["num_stages"] == 2
-    assert float(cost.notes["tokens_per_s_of_3"]) > 0
+    assert float(cost.notes["tokens_per_s_of_3x48+7"]) > 0
     few, many = (sum(cost.pipeline(2).stage_times_s(StepShape(n, n, 8 * n, 8 * n, n))) for n in (1, 64))
     assert 0 < few <= many
 

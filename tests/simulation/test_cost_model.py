@@ -9,7 +9,7 @@ from gptj_serve.planner import NAMED_CONFIGS, Model
 from gptj_serve.simulation.cost_model import CostModel, ModelShape
 from gptj_serve.simulation.estimate import estimate
 from gptj_serve.simulation.fit import (
-    Round,
+    Asked,
     StageTime,
     fit_engine,
     fit_stages,
@@ -114,12 +114,12 @@ def test_least_squares_never_go_below_zero():
 
 def test_the_engine_is_found_from_rounds_that_it_made():
     limits = SchedulerLimits(2, 64, 128, 512)
-    asked = [Round(size, 16, 24, 0.0, 0.0) for size in (1, 4, 32)]
+    asked = [Asked(size, [(8, 30), (24, 18)] * max(2, size)) for size in (1, 4, 32)]
     rounds = [simulate_round(COST, limits, 400, 16, one) for one in asked]
     blank = COST.model_copy(update={"engine_step_s": 0.0, "engine_row_s": 0.0, "request_s": 0.0})
     found = fit_engine(blank, limits, 400, 16, rounds)
     for measured in rounds:
-        simulated = simulate_round(found, limits, 400, 16, measured)
+        simulated = simulate_round(found, limits, 400, 16, measured.asked)
         assert simulated.tokens_per_s == pytest.approx(measured.tokens_per_s, rel=0.1)
         assert simulated.first_token_s == pytest.approx(measured.first_token_s, rel=0.3)
 
@@ -127,7 +127,7 @@ def test_the_engine_is_found_from_rounds_that_it_made():
 def test_a_round_is_simulated_with_blocks_of_the_deployments_own_size():
     """Sequences of up to 48 tokens: of four blocks they take three each, or one."""
     limits = SchedulerLimits(1, 64, 512, 512)
-    asked = Round(8, 16, 32, 0.0, 0.0)
+    asked = Asked(8, [(16, 32)] * 8)
     small, large = (simulate_round(COST, limits, 4, block_size, asked) for block_size in (16, 64))
     assert small.tokens_per_s < 0.8 * large.tokens_per_s
 

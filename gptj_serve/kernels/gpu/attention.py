@@ -2,10 +2,11 @@
 
 Two kernels over the same rows: one takes those of a single token (decode), whose cost is reading the context, and
 splits long contexts over many programs; the other takes the longer ones (prompt chunks) in tiles of queries, whose cost
-is the products: they want other tiles and other registers. Each passes over the other's rows. Scores, softmax and sums are fp32; products' operands have the KV's dtype.
+is the products: they want other tiles and other registers. Each passes over the other's rows. Scores, softmax and sums
+are fp32; products' operands have the KV's dtype.
 
-A slot past a row's context may hold NaN of its last owner, and NaN times a weight of 0 is NaN: such slots are loaded as
-zeros. Shapes: `T` packed tokens, `R` rows, `H` heads, `Dh` head_dim, `S` splits, `M` queries and `N` keys of a tile.
+A slot past a row's context may hold NaN of its last owner, and NaN times a weight of 0 is NaN: such slots are loaded
+as zeros. Shapes: `T` packed tokens, `R` rows, `H` heads, `Dh` head_dim, `S` splits, `M` queries and `N` keys of a tile.
 """
 
 import math
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptj_serve.kernels.gpu.rows import DeviceRows
-from gptj_serve.kernels.gpu.tiles import AttentionTiles
+from gptj_serve.kernels.gpu.tiles import Tiles
 
 MAX_SPLITS = 32
 BALANCED_SPAN = 512
@@ -179,7 +180,7 @@ class Attention:
     """The attention of all layers of one microbatch's shape; its workspace is theirs in turn."""
 
     def __init__(
-        self, rows: DeviceRows, num_heads: int, head_dim: int, block_size: int, tiles: AttentionTiles, num_sms: int
+        self, rows: DeviceRows, num_heads: int, head_dim: int, block_size: int, tiles: Tiles, num_sms: int
     ) -> None:
         """`num_sms`: multiprocessors that want work."""
         self._rows = rows

@@ -6,6 +6,7 @@ are one more. The stream has the model's dtype, as in transformers: stages hand 
 read anyway, so a cut rounds nothing. Sums are made in fp32 and rounded once a layer after the product.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from gptj_serve.kernels.gpu.attention import Attention
 from gptj_serve.kernels.gpu.inward import InwardShape, finish_inward
 from gptj_serve.kernels.gpu.norm import add, add_and_norm, norm
 from gptj_serve.kernels.gpu.rows import DeviceRows
-from gptj_serve.kernels.gpu.tiles import attention_tiles, capability_of, num_multiprocessors
+from gptj_serve.kernels.gpu.tiles import capability_of, choose_tiles, num_multiprocessors
 from gptj_serve.kernels.gpu.weights import GPUBlock
 from gptj_serve.model.attention import copy_blocks, copy_blocks_at_once
 from gptj_serve.model.block import RotaryTable
@@ -39,7 +40,7 @@ class GPULayers:
         self._dtype = dtype
         self._block_size = block_size
         self._num_sms = num_sms or num_multiprocessors(device)
-        self._tiles = attention_tiles(capability_of(device), dtype, config.head_dim)
+        self._tiles = choose_tiles(capability_of(device), dtype, config.head_dim)
         self._rotary = RotaryTable(config, device)
         self._shape = InwardShape(
             config.n_head,
@@ -51,8 +52,8 @@ class GPULayers:
         )
         # A head's tokens lie together in a block: a program reads long runs.
         shape = (len(blocks), num_kv_blocks + 1, config.n_head, block_size, config.head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def kernels(self) -> str:
@@ -65,41 +66,48 @@ class GPULayers:
 
     @property
     def kv_cache_bytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+        return self.keys.nbytes + self.values.nbytes
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        copy_blocks([*self._keys, *self._values], copies)
+        copy_blocks([*self.keys, *self.values], copies)
 
     def copy_blocks_at_once(self, sources: Tensor, targets: Tensor) -> None:
         """Both int64, on the device; the host waits for nothing."""
-        copy_blocks_at_once([*self._keys, *self._values], sources, targets)
+        copy_blocks_at_once([*self.keys, *self.values], sources, targets)
 
     def run(self, hidden: Tensor, rows: DeviceRows) -> Tensor:
         """Hidden states [T, D], which stay as they are → those after the last layer, in the model's dtype.
 
         What comes of padding tokens means nothing.
         """
-        config = self._config
         hidden = hidden.to(self._dtype).contiguous()
+        # Triton launches on the current device, which another stage of this process may have set.
+        with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
+            return self._run(hidden, rows)
+
+    def _run(self, hidden: Tensor, rows: DeviceRows) -> Tensor:
+        config, tile = self._config, self._tiles.elements
         num_tokens, width = hidden.shape
         attention = Attention(rows, config.n_head, config.head_dim, self._block_size, self._tiles, self._num_sms)
         stream, normed = torch.empty_like(hidden), torch.empty_like(hidden)
         operands = hidden.new_empty(num_tokens, width + config.inner_dim)
-        operands[:, :width].zero_()
+        operands[:, :width].zero_()  # attention leaves padding tokens out
         addend: Tensor | None = None
         for index, block in enumerate(self._blocks):
             weight, bias, eps = block.norm_weight, block.norm_bias, config.layer_norm_epsilon
             if addend is None:
-                norm(hidden, weight, bias, eps, normed)
+                norm(hidden, weight, bias, eps, normed, tile)
             else:
-                add_and_norm(hidden, addend, self._blocks[index - 1].fc_out_bias, stream, weight, bias, eps, normed)
+                add_and_norm(
+                    hidden, addend, self._blocks[index - 1].fc_out_bias, stream, weight, bias, eps, normed, tile
+                )
                 hidden = stream
             inward = block.inward(normed)
-            keys, values = self._keys[index], self._values[index]
+            keys, values = self.keys[index], self.values[index]
             sin, cos = self._rotary.sin, self._rotary.cos
-            finish_inward(inward, rows, self._shape, block.fc_in_bias, sin, cos, keys, values, operands)
+            finish_inward(inward, rows, self._shape, block.fc_in_bias, sin, cos, keys, values, operands, tile)
             attention(inward, keys, values, operands)
             addend = block.outward(operands)
         assert addend is not None, "a stage has layers"
-        add(hidden, addend, self._blocks[-1].fc_out_bias, stream)
+        add(hidden, addend, self._blocks[-1].fc_out_bias, stream, tile)
         return stream

@@ -20,23 +20,25 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionTiles:
-    decode: Tile  # rows of one token
-    chunk: Tile  # longer ones
+class Tiles:
+    decode: Tile  # of attention, for rows of one token
+    chunk: Tile  # for longer ones
+    elements: int = 1024  # that a program of the other kernels works on, where it is free to choose
 
 
-def attention_tiles(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> AttentionTiles:
-    """By compute capability; None is a CPU, where kernels are interpreted and any will do."""
+def choose_tiles(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> Tiles:
+    """By compute capability; None is a CPU, where kernels are interpreted: there it is programs that take time."""
+    if capability is None:
+        return Tiles(Tile(16, 64, 4, 2), Tile(32, 64, 4, 2), elements=1 << 14)
     if dtype == torch.float32:  # products without tensor cores, in registers, of which larger tiles need too many
-        small = Tile(16, 16, 4, 2)
-        return AttentionTiles(small, small)
+        return Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))
     if head_dim > 256:
-        return AttentionTiles(Tile(16, 32, 8, 3), Tile(32, 32, 8, 2))
-    if capability is not None and capability[0] in (9, 10):  # 227 KiB of shared memory, products of 64 rows and more
-        return AttentionTiles(Tile(16, 64, 4, 3), Tile(128, 64, 8, 2))
+        return Tiles(Tile(16, 32, 8, 3), Tile(32, 32, 8, 2))
+    if capability[0] in (9, 10):  # 227 KiB of shared memory, products of 64 rows and more
+        return Tiles(Tile(16, 64, 4, 3), Tile(128, 64, 8, 2))
     if capability == (8, 0):  # 163 KiB
-        return AttentionTiles(Tile(16, 64, 4, 3), Tile(64, 64, 8, 2))
-    return AttentionTiles(Tile(16, 64, 4, 3), Tile(64, 32, 8, 2))  # 99 KiB
+        return Tiles(Tile(16, 64, 4, 3), Tile(64, 64, 8, 2))
+    return Tiles(Tile(16, 64, 4, 3), Tile(64, 32, 8, 2))  # 99 KiB
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

@@ -73,7 +73,8 @@ class GPUStageRunner(StageRunner):
         self._gpu_stage.synchronize()
 
     def restart(self) -> None:
-        super().restart()
+        """Forget the order and the tokens so far."""
+        self._last_microbatch_id = None
         self._gpu_stage.restart()
 
     @torch.inference_mode()

@@ -164,7 +164,8 @@ for capability, weight, x, num_rows in itertools.product((80, 89, 90), ("i8", "f
 for capability in (89, 90):
     arguments = dict(x_ptr="*bf16", rounded_ptr="*fp8e4nv", scale_ptr="*fp32", width="i32")
     constants = dict(FP8_MAX=448.0, SMALLEST=1e-30, BLOCK_K=32768)
-    made = compiled(kernels.round_rows_kernel, capability, arguments, constants, num_warps=kernels.num_warps_of_a_row(20480))
+    num_warps = kernels.num_warps_of_a_row(20480)
+    made = compiled(kernels.round_rows_kernel, capability, arguments, constants, num_warps=num_warps)
     print(capability, "fp8e4nv", "bf16", "all", len(made.asm["cubin"]), made.metadata.shared)
 """
 
