@@ -28,13 +28,18 @@ CPU = torch.device("cpu")
 ARCHITECTURES = {(9, 0): 227, (8, 0): 163, (8, 6): 99}
 """And KiB of shared memory that a program can have."""
 
+CASES = [
+    *((capability, torch.bfloat16) for capability in ARCHITECTURES),
+    ((9, 0), torch.float16),
+    ((8, 0), torch.float32),
+]
+
 
 @dataclass(frozen=True)
 class Compiled:
     name: str
     architecture: int
     dtype: str
-    head_dim: int
     num_registers: int
     stack_bytes: int
     shared_bytes: int
@@ -47,7 +52,7 @@ class CompilingDriver:
 
     def __init__(self) -> None:
         self.compiled: list[Compiled] = []
-        self.capability, self.dtype, self.head_dim = (0, 0), "", 0
+        self.capability, self.dtype = (0, 0), ""
         self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=self._properties)
 
     def get_current_target(self) -> GPUTarget:
@@ -77,7 +82,6 @@ class CompilingDriver:
                 name,
                 self.get_current_device(),
                 self.dtype,
-                self.head_dim,
                 registers,
                 stack,
                 shared_bytes,
@@ -131,14 +135,11 @@ def _rows(num_tokens: int, num_rows: int, max_blocks: int) -> DeviceRows:
 def main() -> None:
     driver = CompilingDriver()
     triton.runtime.driver.set_active(driver)
-    for driver.capability in ARCHITECTURES:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for head_dim in (256, 64) if dtype == torch.bfloat16 else (256,):
-                driver.dtype, driver.head_dim = str(dtype).removeprefix("torch."), head_dim
-                config = GPTJConfig(n_embd=4096, n_head=4096 // head_dim, n_layer=2)
-                layers = CapableLayers(config, dtype, driver.capability)
-                for rows in (_rows(1, 1, 128), _rows(3, 2, 8)):  # with splits and without
-                    layers.run(torch.zeros(rows.num_tokens, 4096, dtype=dtype), rows)
+    for driver.capability, dtype in CASES:
+        driver.dtype = str(dtype).removeprefix("torch.")
+        layers = CapableLayers(GPTJConfig(n_layer=2), dtype, driver.capability)
+        for rows in (_rows(1, 1, 128), _rows(3, 2, 8)):  # with splits and without
+            layers.run(torch.zeros(rows.num_tokens, 4096, dtype=dtype), rows)
     json.dump([asdict(kernel) for kernel in driver.compiled], sys.stdout)
 
 

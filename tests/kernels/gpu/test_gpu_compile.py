@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 Kernel = dict[str, int | str]
 
 KERNELS = {"_add_and_norm", "_finish_inward", "_attend_chunks", "_attend_tokens", "_join_splits"}
@@ -28,8 +30,8 @@ def compiled() -> Iterator[list[Kernel]]:
 def test_all_kernels_compile_for_each_architecture(compiled: list[Kernel]) -> None:
     found = defaultdict(set)
     for kernel in compiled:
-        found[kernel["architecture"], kernel["dtype"], kernel["head_dim"]].add(kernel["name"])
-    assert len(found) == 3 * 4
+        found[kernel["architecture"], kernel["dtype"]].add(kernel["name"])
+    assert len(found) == 5
     assert all(names == KERNELS for names in found.values())
 
 
