@@ -21,10 +21,7 @@ from tests.pipeline.reference_layers import ReferenceLayers
 BLOCK_SIZE = 16
 PROMPTS = [[5, 17, 40, 3, 88], [11, 33, 60, 4], [71], [9, 2, 70, 8]]
 
-pytestmark = [
-    pytest.mark.usefixtures("one_torch_thread"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the fake device's tensors are the CPU's"),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the fake device's tensors are the CPU's")
 
 STEPS = {
     "drawn": [
