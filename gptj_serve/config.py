@@ -118,14 +118,15 @@ class PipelineConfig(_Part):
         gt=0,
         le=1,
         description="The share of a GPU's memory that is in use once the KV pool is there, by whomever: the pool is "
-        "made of what weights, graphs and the largest microbatch leave of it. A stage that reserves a part of a GPU "
-        "(num_gpus below 1) takes that part of it. Where kv_cache.num_tokens is not set.",
+        "made of what weights, graphs and the largest microbatch leave of it. The rest is for what comes later: links "
+        "of NCCL, fragmentation. A stage that reserves a part of a GPU (num_gpus below 1) takes that part of it. Where "
+        "kv_cache.num_tokens is not set.",
     )
     kernels: Kernels = Field(
         "auto",
         description="What the layers run on. auto: our own on CPUs with AVX-512, where g++ compiles them when first "
-        "needed, and on GPUs of compute capability 8.0 or more, where Triton does; else PyTorch's, with a line in the log "
-        "that says why. torch: PyTorch's.",
+        "needed, and on GPUs of compute capability 8.0 or more, where Triton does; else PyTorch's, with a line in the "
+        "log that says why. torch: PyTorch's.",
     )
     deterministic: bool = Field(
         False,
