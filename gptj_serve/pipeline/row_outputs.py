@@ -10,18 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gptj_serve.engine.ranking import best
-from gptj_serve.engine.sampling import NOT_FINITE, Statistics, log_normalizers, sample
+from gptj_serve.engine.sampling import NOT_FINITE, Sample, Statistics, log_normalizers, sample
 from gptj_serve.model.heads import HeadCheckpoint, HeadKind
 from gptj_serve.model.stage import GPTJStage
-from gptj_serve.steps import Row, RowOutput, RowResult, SampleSpec
+from gptj_serve.steps import Row, RowOutput, RowResult
 from gptj_serve.types import DEFAULT_HEAD, Matrix
 
 MAX_SCORED_ROWS = 128
 """Rows of logits, each as wide as the vocabulary, that exist at once while targets are scored."""
-
-Sample = Callable[
-    [Tensor, Sequence[SampleSpec], Sequence[int], Tensor | None, Statistics | None], list[RowResult]
-]  # fmt: skip
 
 Answer = Matrix | str
 """Numbers, or what is wrong with them."""
@@ -39,8 +35,7 @@ class RowOutputs:
         statistics: Statistics | None = None,
         sample: Sample = sample,
     ) -> None:
-        """`convert` is applied to the `heads`, which are not the stage's own; `statistics` are those of logits, and
-        `sample` does what `engine.sampling.sample` does."""
+        """`convert` is applied to the `heads`, which are not the stage's own; `statistics` are those of logits."""
         self._sample = sample
         self._statistics = statistics
         self._stage = stage

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptj_serve.engine.logit_edits import apply_edits, on_device
@@ -22,6 +23,7 @@ from gptj_serve.kernels.gpu.sampling_parameters import Field, has_kernels
 from gptj_serve.steps import RowResult, SampledToken, SampleSpec
 from gptj_serve.types import TokenLogprob
 
+_ALIGNMENT = 16  # tokens: rows that begin and end at a multiple of so many are read 16 bytes at a time
 _GREEDY = SampleSpec()
 
 
@@ -36,7 +38,7 @@ def sample_on_gpu(
     ours = [row for row, spec in enumerate(specs) if has_kernels(spec)]
     pending = None
     if ours:
-        pending = _Pending(_take(logits, ours), [specs[row] for row in ours], [positions[row] for row in ours])
+        pending = _Pending(logits[_index(ours, logits)], [specs[row] for row in ours], [positions[row] for row in ours])
     results: dict[int, RowResult] = {}
     others = [row for row, spec in enumerate(specs) if not has_kernels(spec)]
     if others:
@@ -147,18 +149,17 @@ def best_of(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _choose(logits: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """As `DeviceSampler`. Rows are made as long as its kernels want them."""
+    num_token_ids = logits.shape[1]
+    padded = F.pad(logits, (0, -num_token_ids % _ALIGNMENT))
     sampler = DeviceSampler()
     table = np.empty((len(Field), len(specs)), dtype=np.int64)
     mode = sampler.write(torch.from_numpy(table), specs, positions)
-    return sampler.sample_and_normalize(logits, logits.shape[1], on_device(table, logits.device), mode)
+    return sampler.sample_and_normalize(padded, num_token_ids, on_device(table, logits.device), mode)
 
 
 def _tokens(table: Tensor) -> list[tuple[int, float]]:
     return list(zip(table[0].tolist(), table[1].view(torch.float32).tolist(), strict=True))
-
-
-def _take(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    return logits if len(rows) == len(logits) else logits[_index(rows, logits)]
 
 
 def _index(rows: Sequence[int], like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from gptj_serve.engine.sampling import Sample, sample
 from gptj_serve.kernels.gpu.linear import GPULinear
 from gptj_serve.model.heads import HeadCheckpoint
 from gptj_serve.model.stage import GPTJStage
@@ -31,8 +32,9 @@ class GPUStageRunner(StageRunner):
         device: Device,
         sampler: Sampler,
         heads: Mapping[str, HeadCheckpoint] | None = None,
+        sample: Sample = sample,
     ) -> None:
-        """The layers of `stage` were taken for `layers`. Captures the graphs."""
+        """The layers of `stage` were taken for `layers`. Captures the graphs. `sample` chooses what `sampler` can't."""
         # All that the base class would make is on the device already, or is not needed.
         self.stage = stage
         self.spec = spec
@@ -46,12 +48,10 @@ class GPUStageRunner(StageRunner):
             num_positions=stage.config.n_positions,
             num_kv_blocks=spec.num_kv_blocks,
             block_size=spec.block_size,
-            max_rows=min(spec.max_num_sequences, spec.max_microbatch_tokens),
-            max_tokens=spec.max_microbatch_tokens,
+            max_rows=spec.max_num_sequences,
+            max_tokens=max(spec.max_num_sequences, spec.max_microbatch_tokens),
         )
-        outputs = None
-        if stage.is_last:
-            outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, sample=sampler.sample_others)
+        outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, sample=sample) if stage.is_last else None
         self._gpu_stage = GPUStage(device, stage, layers, limits, sampler, outputs)
 
     @property

@@ -21,10 +21,6 @@ from gptj_serve.pipeline.gpu.gpu_runner import GPUStageRunner
 from gptj_serve.pipeline.stage_runner import StageSpec
 
 
-class TritonSampler(DeviceSampler):
-    sample_others = staticmethod(sample_on_gpu)
-
-
 def prepare_on_gpu(
     device: Device,
     checkpoint: Checkpoint,
@@ -63,6 +59,6 @@ def runner_maker(
     def make(num_kv_blocks: int) -> GPUStageRunner:
         layers = GPULayers(stage.config, blocks, num_kv_blocks, spec.block_size, spec.dtype, device.torch_device)
         own = replace(spec, num_kv_blocks=num_kv_blocks)
-        return GPUStageRunner(stage, own, layers, device, TritonSampler(), heads)
+        return GPUStageRunner(stage, own, layers, device, DeviceSampler(), heads, sample_on_gpu)
 
     return make

@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gptj_serve.engine.sampling import NOT_FINITE, NOTHING_POSSIBLE, sample
-from gptj_serve.pipeline.row_outputs import Sample
+from gptj_serve.engine.sampling import NOT_FINITE, NOTHING_POSSIBLE
 from gptj_serve.steps import RowResult, SampledToken, SampleSpec
 
 STATUS_OK, STATUS_NOT_FINITE, STATUS_NOTHING_POSSIBLE = range(3)
@@ -35,17 +34,12 @@ class Sampler(Protocol):
     def sample(self, logits: Tensor, num_token_ids: int, parameters: Tensor, mode: int) -> Tensor:
         """Logits [S, W] → int32 [3, S]: token ids, the bits of their fp32 log-probabilities, and statuses."""
 
-    @property
-    def sample_others(self) -> Sample:
-        """For rows that it can't sample; waits for the device."""
-
 
 class GreedySampler:
     """The best token of each row, the lowest id among equals, in a few passes over the logits."""
 
     modes = (0,)
     num_fields = 0
-    sample_others = staticmethod(sample)
 
     def can_sample(self, spec: SampleSpec) -> bool:
         is_greedy = spec.warpers.temperature == 0 or spec.warpers.top_k == 1

@@ -23,8 +23,6 @@ from gptj_serve.types import Warpers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 
 class Sampled(NamedTuple):
     token_ids: list[int]

@@ -15,8 +15,6 @@ from gptj_serve.types import Warpers
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 V = 300
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from gptj_serve.kernels.gpu.attention import MAX_SPLITS, Attention, choose_num_splits
 from gptj_serve.kernels.gpu.rows import DeviceRows
 from gptj_serve.kernels.gpu.tiles import Tile, Tiles

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from gptj_serve.kernels.gpu.inward import ACTIVATIONS, InwardShape, finish_inward
 from gptj_serve.model.attention import PagedRow
 from gptj_serve.model.block import ACTIVATIONS as ALL_ACTIVATIONS

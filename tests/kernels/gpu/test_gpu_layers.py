@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from gptj_serve.model.attention import PagedRow
 from gptj_serve.model.config import GPTJConfig
 from tests.kernels.gpu.device_rows import PaddedGPULayers, device_rows

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from gptj_serve.kernels.gpu.norm import add, add_and_norm, norm
 
 EPS = 1e-5
