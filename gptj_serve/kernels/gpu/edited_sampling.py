@@ -20,8 +20,8 @@ from gptj_serve.engine.sampling import NOT_FINITE, NOT_FINITE_AFTER_EDITS, NOTHI
 from gptj_serve.kernels.gpu import draw_kernels
 from gptj_serve.kernels.gpu.sampling import DeviceSampler
 from gptj_serve.kernels.gpu.sampling_parameters import Field, has_kernels
-from gptj_serve.steps import RowResult, SampledToken, SampleSpec
-from gptj_serve.types import TokenLogprob
+from gptj_serve.steps import LogitEdits, RowResult, SampledToken, SampleSpec
+from gptj_serve.types import TokenLogprob, Warpers
 
 _ALIGNMENT = 16  # tokens: rows that begin and end at a multiple of so many are read 16 bytes at a time
 _GREEDY = SampleSpec()
@@ -53,6 +53,14 @@ def sample_on_gpu(
     if pending is not None:
         results |= dict(zip(ours, pending.results(), strict=True))
     return [results[row] for row in range(len(specs))]
+
+
+def compile_ahead(num_token_ids: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Have the kernels of `sample_on_gpu` compiled: the first requests that need them would wait for seconds."""
+    logits = torch.zeros(2, num_token_ids, dtype=dtype, device=device)
+    for warpers in (Warpers(), Warpers(temperature=1.0), Warpers(temperature=1.0, top_p=0.5)):
+        edited = SampleSpec(warpers, edits=LogitEdits(repetition_penalty=2.0, seen_token_ids=[0]), num_top_logprobs=1)
+        sample_on_gpu(logits, [SampleSpec(warpers), edited], [0, 0])
 
 
 @dataclass(frozen=True, slots=True)

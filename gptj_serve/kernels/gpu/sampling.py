@@ -22,8 +22,14 @@ from gptj_serve.steps import SampleSpec
 CHUNK_GROUPS = 32
 """Groups of tokens in a chunk: 25 programs for a row of GPT-J's, each of which reads 4 or 8 KB."""
 
+ROW_TILE = 8192
+"""Tokens that are looked at together where a program passes over its whole row."""
+
 SEARCH_TILE = 2048
+"""The same, where it searches among those that can matter."""
+
 NUM_PIVOTS = 4
+"""Of a round of that search: more make fewer rounds, each of which computes more."""
 
 NUM_WARPS = {"measure": 4, "narrow": 8, "weigh": 4, "choose": 2}
 
@@ -98,7 +104,7 @@ class _Call:
             candidates = self._new(self._num_token_ids, torch.int32)
             narrow[per_row](
                 *self._row, *self._parameters, peaks, warm_sums, maxima, num_groups, num_chunks, candidates, *kept,
-                PADDED_CHUNKS=padded_chunks, SHIFT=shift, TILE=SEARCH_TILE, NUM_PIVOTS=NUM_PIVOTS,
+                PADDED_CHUNKS=padded_chunks, SHIFT=shift, ROW_TILE=ROW_TILE, TILE=SEARCH_TILE, NUM_PIVOTS=NUM_PIVOTS,
                 num_warps=NUM_WARPS["narrow"],
             )  # fmt: skip
         if draws:

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from gptj_serve.engine.ranking import best
 from gptj_serve.engine.sampling import NOT_FINITE, NOT_FINITE_AFTER_EDITS, NOTHING_POSSIBLE, sample
-from gptj_serve.kernels.gpu.edited_sampling import best_of, sample_on_gpu
+from gptj_serve.kernels.gpu.edited_sampling import best_of, compile_ahead, sample_on_gpu
 from gptj_serve.steps import LogitEdits, RowResult, SampleSpec
 from gptj_serve.types import Warpers
 
@@ -105,3 +105,8 @@ def test_best_tokens_are_those_of_the_engine_in_their_order(count: int):
     wanted, wanted_ids = best(logits, count)
     assert token_ids.tolist() == wanted_ids.tolist()
     assert torch.equal(scores.cpu(), wanted)
+
+
+def test_kernels_can_be_compiled_before_there_is_a_request():
+    """Without a GPU it shows no more than that this ends."""
+    compile_ahead(100, torch.bfloat16, DEVICE)
