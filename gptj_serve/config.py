@@ -123,8 +123,9 @@ class PipelineConfig(_Part):
     )
     kernels: Kernels = Field(
         "auto",
-        description="What the layers run on. auto: on CPUs with AVX-512 our own, which g++ compiles when first needed, "
-        "else PyTorch's, with a line in the log that says why. torch: PyTorch's.",
+        description="What the layers run on. auto: our own on CPUs with AVX-512, where g++ compiles them when first "
+        "needed, and on GPUs of compute capability 8.0 or more, where Triton does; else PyTorch's, with a line in the log "
+        "that says why. torch: PyTorch's.",
     )
     deterministic: bool = Field(
         False,
@@ -210,7 +211,6 @@ class PipelineConfig(_Part):
     def sizes_kv_pool_from_memory(self) -> bool:
         """The KV pool is as large as the stages find room for, once they have loaded."""
         return self.stage.num_gpus > 0 and self.kv_cache.num_tokens is None
-
 
     @property
     def schedules_ahead(self) -> bool:

@@ -3,6 +3,9 @@
 Neither host waits for the device: the sender's stream records that a slot has been written before its number is sent,
 the receiver's that it has been read before the slot is given back, and the other's stream waits for that. A message is
 sent after its event was recorded, so whoever waits for an event waits for the right occurrence of it.
+
+What a process that was killed had recorded may never come: then the neighbour's stream waits for ever, its stage does
+not stop when it is told to, and is replaced like one that hangs.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from torch import Tensor
 from gptj_serve.errors import WireError
 from gptj_serve.pipeline.handoff import HiddenHeader
 from gptj_serve.pipeline.slot_ring import CudaMemory, EventHandles, Offer
+from gptj_serve.pipeline.slot_views import SlotViews
 
 _cuda: Any = torch.cuda  # much of it has no types
 
@@ -29,8 +33,8 @@ class CudaSenderSlots:
     file_descriptors: Sequence[int] = ()
 
     def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:
-        self._slot_bytes = slot_bytes
         self._memory = _take_memory(num_slots * slot_bytes, device)
+        self._views = SlotViews(self._memory, slot_bytes)
         with torch.cuda.device(device):
             self._written = [_cuda.Event(interprocess=True) for _ in range(num_slots)]
             self._read = [_cuda.Event(interprocess=True) for _ in range(num_slots)]
@@ -48,8 +52,7 @@ class CudaSenderSlots:
     def write(self, slot: int, hidden: Tensor) -> None:
         stream = torch.cuda.current_stream(self._memory.device)
         stream.wait_event(self._read[slot])  # nothing to wait for if it was never recorded
-        start = slot * self._slot_bytes
-        self._memory[start : start + hidden.nbytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
+        self._views.of(slot, hidden.dtype, hidden.shape).copy_(hidden)
         self._written[slot].record(stream)
 
     def close(self) -> None:
@@ -69,18 +72,17 @@ class CudaReceiverSlots:
             cuda.event_handle, cuda.event_sync_required,
         )  # fmt: skip
         device = torch.device("cuda", index)
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-        self._slot_bytes = offer.slot_bytes
+        self._device = device
+        self._views = SlotViews(torch.empty(0, dtype=torch.uint8, device=device).set_(storage), offer.slot_bytes)
         self._written = [_cuda.Event.from_ipc_handle(device, event.written) for event in cuda.events]
         self._read = [_cuda.Event.from_ipc_handle(device, event.read) for event in cuda.events]
 
     def read(self, slot: int, header: HiddenHeader) -> Tensor:
-        torch.cuda.current_stream(self._memory.device).wait_event(self._written[slot])
-        start = slot * self._slot_bytes
-        return self._memory[start : start + header.num_bytes].view(header.torch_dtype).view(header.shape)
+        torch.cuda.current_stream(self._device).wait_event(self._written[slot])
+        return self._views.of(slot, header.torch_dtype, header.shape)
 
     def release(self, slot: int) -> None:
-        self._read[slot].record(torch.cuda.current_stream(self._memory.device))
+        self._read[slot].record(torch.cuda.current_stream(self._device))
 
 
 def _shared(memory: Tensor) -> Any:

@@ -31,7 +31,7 @@ from gptj_serve.wire import WireDecoder
 
 _dist: Any = torch.distributed  # its types leave out what is made in C++
 
-CONNECT_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 30.0
 """In it both ends must have come, and NCCL have found its way between their GPUs."""
 
 MIN_BUFFER_BYTES = 1 << 20
@@ -87,9 +87,10 @@ class _End:
 
     rank: int
 
-    def __init__(self, host: str, device: torch.device) -> None:
+    def __init__(self, host: str, device: torch.device, connect_timeout_s: float) -> None:
         """`host`: the address of this host that the neighbour can reach."""
         self._host = host
+        self._connect_timeout_s = connect_timeout_s
         self._device = device
         self._group: _Group | None = None
 
@@ -105,9 +106,10 @@ class _End:
     def _form_group(self, store: Any) -> None:
         """Raises `PipelineError` if that fails or takes too long."""
         try:
-            self._group = group = _new_group(store, self.rank, self._device, self._host)
+            self._group = group = _new_group(store, self.rank, self._device, self._host, self._connect_timeout_s)
             token = torch.zeros(1, device=self._device)
-            self._wait(group.send([token], 1, 0) if self.rank == 0 else group.recv([token], 0, 0), CONNECT_TIMEOUT_S)
+            work = group.send([token], 1, 0) if self.rank == 0 else group.recv([token], 0, 0)
+            self._wait(work, self._connect_timeout_s)
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
         except (RuntimeError, ValueError) as error:  # torch.distributed's own are RuntimeErrors
@@ -126,8 +128,15 @@ class DistributedSender(_End):
 
     rank = 0
 
-    def __init__(self, link: zmq.Socket[bytes], address: str, host: str, device: torch.device) -> None:
-        super().__init__(host, device)
+    def __init__(
+        self,
+        link: zmq.Socket[bytes],
+        address: str,
+        host: str,
+        device: torch.device,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        super().__init__(host, device, connect_timeout_s)
         self._link = link
         self._address = address
         self._encoder = msgspec.msgpack.Encoder()
@@ -136,7 +145,7 @@ class DistributedSender(_End):
 
     def connect(self, should_stop: Callable[[], bool]) -> None:
         host, _, port = self._address.rpartition(":")
-        timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
+        timeout = timedelta(seconds=self._connect_timeout_s)
         try:
             store = _dist.TCPStore(host, int(port), 2, is_master=False, timeout=timeout, wait_for_workers=False)
         except RuntimeError as error:
@@ -164,8 +173,10 @@ class DistributedReceiver(_End):
 
     rank = 1
 
-    def __init__(self, link: zmq.Socket[bytes], host: str, device: torch.device) -> None:
-        super().__init__(host, device)
+    def __init__(
+        self, link: zmq.Socket[bytes], host: str, device: torch.device, connect_timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> None:
+        super().__init__(host, device, connect_timeout_s)
         self._link = link
         self._decoder = WireDecoder[HiddenHeader](HiddenHeader)
         self._buffers = _Buffers(2, device)
@@ -176,7 +187,7 @@ class DistributedReceiver(_End):
             listener.getsockname()[1],
             2,
             is_master=True,
-            timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
+            timeout=timedelta(seconds=connect_timeout_s),
             wait_for_workers=False,
             master_listen_fd=listener.detach(),  # the store's from now on
         )
@@ -230,7 +241,7 @@ class DistributedReceiver(_End):
             self._read[index] = torch.cuda.current_stream(self._device).record_event()
 
 
-def _new_group(store: Any, rank: int, device: torch.device, host: str) -> _Group:
+def _new_group(store: Any, rank: int, device: torch.device, host: str, connect_timeout_s: float) -> _Group:
     own_store = _dist.PrefixStore("hidden", store)
     if device.type == "cuda":
         keep_nccl_from_ending_the_process()
@@ -241,7 +252,7 @@ def _new_group(store: Any, rank: int, device: torch.device, host: str) -> _Group
     options = _dist.ProcessGroupGloo._Options()
     options._devices = [_dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 1
-    options._timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
+    options._timeout = timedelta(seconds=connect_timeout_s)
     gloo: _Group = _dist.ProcessGroupGloo(own_store, rank, 2, options)
     return gloo
 

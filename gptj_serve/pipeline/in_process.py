@@ -61,6 +61,7 @@ class InProcessPipeline:
                 "stage_index": index,
                 **describe_stage(stage.runner),
                 "node_ip": "127.0.0.1",
+                "handoff": "in_process" if index else None,
                 "memory_bytes": memory_bytes(stage.runner.spec.device),
                 "num_restarts": self._num_recoveries,
                 **stage.meter.status(),

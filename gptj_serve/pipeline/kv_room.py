@@ -27,6 +27,13 @@ class KVRoom:
         """That fit, beside the block of padding."""
         return max(0, (self.budget_bytes - self.used_bytes) // self.block_bytes - 1)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.device}: {_gib(self.weight_bytes)} of weights, {_gib(self.used_bytes - self.weight_bytes)} of all "
+            f"else; in the {_gib(self.budget_bytes)} that may be used there is room for {self.num_blocks:,} KV blocks "
+            f"of {self.block_bytes:,} bytes"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Knobs:

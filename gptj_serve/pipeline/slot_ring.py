@@ -123,6 +123,9 @@ class RingSender:
             slot = self._free.pop()
             self._slots.write(slot, hidden)
             self._socket.send(self._encoder.encode(Filled(slot, header)))
+            if not self._free:  # the next step need not ask
+                with contextlib.suppress(BlockingIOError):
+                    self._take_back(socket.MSG_DONTWAIT)
         except OSError as error:
             raise PipelineError(f"the next stage takes no hidden states any more: {error}") from error
 
@@ -145,8 +148,8 @@ class RingSender:
         offer = Offer(self._ring, NUM_SLOTS, self._slot_bytes, self._slots.cuda)
         socket.send_fds(self._socket, [self._encoder.encode(offer)], list(self._slots.file_descriptors))
 
-    def _take_back(self) -> None:
-        message = self._socket.recv(2)
+    def _take_back(self, flags: int = 0) -> None:
+        message = self._socket.recv(2, flags)
         if not message:
             raise PipelineError("the next stage takes no hidden states any more")
         ring, slot = message

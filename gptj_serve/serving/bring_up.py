@@ -6,6 +6,7 @@ as many KV blocks as fit on the fullest. A stage that replaces a lost one is tol
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from gptj_serve.pipeline.kv_room import agreed_num_blocks
 from gptj_serve.planner import resolve_dtype
 from gptj_serve.serving.stage_actor import StageSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -36,6 +39,8 @@ async def bring_up(stages: Sequence[StartingStage]) -> list[dict[str, Any]]:
     await asyncio.gather(*[stage.actor.load.remote(stage.settings.dtype) for stage in stages])
     if any(stage.settings.num_kv_blocks is None for stage in stages):
         rooms = await asyncio.gather(*[stage.actor.measure.remote() for stage in stages])
+        for index, room in enumerate(rooms):
+            logger.info("stage %d of %d: %s", index, len(rooms), room)
         own = stages[0].settings
         num_blocks = agreed_num_blocks(rooms, own.block_size, own.max_sequence_tokens, own.knobs)
         for stage in stages:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
-from gptj_serve.config import Kernels, Quantization
+from gptj_serve.config import HandoffKind, Kernels, Quantization
 from gptj_serve.environment import keep_openmp_from_spinning
 from gptj_serve.errors import ConfigError
 from gptj_serve.gpus import missing_capability
@@ -153,7 +153,7 @@ class GPTJStage:
         Raises `ConfigError` where the machine can't be deterministic, and `DeviceMemoryError`.
         """
         from gptj_serve.pipeline.memory_trial import out_of_memory_named, run_largest
-        from gptj_serve.pipeline.stage_status import describe_stage
+        from gptj_serve.pipeline.stage_status import describe_stage, gpu_uuid
         from gptj_serve.pipeline.step_meter import StepMeter
 
         assert self._make_runner is not None
@@ -167,6 +167,7 @@ class GPTJStage:
             **describe_stage(self._runner),
             "node_ip": ray.util.get_node_ip_address(),
             "node_id": ray.get_runtime_context().get_node_id(),
+            "gpu_uuid": gpu_uuid(self._runner.spec.device),
         }
 
     def _pin_cores(self, num_threads: int) -> None:
@@ -191,18 +192,24 @@ class GPTJStage:
         measured = {"memory_bytes": memory_bytes(self._runner.spec.device), **self._meter.status()}
         return StageReport(measured, self._meter.totals(), self._meter.take_traced())
 
-    def bind(self, address: str | None, keys: CurveKeys | None) -> "StageAddresses":
-        """Make new links, listening at an ipc address, or (None) on any TCP port of this node."""
+    def bind(self, address: str | None, keys: CurveKeys | None, handoff: HandoffKind = "zmq") -> "StageAddresses":
+        """Make new links, listening at an ipc address, or (None) on any TCP port of this node.
+
+        Hidden states from the stage before come by `handoff`.
+        """
         from gptj_serve.pipeline.stage_loop import StageLoop
 
         assert self._runner is not None
         self._loop = StageLoop(self._runner, keys, self._meter)
-        return self._loop.bind(address or f"tcp://{ray.util.get_node_ip_address()}")
+        return self._loop.bind(address or f"tcp://{ray.util.get_node_ip_address()}", handoff)
 
-    def start(self, next_address: str) -> None:
-        """Raises `PipelineError` if the link to the next stage can't be made."""
+    def start(self, next_address: str, handoff: HandoffKind = "zmq", tensors: str = "") -> None:
+        """Towards the next stage, by the handoff that it is bound for, or the engine.
+
+        Raises `PipelineError` if the links to either side can't be made.
+        """
         assert self._loop is not None
-        self._loop.start(next_address)
+        self._loop.start(next_address, handoff, tensors)
         self._loop.wait_until_linked()
 
     def stop(self) -> None:

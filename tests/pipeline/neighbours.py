@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import pytest
 import torch
 import zmq
 from torch import Tensor
@@ -18,12 +19,23 @@ from gptj_serve.pipeline.handoff import HiddenReceiver, HiddenSender
 from gptj_serve.pipeline.handoff_ends import Site, listen, reach
 from gptj_serve.pipeline.sockets import bind_receiver, connect_sender
 
-KINDS: tuple[HandoffKind, ...] = ("zmq", "shared_memory", "distributed")
-"""Those that stages on CPUs can use."""
-
-SITE = Site(torch.device("cpu"), "127.0.0.1")
+KINDS = [
+    "zmq",
+    "shared_memory",
+    "distributed",
+    pytest.param("cuda_ipc", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+"""All; NCCL would need two GPUs, and does what gloo does here."""
 
 Side = Literal["sender", "receiver"]
+
+
+def device_of(kind: HandoffKind) -> torch.device:
+    return torch.device("cuda" if kind == "cuda_ipc" else "cpu")
+
+
+def site_of(kind: HandoffKind) -> Site:
+    return Site(device_of(kind), "127.0.0.1")
 
 
 def never() -> bool:
@@ -40,7 +52,7 @@ def open_receiver(kind: HandoffKind, link_address: str) -> Iterator[tuple[Hidden
     context = zmq.Context[zmq.Socket[bytes]]()
     link = context.socket(zmq.PULL)
     address = bind_receiver(link, link_address, None)
-    end, tensors = listen(kind, link, SITE)
+    end, tensors = listen(kind, link, site_of(kind))
     try:
         yield end, (address, tensors)
     finally:
@@ -54,7 +66,7 @@ def open_sender(kind: HandoffKind, addresses: tuple[str, str]) -> Iterator[Hidde
     context = zmq.Context[zmq.Socket[bytes]]()
     link = context.socket(zmq.PUSH)
     connect_sender(link, addresses[0], None)
-    end = reach(kind, link, addresses[1], SITE)
+    end = reach(kind, link, addresses[1], site_of(kind))
     try:
         yield end
     finally:
@@ -104,7 +116,7 @@ def run_sender(pipe: Connection, kind: HandoffKind, addresses: tuple[str, str]) 
         while True:
             first, sizes = pipe.recv()
             for microbatch_id, size in enumerate(sizes, start=first):
-                end.send(microbatch_id, hidden_of(*size))
+                end.send(microbatch_id, hidden_of(*size).to(device_of(kind)))
             pipe.send("sent")
 
 
@@ -119,7 +131,7 @@ def run_receiver(pipe: Connection, kind: HandoffKind, link_address: str) -> None
             for microbatch_id in range(first, first + count):
                 received = end.receive(microbatch_id, never)
                 assert received is not None
-                pipe.send(received.hidden.float().numpy().tobytes())
+                pipe.send(received.hidden.float().cpu().numpy().tobytes())
 
 
 def link_address(directory: Path) -> str:

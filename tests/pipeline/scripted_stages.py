@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any, Self
@@ -18,6 +18,7 @@ from gptj_serve.config import HandoffKind
 from gptj_serve.pipeline.stage_loop import StageAddresses, StageLoop
 from gptj_serve.pipeline.step_links import StepLinks
 from gptj_serve.steps import MicroBatch, Row, RowResult, SampledToken, StepOutput
+from tests.pipeline.neighbours import device_of
 
 WIDTH = 512
 
@@ -36,7 +37,11 @@ class ScriptedRunner:
     """What a `StageLoop` needs of a `StageRunner`: hidden states are the token, times two on the last stage."""
 
     index: int
-    spec: Any = field(default_factory=lambda: SimpleNamespace(device=torch.device("cpu"), span=range(1)))
+    device: torch.device
+
+    @property
+    def spec(self) -> Any:
+        return SimpleNamespace(device=self.device, span=range(1))
 
     @property
     def stage(self) -> Any:
@@ -44,13 +49,15 @@ class ScriptedRunner:
 
     def restart(self) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def run(self, microbatch: MicroBatch, hidden: Tensor | None) -> Tensor | StepOutput:
         (row,) = microbatch.rows
         time.sleep(row.block_table[self.index] / 1000)
         if hidden is None:
-            return torch.full((len(row.token_ids), WIDTH), float(row.token_ids[0]))
+            return torch.full((len(row.token_ids), WIDTH), float(row.token_ids[0]), device=self.device)
         assert hidden.shape == (len(row.token_ids), WIDTH)
         (value,) = hidden.unique().tolist()
         return outcome(microbatch.microbatch_id, int(value))
@@ -101,10 +108,12 @@ class StageHere:
     """A stage in this process, whose failure can be looked at."""
 
     def __init__(self, index: int) -> None:
-        self._runner: Any = ScriptedRunner(index)
+        self._runner: Any = None
+        self.index = index
         self.loop: StageLoop | None = None
 
     def bind(self, address: str, handoff: HandoffKind) -> StageAddresses:
+        self._runner = self._runner or ScriptedRunner(self.index, device_of(handoff))
         self.loop = StageLoop(self._runner, None)
         return self.loop.bind(address, handoff)
 

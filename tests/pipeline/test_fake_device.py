@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gptj_serve.pipeline.gpu.staging import Staging
 from tests.pipeline.fake_device import POISON, FakeDevice, HostSyncError, NoHostSync
 
 
@@ -86,3 +87,16 @@ def test_work_that_does_not_is_none():
         y = torch.where(x > 1, x, 0)[:, 1:].index_select(0, torch.arange(2)).argmax(-1)
         x[0, :2] = y
     assert x[0].tolist() == [1, 1, 2]
+
+
+def test_hidden_states_of_every_dtype_are_staged():
+    """NumPy, by which others are filled, has no bfloat16."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        device = FakeDevice()
+        staging = Staging(device, device.stream(), 4, dtype)
+        staging.halves[staging.begin()][:3] = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
+        there = staging.send(3)
+        staging.begin()
+        staging.send(1)
+        staging.begin()  # waits for the first copy
+        assert there.tolist() == [1.0, -2.0, 0.5]

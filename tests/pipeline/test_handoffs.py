@@ -14,6 +14,7 @@ from gptj_serve.errors import PipelineError
 from tests.pipeline.neighbours import (
     KINDS,
     Neighbour,
+    device_of,
     hidden_of,
     link_address,
     never,
@@ -47,7 +48,7 @@ def test_whatever_is_sent_arrives_as_it_was(kind: HandoffKind, tmp_path: Path, s
             received = end.receive(microbatch_id, never)
             assert received is not None
             assert received.hidden.dtype == size[3]
-            assert torch.equal(received.hidden, hidden_of(*size))
+            assert torch.equal(received.hidden.cpu(), hidden_of(*size))
             assert received.sent_at <= time.time()
             assert before - received.sent_at < 60
         assert [other.answer(), other.answer()] == ["connected", "sent"]
@@ -57,7 +58,7 @@ def test_a_sender_may_be_ahead_of_its_receiver(kind: HandoffKind, tmp_path: Path
     with Neighbour("receiver", kind, link_address(tmp_path)) as other, open_sender(kind, other.answer()) as end:
         end.connect(never)
         for microbatch_id in range(3):
-            end.send(microbatch_id, torch.full((3, 4), float(microbatch_id)))
+            end.send(microbatch_id, torch.full((3, 4), float(microbatch_id), device=device_of(kind)))
         other.tell(0, 3)
         answers = [torch.frombuffer(bytearray(other.answer()), dtype=torch.float32) for _ in range(3)]
         assert [answer.unique().tolist() for answer in answers] == [[0.0], [1.0], [2.0]]
@@ -73,7 +74,7 @@ def test_what_was_received_stays_until_the_next_one(kind: HandoffKind, tmp_path:
             received = end.receive(microbatch_id, never)
             assert received is not None
             time.sleep(0.01)
-            assert torch.equal(received.hidden, hidden_of(*size))
+            assert torch.equal(received.hidden.cpu(), hidden_of(*size))
 
 
 def test_another_microbatch_than_the_due_one_is_an_error(kind: HandoffKind, tmp_path: Path) -> None:

@@ -20,6 +20,13 @@ def test_the_fullest_stage_decides() -> None:
     assert agreed_num_blocks([ROOM, larger_blocks], 16, 2048, KNOBS) == 3 * 1024 - 1
 
 
+def test_a_stage_tells_what_it_found() -> None:
+    assert str(ROOM) == (
+        "a card: 6.00 GiB of weights, 2.00 GiB of all else; in the 14.00 GiB that may be used there is room for 6,143 "
+        "KV blocks of 1,048,576 bytes"
+    )
+
+
 def test_exactly_one_sequence_is_enough() -> None:
     just = replace(ROOM, used_bytes=ROOM.budget_bytes - 129 * ROOM.block_bytes)
     assert agreed_num_blocks([just], 16, 2048, KNOBS) == 128

@@ -39,7 +39,7 @@ async def test_a_killed_neighbour_ends_the_steps_and_is_replaced(
     for generation in range(2):
         directory = tmp_path / str(generation)
         directory.mkdir()
-        with StageProcess(1 - here_index(here)) as other:
+        with StageProcess(1 - here.index) as other:
             stages = (other, here) if victim == "the one before" else (here, other)
             async with linked(stages, str(directory), kind) as links:
                 await run_steps(links)
@@ -58,10 +58,6 @@ async def test_a_killed_neighbour_ends_the_steps_and_is_replaced(
                 with pytest.raises(PipelineError):
                     await asyncio.wait_for(asyncio.wrap_future(here.loop.failure), SOON_S)
             await asyncio.wait_for(asyncio.to_thread(here.stop), SOON_S)
-
-
-def here_index(stage: StageHere) -> int:
-    return stage._runner.index
 
 
 async def test_kills_at_any_moment(kind: HandoffKind) -> None:

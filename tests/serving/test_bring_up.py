@@ -57,8 +57,12 @@ async def brought_up(
 
 @pytest.mark.parametrize(("capabilities", "dtype"), [(((8, 0), (9, 0)), "bfloat16"), (((9, 0), (7, 5)), "float16")])
 async def test_on_gpus_stages_agree_on_a_dtype_and_the_smallest_pool(
-    tiny_gptj: Callable[..., Path], capabilities: tuple[tuple[int, int], ...], dtype: str
+    tiny_gptj: Callable[..., Path],
+    capabilities: tuple[tuple[int, int], ...],
+    dtype: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "gptj_serve.serving.bring_up")
     settings = settings_for(tiny_gptj(), stage={"num_gpus": 1})
     assert [(each.dtype, each.num_kv_blocks) for each in settings] == [("auto", None)] * 2
     sizes = (3 * GIB, 2 * GIB)
@@ -68,6 +72,7 @@ async def test_on_gpus_stages_agree_on_a_dtype_and_the_smallest_pool(
         *[("capability",)] * 2, *[("load", dtype)] * 2, *[("measure",)] * 2, *[("allocate", 2047)] * 2,
     ]  # fmt: skip
     assert descriptions == [{"num_blocks": 2047}] * 2
+    assert [record.message[:22] for record in caplog.records] == [f"stage {n} of 2: a card: " for n in (0, 1)]
     _, calls, _ = await brought_up([stages[0].settings], (capabilities[0], 0))
     assert calls == [("load", dtype), ("allocate", 2047)]  # one that replaces it
 

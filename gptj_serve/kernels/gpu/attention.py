@@ -20,8 +20,15 @@ from gptj_serve.kernels.gpu.rows import DeviceRows
 from gptj_serve.kernels.gpu.tiles import Tiles
 
 MAX_SPLITS = 32
+"""A power of two: all are joined by one kernel, whatever their number."""
+
 BALANCED_SPAN = 512
 """Tokens that one program reads alone at most, as long as MAX_SPLITS allows: else the longest row keeps all waiting."""
+
+
+UNSPECIALIZED = ["num_rows", "max_blocks", "num_splits"]
+UNALIGNED = ["row_starts", "context_lengths", "block_tables"]
+"""Arguments whose values, or places in memory, change from step to step: none gets kernels of its own."""
 
 
 @triton.jit
@@ -67,7 +74,7 @@ def _span_of(context, num_splits, N: tl.constexpr):
     return tl.cdiv(tl.cdiv(context, num_splits), N) * N
 
 
-@triton.jit(do_not_specialize=["max_blocks"])
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _attend_tokens(
     q, keys, values, out, partial_out, partial_stats, row_starts, context_lengths, block_tables, max_blocks, scale,
     Q_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -107,7 +114,7 @@ def _attend_tokens(
         tl.store(out + token.to(tl.int64) * OUT_STRIDE + own, attended.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _join_splits(
     out, partial_out, partial_stats, row_starts, context_lengths, num_splits,
     OUT_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, N: tl.constexpr,
@@ -133,7 +140,7 @@ def _join_splits(
     tl.store(target, attended.to(out.dtype.element_ty), mask=dims < DIM)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_blocks"])
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _attend_chunks(
     q, keys, values, out, row_starts, context_lengths, block_tables, num_rows, max_blocks, scale,
     Q_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -224,7 +231,7 @@ class Attention:
             _join_splits[self._num_heads, rows.num_rows](
                 out, self._partial_out, self._partial_stats, rows.row_starts, rows.context_lengths, self._num_splits,
                 OUT_STRIDE=out.stride(0), **self._shape, N=decode.n,
-                PADDED_SPLITS=triton.next_power_of_2(self._num_splits), num_warps=4,
+                PADDED_SPLITS=MAX_SPLITS, num_warps=4,
             )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def _rotated(x, sin, cos, is_rotated, ROWS: tl.constexpr, PADDED_DIM: tl.constex
     return tl.reshape(tl.join(new_even, new_odd), (ROWS, PADDED_DIM)).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])
 def _finish_inward(
     inward, keys, values, operands, fc_in_bias, sin, cos, positions, slots, num_tokens,
     STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr,

@@ -18,7 +18,9 @@ class Staging:
     def __init__(self, device: Device, stream: Stream, num_elements: int, dtype: torch.dtype) -> None:
         self._stream = stream
         self.halves = (device.pinned((num_elements,), dtype), device.pinned((num_elements,), dtype))
-        self.arrays: tuple[NDArray[Any], ...] = tuple(half.numpy() for half in self.halves)  # the same, for NumPy
+        self.arrays: tuple[NDArray[Any], ...] = ()  # the same, for NumPy, which has no bfloat16
+        if dtype != torch.bfloat16:
+            self.arrays = tuple(half.numpy() for half in self.halves)
         self.on_device = device.zeros((num_elements,), dtype)
         self._copied: list[Event | None] = [None, None]
         self._next = 0

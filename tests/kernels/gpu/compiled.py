@@ -1,8 +1,9 @@
 """Compiles the kernels of GPT-J 6B's layers to machine code for several architectures, and prints what each takes.
 
 Needs no GPU: `GPULayers` launches them as always, on tensors of a CPU, with a driver that compiles and does not
-run. A row of the JSON list is a kernel: registers, bytes of stack (spilled registers) and of shared memory, and whether
-its products are on tensor cores. Run it with `python -m tests.kernels.gpu.compiled`, without TRITON_INTERPRET.
+run. The JSON that it prints says of each kernel its registers, bytes of stack (spilled registers) and of shared memory,
+and whether its products are on tensor cores; and what was compiled for microbatches of other sizes. Run it with
+`python -m tests.kernels.gpu.compiled`, without TRITON_INTERPRET.
 """
 
 import json
@@ -124,11 +125,12 @@ class CapableLayers(GPULayers):
         self._tiles = choose_tiles(capability, dtype, config.head_dim)
 
 
-def _rows(num_tokens: int, num_rows: int, max_blocks: int) -> DeviceRows:
-    zeros = lambda *shape: torch.zeros(shape, dtype=torch.int32)  # noqa: E731
+def _rows(num_tokens: int, num_rows: int, max_blocks: int, offset: int = 0) -> DeviceRows:
+    """With an `offset` in tensors that begin anywhere in memory, as parts of others do."""
+    zeros = lambda n: torch.zeros(offset + n, dtype=torch.int32)[offset:]  # noqa: E731
     return DeviceRows(
         zeros(num_tokens), zeros(num_tokens), zeros(num_tokens), zeros(num_rows + 1), zeros(num_rows),
-        zeros(num_rows, max_blocks), num_tokens,
+        zeros(num_rows * max_blocks).view(num_rows, max_blocks), num_tokens,
     )  # fmt: skip
 
 
@@ -138,9 +140,14 @@ def main() -> None:
     for driver.capability, dtype in CASES:
         driver.dtype = str(dtype).removeprefix("torch.")
         layers = CapableLayers(GPTJConfig(n_layer=2), dtype, driver.capability)
-        for rows in (_rows(1, 1, 128), _rows(3, 2, 8)):  # with splits and without
+        for rows in (_rows(1, 1, 128), _rows(3, 2, 4)):  # with splits and without
             layers.run(torch.zeros(rows.num_tokens, 4096, dtype=dtype), rows)
-    json.dump([asdict(kernel) for kernel in driver.compiled], sys.stdout)
+    kernels = [asdict(kernel) for kernel in driver.compiled]
+    for sizes in ((32, 16, 128), (1, 1, 40), (5, 4, 3)):
+        rows = _rows(*sizes, offset=1)
+        layers.run(torch.zeros(rows.num_tokens, 4096, dtype=dtype), rows)
+    later = [kernel.name for kernel in driver.compiled[len(kernels) :]]
+    json.dump({"kernels": kernels, "compiled_later": later}, sys.stdout)
 
 
 if __name__ == "__main__":

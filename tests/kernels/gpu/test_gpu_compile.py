@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,13 +17,18 @@ KERNELS = {"_add_and_norm", "_finish_inward", "_attend_chunks", "_attend_tokens"
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Iterator[list[Kernel]]:
+def printed() -> dict[str, Any]:
     """In a process of its own, since in this one kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.gpu.compiled"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture
+def compiled(printed: dict[str, Any]) -> list[Kernel]:
+    return printed["kernels"]
 
 
 @pytest.mark.timeout(300)
@@ -48,3 +53,7 @@ def test_products_are_on_tensor_cores_except_those_of_float32(compiled: list[Ker
 
 def test_they_load_16_bytes_at_a_time(compiled: list[Kernel]) -> None:
     assert [kernel for kernel in compiled if not kernel["has_wide_loads"]] == []
+
+
+def test_a_step_of_another_size_waits_for_no_compiler(printed: dict[str, Any]) -> None:
+    assert printed["compiled_later"] == []
