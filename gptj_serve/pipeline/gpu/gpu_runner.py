@@ -48,8 +48,8 @@ class GPUStageRunner(StageRunner):
             num_positions=stage.config.n_positions,
             num_kv_blocks=spec.num_kv_blocks,
             block_size=spec.block_size,
-            max_rows=min(spec.max_num_sequences, spec.max_microbatch_tokens),
-            max_tokens=spec.max_microbatch_tokens,
+            max_rows=spec.max_num_sequences,
+            max_tokens=max(spec.max_num_sequences, spec.max_microbatch_tokens),
         )
         outputs = RowOutputs(stage, spec.num_token_ids, heads or {}, sample=sample) if stage.is_last else None
         self._gpu_stage = GPUStage(device, stage, layers, limits, sampler, outputs)

@@ -209,14 +209,14 @@ class GPUStage:
         sampled = None
         if plan.first_place:
             sampled = self._sampling.put(plan.shape.num_places, plan.specs, plan.positions)
-        left = [replace(row, samples=[]) if i in plan.first_place else row for i, row in enumerate(rows)]
-        is_asked = any(row.samples or row.target_token_ids or row.output is not RowOutput.NOTHING for row in left)
+        is_asked = any(_asks(row) for i, row in enumerate(rows) if i not in plan.first_place)
         buffer = self._take_hidden(plan.num_tokens) if is_asked else None
         done = self._stream.record()
 
         def results() -> list[RowResult | None]:
             made: list[RowResult | None] = [None] * len(rows)
             if buffer is not None:
+                left = [replace(row, samples=[]) if i in plan.first_place else row for i, row in enumerate(rows)]
                 self._side.follow(done)
                 made = self._side.run(partial(outputs.of, left, buffer[: plan.num_tokens]))
                 self._handed_on.give_back(buffer)
@@ -231,3 +231,7 @@ class GPUStage:
         buffer = self._handed_on.take(self._stream)
         self._stream.copy(buffer[:num_tokens], self._hidden[:num_tokens])
         return buffer
+
+
+def _asks(row: Row) -> bool:
+    return bool(row.samples or row.target_token_ids) or row.output is not RowOutput.NOTHING

@@ -17,6 +17,7 @@ class Staging:
 
     def __init__(self, device: Device, stream: Stream, num_elements: int, dtype: torch.dtype) -> None:
         self._stream = stream
+        num_elements = max(1, num_elements)
         self.halves = (device.pinned((num_elements,), dtype), device.pinned((num_elements,), dtype))
         self.arrays: tuple[NDArray[Any], ...] = ()  # the same, for NumPy, which has no bfloat16
         if dtype != torch.bfloat16:

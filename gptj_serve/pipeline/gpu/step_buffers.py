@@ -118,19 +118,16 @@ class StepBuffers:
         self._limits = limits
         largest = mixed_shape(limits.max_tokens, limits.max_rows, limits.max_tokens, limits.max_blocks, limits.max_rows)
         self._staging = Staging(device, stream, largest.num_words, torch.int32)
-        self._arrays: dict[tuple[int, StepShape], _HostArrays] = {}
-        self._inputs: dict[StepShape, StepInputs] = {}
+        self._decode_arrays: dict[tuple[int, StepShape], _HostArrays] = {}  # of other steps there are too many shapes
 
     def inputs(self, shape: StepShape) -> StepInputs:
         """Where steps of this shape find what `put` brings."""
-        if shape not in self._inputs:
-            token_ids, positions, slots, fed_from, row_starts, context_lengths, places, tables = (
-                self._staging.on_device[part] for part in shape.parts
-            )
-            tables = tables.view(shape.num_rows, shape.max_blocks)
-            rows = DeviceRows(token_ids, positions, slots, row_starts, context_lengths, tables, shape.max_row_tokens)
-            self._inputs[shape] = StepInputs(rows, fed_from, places)
-        return self._inputs[shape]
+        token_ids, positions, slots, fed_from, row_starts, context_lengths, places, tables = (
+            self._staging.on_device[part] for part in shape.parts
+        )
+        tables = tables.view(shape.num_rows, shape.max_blocks)
+        rows = DeviceRows(token_ids, positions, slots, row_starts, context_lengths, tables, shape.max_row_tokens)
+        return StepInputs(rows, fed_from, places)
 
     def put(
         self, shape: StepShape, rows: Sequence[Row], places: Sequence[int] = (), fed_from: Sequence[int] = ()
@@ -141,9 +138,9 @@ class StepBuffers:
         the process, or be another sequence's.
         """
         half = self._staging.begin()
-        if (half, shape) not in self._arrays:
-            self._arrays[half, shape] = _HostArrays(self._staging.arrays[half], shape)
-        arrays = self._arrays[half, shape]
+        arrays = self._decode_arrays.get((half, shape)) or _HostArrays(self._staging.arrays[half], shape)
+        if shape.max_row_tokens == 1:
+            self._decode_arrays[half, shape] = arrays
         _fill(arrays, self._limits, rows, shape.max_row_tokens == 1)
         arrays.places[: len(places)] = places
         arrays.places[len(places) :] = 0
