@@ -95,7 +95,7 @@ class _Call:
         kept = (self._new(1, torch.int32, narrows), self._new(1, torch.int32, narrows))
         drawn = (self._new(num_chunks, torch.float64, draws), self._new(num_chunks, torch.int32, draws))
         sampled = torch.empty(3, self._num_rows, dtype=torch.int32, device=self._device)
-        normalizers = self._new(1, torch.float32)
+        normalizers = torch.empty(self._num_rows, dtype=torch.float32, device=self._device)
         measure[per_chunk](
             *self._row, *self._reals, peaks, best_ids, sums, warm_sums, maxima, num_groups,
             CHUNK_GROUPS=CHUNK_GROUPS, SHIFT=shift, NARROWS=narrows, num_warps=NUM_WARPS["measure"],
@@ -117,7 +117,7 @@ class _Call:
             normalizers, PADDED_CHUNKS=padded_chunks, SHIFT=shift, DRAWS=draws, NARROWS=narrows,
             num_warps=NUM_WARPS["choose"],
         )  # fmt: skip
-        return sampled, normalizers[:, 0]
+        return sampled, normalizers
 
     def _new(self, count: int, dtype: torch.dtype, is_needed: bool = True) -> Tensor:
         """Room for so many numbers per row."""
