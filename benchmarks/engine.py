@@ -5,6 +5,11 @@ prompt-lookup drafts on extractive prompts, idle stages by scheduling policy ove
 scheduler and sampler take per step.
 """
 
+# ruff: noqa: E402  # the environment must be set before torch is loaded
+from gptj_serve.environment import keep_openmp_from_spinning
+
+keep_openmp_from_spinning()  # as in the service
+
 import asyncio
 import random
 import statistics
@@ -157,12 +162,18 @@ def drawn_lengths() -> list[tuple[int, int]]:
     return [(int(chance.lognormvariate(6, 1)) % 1500 + 1, chance.randint(10, 400)) for _ in range(5000)]
 
 
+SCHEDULES = (
+    ("one stage: all rows that decode, prompts whole", 1),
+    ("four: at most ceil(decoding / 4), prompts cut", 4),
+)
+
+
 def measure_bubbles(lengths: Sequence[tuple[int, int]], num_requests: int) -> None:
     """All requests at once over four equal stages; a step costs a stage 1 ms and 10 µs per token."""
-    table = Table("sequences at a time", "decode rows of a microbatch", "bubble ratio", "tokens/s")
+    table = Table("sequences at a time", "scheduled for", "bubble ratio", "tokens/s")
     table.title = f"Four stages, the lengths of {num_requests} requests"
     for max_num_sequences in (16, 256):
-        for name, num_stages in (("all", 1), ("at most ceil(decoding / 4)", 4)):
+        for name, num_stages in SCHEDULES:
             limits = SchedulerLimits(num_stages, max_num_sequences, 512, CONTEXT_LIMIT)
             scheduler = Scheduler(limits, KVBlocks(40 * CONTEXT_LIMIT // BLOCK_SIZE, BLOCK_SIZE), frozenset())
             requests = [fixed_request(str(i), *pair) for i, pair in enumerate(lengths[:num_requests])]
