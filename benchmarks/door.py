@@ -8,12 +8,12 @@ and what they take from its cores.
 import asyncio
 import ipaddress
 import json
+import math
 import multiprocessing
 import socket
-import statistics
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from gptj_serve.profiling.percentile import percentile
 
 SMALL = json.dumps({"inputs": "The President said", "parameters": {"max_new_tokens": 1}}).encode()
 LONGEST = json.dumps(
@@ -37,7 +39,21 @@ NUM_IDLE = 500
 NUM_STREAMS = 100
 DRIBBLE_PERIOD_S = 0.5
 SETTLE_S = 1.0  # for the attackers to be there
+ANSWER_TIMEOUT_S = 60.0  # after which an honest client gives up
+RECONNECT_S = 0.1  # after a connection was lost
 WRONG_KEY = "surely-not-a-key-0000"
+COLUMNS = {
+    "beside": 19,
+    "p50 ms": 22,
+    "p99 ms": 22,
+    "answers/s": 22,
+    "honest got": 20,
+    "attackers got": 24,
+    "listener MiB": 13,
+}
+"""Titles and widths."""
+
+console = Console(width=160)
 LOST = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
 
 
@@ -225,30 +241,42 @@ def attack(name: str, target: Target, duration_s: float) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Measured:
-    latencies_s: list[float]
-    statuses: Counter[int]
+    latencies_s: list[float]  # of answers with status 200, connecting included
+    outcomes: Counter[str]  # of all requests: statuses, or that they were lost
 
     def figures(self, duration_s: float) -> tuple[float, float, float]:
-        """p50 and p99 in milliseconds, requests per second."""
-        cuts = statistics.quantiles(self.latencies_s, n=100)
-        return cuts[49] * 1000, cuts[98] * 1000, len(self.latencies_s) / duration_s
+        """p50 and p99 in milliseconds, answers per second."""
+        p50_s, p99_s = (percentile(self.latencies_s, share) for share in (0.5, 0.99))
+        return p50_s * 1000, p99_s * 1000, len(self.latencies_s) / duration_s
 
 
 async def measure(target: Target, num_workers: int, duration_s: float) -> Measured:
-    latencies: list[float] = []
-    statuses: Counter[int] = Counter()
+    """Whoever is cut off comes again: that is what an attack does to the honest."""
+    measured = Measured([], Counter())
     until = time.perf_counter() + duration_s
 
     async def worker() -> None:
-        connection = await Connection.open(target)
-        while time.perf_counter() < until:
-            began_at = time.perf_counter()
-            statuses[await connection.ask(target.head("POST", "/generate", target.key), SMALL)] += 1
-            latencies.append(time.perf_counter() - began_at)
-        connection.close()
+        connection = None
+        while (began_at := time.perf_counter()) < until:
+            try:
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    connection = connection or await Connection.open(target)
+                    status = await connection.ask(target.head("POST", "/generate", target.key), SMALL)
+            except LOST:
+                measured.outcomes["lost"] += 1
+                if connection is not None:
+                    connection.close()
+                    connection = None
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            measured.outcomes[str(status)] += 1
+            if status == 200:
+                measured.latencies_s.append(time.perf_counter() - began_at)
+        if connection is not None:
+            connection.close()
 
     await asyncio.gather(*[worker() for _ in range(num_workers)])
-    return Measured(latencies, statuses)
+    return measured
 
 
 def listener_mib(port: int) -> float | None:
@@ -285,13 +313,17 @@ def main(
     if unknown := set(only or ()) - set(ATTACKS):
         raise typer.BadParameter(f"--only {sorted(unknown)}: must be of {list(ATTACKS)}")
     target = Target(parts.hostname, parts.port or 80, key)
-    is_closed = asyncio.run(needs_key(target))
+    try:
+        is_closed = asyncio.run(needs_key(target))
+    except LOST as error:
+        raise typer.BadParameter(f"{url}: no service answers there: {error}") from None
     if is_closed != (key is not None):
         needs = (
             "needs a key: give one with --key" if is_closed else "takes no key: is it the service you mean to attack?"
         )
         raise typer.BadParameter(f"{url}: the service {needs}")
-    table = Table("beside", "p50 ms", "p99 ms", "requests/s", "honest got", "attackers got", "listener MiB")
+    console.print(f"{workers} clients; without → beside the attack (ratio)")
+    console.print(_line())
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         for name in only or ATTACKS:
             if name == "wrong keys" and not is_closed:
@@ -303,15 +335,26 @@ def main(
             beside = asyncio.run(measure(target, workers, seconds))
             after_mib = listener_mib(target.port)
             outcomes = ongoing.result()
-            cells = [
-                f"{was:.1f} → {now:.1f} ({now / was:.2f})"
-                for was, now in zip(alone.figures(seconds), beside.figures(seconds), strict=True)
-            ]
-            table.add_row(name, *cells, _listed(beside.statuses), _listed(outcomes), _change(before_mib, after_mib))
-    Console(width=140).print(f"{workers} clients; without → beside the attack (ratio)", table)
+            cells = map(_changed, alone.figures(seconds), beside.figures(seconds))
+            row = (name, *cells, _listed(beside.outcomes), _listed(outcomes), _change(before_mib, after_mib))
+            console.print(_line(row))
 
 
-def _listed(counts: Counter[str] | Counter[int]) -> str:
+def _line(cells: Sequence[str] | None = None) -> Table:
+    """A row of what is a table together, or its titles: each is printed when it is there."""
+    table = Table(box=None, show_header=cells is None, padding=(0, 1), pad_edge=False)
+    for title, width in COLUMNS.items():
+        table.add_column(title, width=width)
+    if cells is not None:
+        table.add_row(*cells)
+    return table
+
+
+def _changed(was: float, now: float) -> str:
+    return f"{was:.1f} → {now:.1f} ({now / was if was else math.nan:.2f})"
+
+
+def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count} x {what}" for what, count in counts.most_common())
 
 

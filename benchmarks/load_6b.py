@@ -8,7 +8,6 @@ memory after loading was over its weights x 1.1 + 0.5 GB.
 """
 
 import asyncio
-import multiprocessing
 import shutil
 import tempfile
 import time
@@ -24,6 +23,7 @@ from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.model.config import GPTJConfig
+from gptj_serve.pipeline.threads import threads_per_stage
 from gptj_serve.planner import Model, Resources, plan
 from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent
 
@@ -55,7 +55,7 @@ def main(
 async def load_and_generate(model: Model, directory: Path, num_stages: int, num_tokens: int) -> int:
     resources = Resources(num_stages=num_stages, dtype="bfloat16", block_size=BLOCK_SIZE, num_kv_tokens=NUM_KV_TOKENS)
     planned = plan(model, resources)
-    threads = max(1, multiprocessing.cpu_count() // num_stages)
+    threads = threads_per_stage(num_stages)
     config = StageProcessConfig(directory, planned.num_kv_blocks, BLOCK_SIZE, torch.bfloat16, threads)
     async with linked_stages([stage.layers for stage in planned.stages], config) as pipeline:
         generated, token_s = await generate(model, pipeline, planned.num_kv_blocks, num_stages, num_tokens)

@@ -31,10 +31,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.number_lists import positive_numbers
 from benchmarks.serve_run import HOST, MODEL_NAME, PORT, make_model, running_service
+from benchmarks.speed.load import Shape, check_offer, compressed, read_trace
 from gptj_serve.config import ServiceConfig
 from gptj_serve.model.checkpoint import Checkpoint
-from gptj_serve.profiling.load import PlannedRequest, trace_requests
+from gptj_serve.profiling.percentile import percentile
 
 CLOSED_LOOP_REQUESTS = 32
 SLACK_S = 5.0
@@ -87,47 +89,62 @@ class Result:
 def main(
     trace: Annotated[Path, typer.Option(help="CSV of arrival, prompt tokens, output tokens.")],
     loads: str = "0.5,1,2,5,10",
-    seconds: Annotated[float, typer.Option(help="For which each load is offered.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=1, help="For which each load is offered.")] = 60.0,
     max_queue_wait_s: float = 10.0,
-    unbounded: Annotated[float | None, typer.Option(help="A load to offer without a limit too.")] = None,
+    unbounded: Annotated[float | None, typer.Option(min=0.01, help="A load to offer without a limit too.")] = None,
     num_stages: int = 2,
     kernels: Annotated[str, typer.Option(help="As pipeline.kernels.")] = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="Directory of a tokenizer.json: 405 M model.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG to draw; needs matplotlib.")] = None,
 ) -> None:
+    offered = positive_numbers("--loads", loads, float)
     results: list[Result] = []
+
+    def keep(result: Result) -> None:
+        results.append(result)
+        show(results)
+        if output is not None:
+            output.write_text(json.dumps([asdict(result) for result in results], indent=1))
+
     with tempfile.TemporaryDirectory(prefix="overload-") as work:
         directory = ServiceConfig().checkpoint_dir if tokenizer is None else make_model(tokenizer, Path(work))
-        shapes = trace_requests(trace, None, Checkpoint.open(directory).config.n_positions)
-        lengths = [(shape.num_prompt_tokens, shape.num_new_tokens) for shape in shapes]
-        num_prompt, num_new = (statistics.mean(column) for column in zip(*lengths, strict=True))
+        shapes = read_trace(trace, Checkpoint.open(directory).config.n_positions)
+        _, num_prompt, num_new = (statistics.mean(column) for column in zip(*shapes, strict=True))
         console.print(f"{len(shapes)} requests fit; on average {num_prompt:.0f} prompt and {num_new:.0f} new tokens")
         scheduler = {"max_queue_wait_s": max_queue_wait_s}
         with running_service(directory, num_stages, Path(work), scheduler=scheduler, kernels=kernels) as service:
             sustainable = asyncio.run(closed_loop(shapes, seconds))
             console.print(f"sustainable: {sustainable:.2f} requests/s")
-            for load in map(float, loads.split(",")):
+            check_loads(shapes, [*offered, *([] if unbounded is None else [unbounded])], sustainable, seconds)
+            for load in offered:
                 run = offer(shapes, load, sustainable, seconds, max_queue_wait_s, psutil.Process(service.pid))
-                results.append(asyncio.run(run))
-                show(results)
+                keep(asyncio.run(run))
         if unbounded is not None:
             scheduler = {"max_queue_wait_s": None}
             with running_service(directory, num_stages, Path(work), scheduler=scheduler, kernels=kernels) as service:
                 process = psutil.Process(service.pid)
                 run = offer(shapes, unbounded, sustainable, seconds, max_queue_wait_s, process, is_bounded=False)
-                results.append(asyncio.run(run))
-                show(results)
-    if output is not None:
-        output.write_text(json.dumps([asdict(result) for result in results], indent=1))
+                keep(asyncio.run(run))
     if plot is not None:
         draw(plot, results, max_queue_wait_s)
+
+
+def check_loads(shapes: Sequence[Shape], loads: Sequence[float], sustainable: float, seconds: float) -> None:
+    """Before the first is offered: ends the program if one can't be."""
+    if sustainable == 0:
+        raise SystemExit(f"the service finished no request in {seconds / 2:g} s: --seconds={seconds:g} is too short")
+    for load in loads:
+        try:
+            check_offer(shapes, load * sustainable, seconds)
+        except ValueError as error:
+            raise SystemExit(f"a load of {load:g}x can't be offered: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ clients
 
 
-async def closed_loop(shapes: Sequence[PlannedRequest], seconds: float) -> float:
+async def closed_loop(shapes: Sequence[Shape], seconds: float) -> float:
     """Requests/s that the service finishes when it always has enough of them."""
     source = iter(itertools.cycle(shapes))
     deadline = time.monotonic() + seconds
@@ -145,7 +162,7 @@ async def closed_loop(shapes: Sequence[PlannedRequest], seconds: float) -> float
 
 
 async def offer(
-    shapes: Sequence[PlannedRequest],
+    shapes: Sequence[Shape],
     load: float,
     sustainable: float,
     seconds: float,
@@ -155,17 +172,13 @@ async def offer(
     is_bounded: bool = True,
 ) -> Result:
     rng = random.Random(1)
-    rate = load * sustainable
-    first = rng.randrange(len(shapes) // 2)
-    chosen = shapes[first : first + max(1, round(rate * seconds))]
-    span_s = chosen[-1].arrival_s - chosen[0].arrival_s
+    chosen = compressed(shapes, load * sustainable, seconds, rng)
     calls: list[asyncio.Task[Call]] = []
     watch = asyncio.create_task(watch_service(service))
     cpu_before = cpu_seconds(service)
     began_at = time.monotonic()
     for shape in chosen:
-        due_at = began_at + (shape.arrival_s - chosen[0].arrival_s) / span_s * seconds
-        await asyncio.sleep(max(0.0, due_at - time.monotonic()))
+        await asyncio.sleep(max(0.0, began_at + shape[0] - time.monotonic()))
         calls.append(asyncio.create_task(request(shape, has_priority=rng.random() < PRIORITY_SHARE)))
     ended_at = began_at + seconds
     await asyncio.sleep(max(0.0, ended_at - time.monotonic()))
@@ -177,8 +190,8 @@ async def offer(
     memory_before, max_memory, max_num_waiting = (await asyncio.gather(watch, return_exceptions=False))[0]
     done = [task.result() for task in calls if task not in unfinished]
     good = [c for c in done if c.ended_at is not None and c.ttft_s <= max_queue_wait_s + SLACK_S]
-    taken = sorted(call.ttft_s for call in done if call.first_at is not None)
-    urgent = sorted(call.ttft_s for call in done if call.first_at is not None and call.has_priority)
+    taken = [call.ttft_s for call in done if call.first_at is not None]
+    urgent = [call.ttft_s for call in done if call.first_at is not None and call.has_priority]
     window = (began_at + seconds / 3, ended_at)
     num_tokens = sum(n for call in good for at, n in call.arrivals if window[0] < at <= window[1])
     retries = [call.retry_after_s for call in done if call.retry_after_s is not None]
@@ -192,9 +205,9 @@ async def offer(
         num_refused=sum(call.status == 503 for call in done),
         num_refused_late=sum(call.status == 503 and call.answered_at - call.began_at > 1 for call in done),
         num_broken=len(unfinished) + sum(call.status != 503 and call.ended_at is None for call in done),
-        ttft_p50=_percentile(taken, 0.5),
-        ttft_p99=_percentile(taken, 0.99),
-        priority_ttft_p99=_percentile(urgent, 0.99),
+        ttft_p50=percentile(taken, 0.5),
+        ttft_p99=percentile(taken, 0.99),
+        priority_ttft_p99=percentile(urgent, 0.99),
         num_priority_refused=sum(call.status == 503 and call.has_priority for call in done),
         median_retry_after=statistics.median(retries) if retries else 0.0,
         max_num_waiting=max_num_waiting,
@@ -204,18 +217,15 @@ async def offer(
     )
 
 
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
-
-
-async def request(shape: PlannedRequest, *, has_priority: bool) -> Call:
+async def request(shape: Shape, *, has_priority: bool) -> Call:
     """One streamed completion over a connection of its own; nothing but its events is counted."""
+    _, num_prompt_tokens, num_new_tokens = shape
     call = Call(time.monotonic(), has_priority)
     seed = random.getrandbits(30)
     body = {
         "model": MODEL_NAME,
-        "prompt": [1 + (seed + 31 * position * (1 + seed % 97)) % 4000 for position in range(shape.num_prompt_tokens)],
-        "max_tokens": shape.num_new_tokens,
+        "prompt": [1 + (seed + 31 * position * (1 + seed % 97)) % 4000 for position in range(num_prompt_tokens)],
+        "max_tokens": num_new_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -258,8 +268,10 @@ async def watch_service(service: psutil.Process) -> tuple[int, int, int]:
             while True:
                 memory.append(resident_bytes(service))
                 with contextlib.suppress(httpx.HTTPError):
-                    status: Any = (await client.get("/status")).json()
-                    waiting.append(sum(pipeline["engine"]["num_waiting"] for pipeline in status["pipelines"]))
+                    answer = await client.get("/status")
+                    if answer.is_success:  # else its body is an error's, as while the pipeline starts again
+                        pipelines: list[Any] = answer.json()["pipelines"]
+                        waiting.append(sum(pipeline["engine"]["num_waiting"] for pipeline in pipelines))
                 await asyncio.sleep(2)
     return memory[0], max(memory), max(waiting)
 

@@ -11,7 +11,6 @@ really computed would share this machine's cores, and so an idle one would make 
 import asyncio
 import itertools
 import random
-import statistics
 import time
 from collections import Counter
 from contextlib import AsyncExitStack, aclosing
@@ -30,6 +29,7 @@ from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.partition import head_cost, partition
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.profiling.percentile import percentile
 from gptj_serve.routing.choice import PipelineChoice
 from gptj_serve.steps import MicroBatch, Row, RowResult, SampledToken, SampleSpec, StepOutput
 from gptj_serve.types import EngineRequest, SamplingParams, Task, Warpers
@@ -103,13 +103,12 @@ def main(
     table = Table("routed by", "cached", "first token p50", "p99", "turns/s", "busiest / mean")
     for way in WAYS:
         outcome = asyncio.run(run(way, who, pipelines, speed, kv_tokens // BLOCK_SIZE))
-        percentiles = statistics.quantiles(outcome.first_token_s, n=100)
         requests = outcome.num_requests
         table.add_row(
             way.name,
             f"{outcome.num_reused_tokens / outcome.num_prompt_tokens:.0%}",
-            f"{1e3 * percentiles[49]:.0f} ms",
-            f"{1e3 * percentiles[98]:.0f} ms",
+            f"{1e3 * percentile(outcome.first_token_s, 0.5):.0f} ms",
+            f"{1e3 * percentile(outcome.first_token_s, 0.99):.0f} ms",
             f"{requests.total() / outcome.elapsed_s:.1f}",
             f"{max(requests.values()) * pipelines / requests.total():.2f}",
         )

@@ -6,6 +6,11 @@ streams of its own. The loads are others than those that calibrate: a trace's le
 share of what that came to. Client, Ray and stages share the machine's cores; what else runs on them shows as an error.
 """
 
+# ruff: noqa: E402  # the environment must be set before torch is loaded
+from gptj_serve.environment import keep_openmp_from_spinning
+
+keep_openmp_from_spinning()  # as in the service
+
 import asyncio
 import json
 import random

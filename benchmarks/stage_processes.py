@@ -61,8 +61,9 @@ class LinkedStages:
     async def ask(self, what: str) -> list[Any]:
         """Of each stage: its `status` (as `StepMeter.status`), or its `peak_bytes` so far."""
         for pipe in self._pipes:
-            pipe.send(what)
-        return [await asyncio.to_thread(pipe.recv) for pipe in self._pipes]
+            with contextlib.suppress(ConnectionError):  # what became of it is told below
+                pipe.send(what)
+        return await _answers(self._pipes)
 
 
 @contextlib.asynccontextmanager
@@ -79,7 +80,7 @@ async def linked_stages(spans: Sequence[range], config: StageProcessConfig) -> A
             theirs.close()  # so that a stage that dies is noticed
             processes.append(process)
             pipes.append(ours)
-        loaded = [await asyncio.to_thread(pipe.recv) for pipe in pipes]
+        loaded = await _answers(pipes)
         links = StepLinks(None, step_timeout_s=600)
         results = links.bind(f"ipc://{sockets}/results")
         nexts = [(stage["hidden"], config.handoff, stage["tensors"]) for stage in loaded[1:]] + [(results, "zmq", "")]
@@ -95,6 +96,17 @@ async def linked_stages(spans: Sequence[range], config: StageProcessConfig) -> A
             process.kill()
             process.join()
         shutil.rmtree(sockets)
+
+
+async def _answers(pipes: Sequence[Connection]) -> list[Any]:
+    """Of all stages. Raises `RuntimeError` for one that has ended."""
+    answers = []
+    for index, pipe in enumerate(pipes):
+        try:
+            answers.append(await asyncio.to_thread(pipe.recv))
+        except (EOFError, ConnectionError):
+            raise RuntimeError(f"the process of stage {index} has ended; what it printed says why") from None
+    return answers
 
 
 def run_stage(pipe: Connection, span: range, config: StageProcessConfig, address: str) -> None:

@@ -12,7 +12,7 @@ instead of the demo.
 
 import asyncio
 import contextlib
-import multiprocessing
+import random
 import statistics
 import tempfile
 import time
@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.number_lists import positive_numbers
 from benchmarks.serve_run import http_stream, make_model, running_service
 from benchmarks.stage_processes import StageProcessConfig, linked_stages
 from gptj_serve.config import PipelineConfig, ServiceConfig
@@ -32,8 +33,9 @@ from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.pipeline.threads import threads_per_stage
 from gptj_serve.planner import plan_service
-from gptj_serve.types import EngineRequest, SamplingParams, Task
+from gptj_serve.types import EngineRequest, FailureEvent, SamplingParams, Task
 
 NUM_PROMPT_TOKENS = 16
 console = Console(width=110)
@@ -41,16 +43,16 @@ console = Console(width=110)
 
 def main(
     tokenizer: Annotated[Path | None, typer.Option(help="Directory of a tokenizer.json: 405 M model.")] = None,
-    num_stages: int = 2,
-    num_tokens: Annotated[int, typer.Option(help="Of each stream.")] = 32,
-    rounds: int = 3,
+    num_stages: Annotated[int, typer.Option(min=1)] = 2,
+    num_tokens: Annotated[int, typer.Option(min=1, help="Of each stream.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     streams: Annotated[str, typer.Option(help="How many at a time.")] = "1,16,64",
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG to draw; needs matplotlib.")] = None,
 ) -> None:
+    counts = positive_numbers("--streams", streams, int)
     with tempfile.TemporaryDirectory(prefix="streaming-") as work:
         directory = ServiceConfig().checkpoint_dir if tokenizer is None else make_model(tokenizer, Path(work))
         with running_service(directory, num_stages, Path(work)):
-            counts = list(map(int, streams.split(",")))
             rates = asyncio.run(compare(directory, num_stages, num_tokens, rounds, counts))
     if plot is not None:
         draw(plot, counts, rates)
@@ -78,8 +80,8 @@ async def compare(
             table.add_row(str(count), f"{alone:.1f}", f"{over_http:.1f}", f"{share:.2f}")
         firsts: list[tuple[float, float]] = []
         for index in range(21):
-            pair = [await first_token_s(engine_stream(engine, 7000 + index, 2))]
-            pair.append(await first_token_s(http_stream(prompt(7000 + index), 2)))
+            pair = [await first_token_s(engine_stream(engine, f"alone {index}", 2))]
+            pair.append(await first_token_s(http_stream(prompt(f"alone {index}"), 2)))
             firsts.append((pair[0], pair[1]))
     console.print(table)
     alone, over_http = (1000 * statistics.median(column) for column in zip(*firsts[1:], strict=True))
@@ -106,15 +108,15 @@ def draw(file: Path, counts: list[int], rates: list[tuple[float, float]]) -> Non
     figure.savefig(file, dpi=150)
 
 
-async def rate(make_stream: Callable[[int], AsyncIterator[object]], count: int, num_tokens: int, index: int) -> float:
-    """Tokens/s of `count` streams at once; no two rounds have a prompt in common."""
+async def rate(make_stream: Callable[[str], AsyncIterator[object]], count: int, num_tokens: int, index: int) -> float:
+    """Tokens/s of `count` streams at once; no two rounds of them have a prompt in common."""
 
     async def drain(stream: AsyncIterator[object]) -> None:
         async for _ in stream:
             pass
 
     began = time.perf_counter()
-    await asyncio.gather(*[drain(make_stream(1000 * (index + 2) + number)) for number in range(count)])
+    await asyncio.gather(*[drain(make_stream(f"{count} {index} {number}")) for number in range(count)])
     return count * num_tokens / (time.perf_counter() - began)
 
 
@@ -127,17 +129,19 @@ async def first_token_s(stream: AsyncGenerator[object]) -> float:
     return elapsed
 
 
-def prompt(seed: int) -> list[int]:
-    return [1 + (seed * 7 + 31 * position) % 4000 for position in range(NUM_PROMPT_TOKENS)]
+def prompt(seed: str) -> list[int]:
+    return random.Random(seed).choices(range(1, 4000), k=NUM_PROMPT_TOKENS)
 
 
 # ------------------------------------------------------------------------------------------------ the engine alone
 
 
-async def engine_stream(engine: LocalEngine, seed: int, num_tokens: int) -> AsyncGenerator[object]:
+async def engine_stream(engine: LocalEngine, seed: str, num_tokens: int) -> AsyncGenerator[object]:
     sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-    request = EngineRequest(request_id=str(seed), task=Task.GENERATE, prompt_token_ids=prompt(seed), sampling=sampling)
+    request = EngineRequest(request_id=seed, task=Task.GENERATE, prompt_token_ids=prompt(seed), sampling=sampling)
     async for event in engine.submit(request):
+        if isinstance(event, FailureEvent):
+            raise RuntimeError(event.message)
         yield event
 
 
@@ -148,7 +152,7 @@ async def engine_alone(directory: Path, num_stages: int) -> AsyncIterator[LocalE
     config = PipelineConfig(num_stages=num_stages)
     planned = plan_service(config, checkpoint)
     block_size = config.kv_cache.block_size
-    threads = max(1, multiprocessing.cpu_count() // num_stages)
+    threads = threads_per_stage(num_stages)
     stages = StageProcessConfig(directory, planned.num_kv_blocks, block_size, torch.float32, threads)
     async with linked_stages([stage.layers for stage in planned.stages], stages) as pipeline:
         limits = SchedulerLimits(

@@ -47,8 +47,8 @@ def bench(
             table.add_row(name, f"{getattr(cost, name) * 1e6:,.4g}", field.description)
     console.print(table)
     for line in remarks(cost):
-        console.print(line, highlight=False)
-    console.print(f"written to {output}", highlight=False)
+        console.print(line, markup=False, highlight=False)
+    console.print(f"written to {output}", markup=False, highlight=False)
 
 
 def remarks(cost: "CostModel") -> list[str]:

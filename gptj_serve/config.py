@@ -25,6 +25,7 @@ from gptj_serve.types import DEFAULT_HEAD
 
 DEMO_CHECKPOINT = "demo"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
+_RAYS_OWN_RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
 
 Quantization = Literal["none", "int8", "fp8"]
 """Of the weights of linear layers; on CPUs, and for fp8, also of what they are multiplied with."""
@@ -118,14 +119,15 @@ class PipelineConfig(_Part):
         gt=0,
         le=1,
         description="The share of a GPU's memory that is in use once the KV pool is there, by whomever: the pool is "
-        "made of what weights, graphs and the largest microbatch leave of it. A stage that reserves a part of a GPU "
-        "(num_gpus below 1) takes that part of it. Where kv_cache.num_tokens is not set.",
+        "made of what weights, graphs and the largest microbatch leave of it. The rest is for what comes later: links "
+        "of NCCL, fragmentation. A stage that reserves a part of a GPU (num_gpus below 1) takes that part of it. Where "
+        "kv_cache.num_tokens is not set.",
     )
     kernels: Kernels = Field(
         "auto",
         description="What the layers run on. auto: our own on CPUs with AVX-512, where g++ compiles them when first "
-        "needed, and on GPUs of compute capability 8.0 or more, where Triton does; else PyTorch's, with a line in the log "
-        "that says why. torch: PyTorch's.",
+        "needed, and on GPUs of compute capability 8.0 or more, where Triton does; else PyTorch's, with a line in the "
+        "log that says why. torch: PyTorch's.",
     )
     deterministic: bool = Field(
         False,
@@ -222,6 +224,11 @@ class PipelineConfig(_Part):
 class IngressConfig(_Part):
     num_replicas: PositiveInt = Field(1, description="Processes that speak HTTP and tokenize.")
     num_cpus: NonNegativeFloat = Field(0.1, description="CPUs that Ray reserves for each ingress process.")
+    resources: dict[Annotated[str, Field(min_length=1)], PositiveFloat] = Field(
+        {},
+        description="Custom resources that each ingress takes, as nodes have by `ray start --resources`: ingresses are "
+        "only where there are some. So they keep no node with GPUs that an autoscaler would take away.",
+    )
     max_ongoing_requests: PositiveInt = Field(
         1024,
         description="Task requests (POST) that one ingress works on at a time, from their headers to their answer's "
@@ -266,6 +273,13 @@ class IngressConfig(_Part):
     max_qa_windows: PositiveInt = Field(
         256, description="Windows that the contexts of one QA request are cut into; each is a sequence for the model."
     )
+
+    @field_validator("resources")
+    @classmethod
+    def _are_custom(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name in sorted(resources.keys() & _RAYS_OWN_RESOURCES):
+            raise ValueError(f"{name!r} is no custom resource, but Ray's own; an ingress takes num_cpus")
+        return resources
 
     @field_validator("cors_origins")
     @classmethod

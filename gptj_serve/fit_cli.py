@@ -1,7 +1,6 @@
 """`fit classifier` and `fit qa`: commands that make a task head for a checkpoint."""
 
 import asyncio
-import os
 from collections.abc import Coroutine
 from enum import StrEnum
 from importlib.resources import files
@@ -18,6 +17,7 @@ from gptj_serve.fit.examples import read_questions, read_texts
 from gptj_serve.fit.features import FeatureConfig
 from gptj_serve.fit.job import FitJob
 from gptj_serve.fit.qa import fit_qa_head
+from gptj_serve.pipeline.threads import threads_per_stage
 from gptj_serve.types import Pooling
 
 app = typer.Typer(
@@ -145,7 +145,7 @@ def _checkpoint_dir(checkpoint: str) -> Path:
 def _features(
     num_stages: int, num_threads: int | None, dtype: Dtype, device: str, pooling: Pooling = Pooling.ALL
 ) -> FeatureConfig:
-    torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // num_stages))
+    torch.set_num_threads(threads_per_stage(num_stages, num_threads))
     return FeatureConfig(num_stages=num_stages, dtype=getattr(torch, dtype), device=device, pooling=pooling)
 
 

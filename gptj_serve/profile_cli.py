@@ -59,6 +59,9 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Serve a load with an engine in this process, and write what it did when, for ui.perfetto.dev."""
+    from gptj_serve.environment import keep_openmp_from_spinning
+
+    keep_openmp_from_spinning()  # as in the service; from here on torch is loaded
     from gptj_serve.profiling.deployment import DEMO, read_deployment
     from gptj_serve.profiling.load import Load
     from gptj_serve.profiling.session import Session
@@ -78,12 +81,13 @@ def profile(
     write_trace(
         output,
         {service.served_name: result.timeline},
-        {"model": service.served_name, "dtype": session.dtype, "num_stages": service.pipeline.num_stages},
+        {"model": service.served_name, "num_stages": service.pipeline.num_stages}
+        | {name: getattr(summary, name) for name in ("dtype", "kernels", "threads_per_stage")},
     )
     if as_json:
-        return typer.echo(json.dumps(asdict(summary), indent=2))
+        return typer.echo(json.dumps({"model": service.served_name} | asdict(summary), indent=2))
     console = Console(width=WIDTH, soft_wrap=True)
-    console.print(f"{service.served_name} in {session.dtype}", highlight=False)
+    console.print(_heading(service.served_name, summary), markup=False, highlight=False)
     console.print(_stage_table(summary))
     for line in _remarks(summary, output, with_operators=operators):
         console.print(line, markup=False, highlight=False)
@@ -100,6 +104,11 @@ def _planned(
     return uniform_requests(
         num_requests, prompt_tokens or DEFAULT_PROMPT_TOKENS, new_tokens or DEFAULT_NEW_TOKENS, max_tokens
     )
+
+
+def _heading(model: str, summary: "ProfileSummary") -> str:
+    threads = f"{summary.threads_per_stage} thread{'s' * (summary.threads_per_stage > 1)}"
+    return f"{model} in {summary.dtype}, {summary.kernels} kernels, {threads} per stage"
 
 
 def _stage_table(summary: "ProfileSummary") -> Table:

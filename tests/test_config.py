@@ -75,6 +75,7 @@ def test_values_arrive_where_they_are_read() -> None:
         {"ingress": {"request_timeout_s": 0}},
         {"ingress": {"request_timeout_s": float("inf")}},
         {"ingress": {"api_keys_file": 5}},
+        {"ingress": {"resources": {"front": 0}}},
         {"ingress": {"cors_origins": "*"}},
         {"ingress": {"cors_origins": ["example.org"]}},
         {"ingress": {"cors_origins": ["https://example.org/"]}},
@@ -282,6 +283,12 @@ def test_checkpoint_dir_knows_home_and_the_working_directory(monkeypatch: pytest
     assert ServiceConfig(checkpoint="~/gptj").checkpoint_dir == Path("/home/somebody/gptj")
     monkeypatch.chdir(tmp_path)
     assert ServiceConfig(checkpoint=".").served_name == tmp_path.name
+
+
+@pytest.mark.parametrize("name", ["CPU", "GPU", "memory", "object_store_memory"])
+def test_an_ingress_takes_custom_resources_only(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"{name!r} is no custom resource"):
+        IngressConfig(resources={name: 1.0})
 
 
 def test_api_keys_path_is_absolute_with_its_symlinks_as_they_are(

@@ -34,7 +34,8 @@ def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def deployment(tmp_path: Path) -> Path:
     """The demo with a thread for each stage, wherever this runs."""
-    args = {"model_name": "mine", "pipeline": {"num_stages": 2, "stage": {"num_threads": 1}}}
+    pipeline = {"num_stages": 2, "kernels": "torch", "stage": {"num_threads": 1}}
+    args = {"model_name": "[mine]", "pipeline": pipeline}
     application = {"name": "gptj", "import_path": "gptj_serve.serving.app:build", "args": args}
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump({"applications": [application]}))
@@ -48,13 +49,12 @@ def steps(file: Path) -> list[dict[str, Any]]:
 def test_profile_of_a_deployment(run: Any, deployment: Path, tmp_path: Path):
     outcome = run(deployment, "--requests", 3, "--prompt-tokens", 10, "--new-tokens", 2, "--concurrency", 1)
     assert outcome.status == 0, outcome.err
-    words = outcome.out.split()
-    assert words[:3] == ["mine", "in", "float32"]
+    assert outcome.out.startswith("[mine] in float32, torch kernels, 1 thread per stage\n")
     for text in ("bubble", "handoff µs", "0-3", "4-5", "3 requests: 30 prompt tokens, 6 generated, in 6 steps and"):
         assert text in outcome.out
     assert "took longer" not in outcome.out
     names = {event["args"]["name"] for event in read_trace(tmp_path / "trace.json") if event["name"] == "process_name"}
-    assert names == {"mine"}
+    assert names == {"[mine]"}
     assert sum(event["args"]["num_tokens"] for event in steps(tmp_path / "trace.json")) == 2 * 3 * 11
 
 
@@ -65,6 +65,8 @@ def test_profile_of_a_trace_with_operators_as_json(run: Any, deployment: Path, t
     outcome = run(deployment, *arguments)
     assert outcome.status == 0, outcome.err
     summary = json.loads(outcome.out)
+    told = [summary[name] for name in ("model", "dtype", "kernels", "threads_per_stage")]
+    assert told == ["[mine]", "float32", "torch", 1]
     assert (summary["num_finished"], summary["num_prompt_tokens"], summary["num_tokens_generated"]) == (2, 17, 5)
     assert [stage["num_steps"] for stage in summary["stages"]] == [summary["num_steps"]] * 2
     assert len(steps(output)) == 2 * summary["num_steps"]

@@ -7,6 +7,7 @@ from benchmarks.speed.contestants import CONTESTANTS, Settings
 from benchmarks.speed.engines import Engines, Log
 from benchmarks.speed.load import batch_requests
 from benchmarks.speed.models import Cost, Precision, decode_cost, prefill_cost
+from benchmarks.speed.ours_contestant import BLOCK_SIZE
 from benchmarks.speed.results import Results, Row, spread
 from benchmarks.speed.streams import BatchFigures, Stream, agreement, batch_figures
 
@@ -23,8 +24,8 @@ class Scenario:
 
     @property
     def num_tokens(self) -> int:
-        """Of KV."""
-        return self.batch * -(-(self.num_prompt + self.num_new) // 16) * 16
+        """Of KV. The scheduler lets a sequence in while there is a block to spare for each that runs."""
+        return self.batch * (1 + -(-(self.num_prompt + self.num_new) // BLOCK_SIZE)) * BLOCK_SIZE
 
 
 SCENARIOS = [Scenario(batch, 128, 33) for batch in (1, 8, 32)] + [Scenario(batch, 1792, 128) for batch in (1, 4)]

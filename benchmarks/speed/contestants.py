@@ -5,7 +5,6 @@ last work, so each call waits for that long first.
 """
 
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import multiprocessing
@@ -21,6 +20,7 @@ from typing import Any, Literal
 from benchmarks.speed.models import Precision, kv_bytes_per_token, weight_bytes
 from benchmarks.speed.streams import Request, Stream
 from benchmarks.stage_environment import stage_environment
+from gptj_serve.config import Kernels, Quantization
 from gptj_serve.model.config import GPTJConfig
 
 SPIN_S = 0.25
@@ -34,8 +34,8 @@ class Contestant:
     engine: Literal["ours", "transformers", "ctranslate2"]
     precision: Precision
     dtype: str = "float32"  # of activations and KV
-    quantization: str = "none"
-    kernels: str = "auto"
+    quantization: Quantization = "none"
+    kernels: Kernels = "auto"
 
     @property
     def is_peer(self) -> bool:
@@ -73,17 +73,9 @@ class Settings:
 
 def missing(contestant: Contestant) -> str | None:
     """Why it can't be measured here, if so."""
-    if contestant.is_peer:
-        needed = ("transformers", contestant.engine)  # CTranslate2's converter reads with transformers
-        return next((f"{module} is not installed" for module in needed if not importlib.util.find_spec(module)), None)
-    from gptj_serve.pipeline.stage_runner import StageSpec
-
-    fields = {field.name for field in dataclasses.fields(StageSpec)}
-    if contestant.quantization != "none" and "quantization" not in fields:
-        return f"this version has no quantization={contestant.quantization!r}"
-    if contestant.kernels != "auto" and "kernels" not in fields:
-        return f"this version has no kernels={contestant.kernels!r}"
-    return None
+    # CTranslate2's converter reads with transformers
+    needed = ("transformers", contestant.engine) if contestant.is_peer else ()
+    return next((f"{module} is not installed" for module in needed if not importlib.util.find_spec(module)), None)
 
 
 def held_bytes(contestant: Contestant, settings: Settings) -> int:
@@ -124,34 +116,31 @@ class ContestantProcess:
         self.facts: dict[str, Any] = {}
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.contestant, settings), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self.contestant, settings), name=name, daemon=True)
         with contextlib.nullcontext() if self.contestant.is_peer else stage_environment():
             self._process.start()
         theirs.close()
 
     def load(self) -> None:
-        self._pipe.send(None)
-        self.facts = self._receive(LOADING_TIMEOUT_S)
+        self.facts = self._ask(None, LOADING_TIMEOUT_S)
 
     def generate(self, requests: Sequence[Request], max_batch: int, limit_s: float) -> list[Stream]:
         """Serve the requests as they come, at most so many at a time; after `limit_s` nothing more is begun."""
         time.sleep(SPIN_S)
-        return self._call("generate", requests, max_batch, limit_s)
+        return self._ask(("generate", (requests, max_batch, limit_s)))
 
     def stages(self) -> list[dict[str, Any]]:
         """Of ours: what each stage's meter shows."""
-        return self._call("stages")
+        return self._ask(("stages", ()))
 
     def close(self) -> None:
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
-    def _call(self, method: str, *args: Any) -> Any:
-        self._pipe.send((method, args))
-        return self._receive(None)
-
-    def _receive(self, timeout_s: float | None) -> Any:
+    def _ask(self, call: tuple[str, tuple[Any, ...]] | None, timeout_s: float | None = None) -> Any:
+        with contextlib.suppress(ConnectionError):  # it is gone, but may have said why before
+            self._pipe.send(call)
         try:
             if not self._pipe.poll(timeout_s):
                 raise ContestantError(f"{self.name}: no answer after {timeout_s:.0f} s")

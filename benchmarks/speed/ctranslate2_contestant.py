@@ -17,7 +17,7 @@ from benchmarks.speed.streams import Request, Stream
 def load(contestant: Contestant, settings: Settings) -> "CTranslate2":
     transformers.logging.disable_progress_bar()
     compute_type = "int8" if contestant.quantization == "int8" else "float32"
-    with tempfile.TemporaryDirectory(prefix="ctranslate2-") as work:
+    with tempfile.TemporaryDirectory(prefix="ctranslate2-", dir=settings.directory) as work:  # there is room for it
         converted = str(Path(work) / "model")
         converter = _Converter(str(settings.directory), settings.config.vocab_size)
         converter.convert(converted, quantization=contestant.quantization if compute_type == "int8" else None)

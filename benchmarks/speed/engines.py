@@ -78,7 +78,7 @@ class Engines:
     def _leave_out(self, processes: dict[str, ContestantProcess], name: str, error: ContestantError) -> None:
         processes.pop(name).close()
         self._results.left_out[name] = str(error)
-        self._log(f"[red]{error}[/red]")
+        self._log(f"left out: {error}")
 
     def _is_here(self, name: str) -> bool:
         contestant = CONTESTANTS[name]

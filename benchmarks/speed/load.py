@@ -41,21 +41,39 @@ def drawn_shapes(n_positions: int) -> list[Shape]:
     return shapes
 
 
+def check_offer(shapes: Sequence[Shape], rate: float, seconds: float) -> None:
+    """Raises `ValueError` if the trace is too short for it."""
+    if (count := _count(rate, seconds)) >= len(shapes):
+        raise ValueError(f"rate={rate:g} for {seconds:g} s takes {count} requests; the trace has {len(shapes)}")
+
+
+def compressed(shapes: Sequence[Shape], rate: float, seconds: float, chance: random.Random) -> list[Shape]:
+    """So many of the trace's next requests, its arrivals compressed (or stretched) to `rate` requests per second.
+
+    Raises as `check_offer`.
+    """
+    check_offer(shapes, rate, seconds)
+    count = _count(rate, seconds)
+    first = chance.randrange(len(shapes) - count)
+    chosen = shapes[first : first + count + 1]
+    began_s = chosen[0][0]
+    factor = seconds / max(1e-9, chosen[-1][0] - began_s)
+    return [((arrival_s - began_s) * factor, num_prompt, num_new) for arrival_s, num_prompt, num_new in chosen[:-1]]
+
+
 def trace_requests(
     config: GPTJConfig, shapes: Sequence[Shape], rate: float, seconds: float, seed: int
 ) -> list[Request]:
-    """So many of the trace's next requests, its arrivals compressed (or stretched) to `rate` requests per second."""
+    """As `compressed`, with prompts."""
     chance = random.Random(seed)
-    count = max(1, round(rate * seconds))
-    if count >= len(shapes):
-        raise ValueError(f"rate={rate:g} for {seconds:g} s takes {count} requests; the trace has {len(shapes)}")
-    first = chance.randrange(len(shapes) - count)
-    chosen = shapes[first : first + count + 1]
-    factor = seconds / max(1e-9, chosen[-1][0] - chosen[0][0])
     return [
-        Request((arrival_s - chosen[0][0]) * factor, _prompt(chance, config, num_prompt), num_new)
-        for arrival_s, num_prompt, num_new in chosen[:-1]
+        Request(arrival_s, _prompt(chance, config, num_prompt), num_new)
+        for arrival_s, num_prompt, num_new in compressed(shapes, rate, seconds, chance)
     ]
+
+
+def _count(rate: float, seconds: float) -> int:
+    return max(1, round(rate * seconds))
 
 
 def _prompt(chance: random.Random, config: GPTJConfig, num_tokens: int) -> list[int]:

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from gptj_serve.pipeline.threads import num_usable_cores
+
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "amx_tile")
 PACKAGES = ("gptj_serve", "torch", "transformers", "ctranslate2")
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -37,7 +39,7 @@ def facts(threads: int) -> dict[str, Any]:
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     return {
         "cpu": cpu.get("model name", platform.processor() or platform.machine()),
-        "cores": os.cpu_count(),
+        "cores": num_usable_cores(),
         "features": [feature for feature in FEATURES if feature in flags],
         "threads": threads,
         "load_average": os.getloadavg()[0],
@@ -111,16 +113,15 @@ def _products(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
 
 
 def _own_linear(operand_type: str, n: int) -> Callable[[Any], object] | None:
-    """A layer on our kernels, fp32 in and out; None where this version has none, or they don't run here."""
+    """A layer on our kernels, fp32 in and out; None where they don't run."""
     import torch
 
     from gptj_serve.errors import GPTJServeError
+    from gptj_serve.kernels.weights import OperandType, PackedLinear
 
     try:
-        from gptj_serve.kernels.weights import OperandType, PackedLinear
-
         return PackedLinear(torch.nn.Linear(n, n, bias=False), OperandType[operand_type])
-    except (ImportError, GPTJServeError):
+    except GPTJServeError:
         return None
 
 

@@ -28,8 +28,9 @@ class Offer:
 
 
 def measure_load(engines: Engines, settings: Settings, offer: Offer, results: Results, log: Log) -> None:
-    """Rows of the group "load"."""
-    rows = []
+    """Rows of the group "load". Each rate is offered once: its percentiles are of many requests."""
+    rows: list[Row] = []
+    results.groups["load"] = rows  # those that there are, if it is cut short
     for shift in engines.shifts():
         with engines.loaded(shift) as processes:
             engines.turn(processes, shift, batch_requests(settings.config, 1, 16, 4, -2), 1)  # to warm up
@@ -42,7 +43,6 @@ def measure_load(engines: Engines, settings: Settings, offer: Offer, results: Re
                         measured = load_figures(requests, streams, offer.seconds)
                         row: Row = {"contestant": name, "max_batch": max_batch, "rate": rate}
                         rows.append(row | {field: spread([value]) for field, value in measured._asdict().items()})
-    results.groups["load"] = rows
 
 
 def at_equal_latency(rows: Sequence[Row]) -> list[Row]:

@@ -25,11 +25,6 @@ BLOCK_SIZE = 16
 def load(contestant: Contestant, settings: Settings) -> "Ours":
     torch.set_num_threads(max(1, settings.threads // settings.num_stages))  # of each stage's thread
     checkpoint = Checkpoint.open(settings.directory)
-    options: dict[str, Any] = {}
-    if contestant.quantization != "none":
-        options["quantization"] = contestant.quantization
-    if contestant.kernels != "auto":
-        options["kernels"] = contestant.kernels
     config = checkpoint.config
     runners = [
         StageRunner.load(
@@ -41,7 +36,8 @@ def load(contestant: Contestant, settings: Settings) -> "Ours":
                 getattr(torch, contestant.dtype),
                 torch.device("cpu"),
                 config.vocab_size,
-                **options,
+                quantization=contestant.quantization,
+                kernels=contestant.kernels,
             ),
         )
         for span in partition(config.n_layer, settings.num_stages, head_cost(config))

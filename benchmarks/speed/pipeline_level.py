@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.speed.contestants import CONTESTANTS, ContestantProcess, Settings, held_bytes
+from benchmarks.speed.contestants import CONTESTANTS, PROCESS_BYTES, ContestantProcess, Settings, held_bytes
 from benchmarks.speed.engines import NO_LIMIT_S, Log, usable_memory_bytes
 from benchmarks.speed.load import batch_requests
 from benchmarks.speed.ours_contestant import BLOCK_SIZE, new_scheduler, serve
@@ -67,7 +67,8 @@ class _Linked:
 
 async def measure_pipelines(settings: Settings, sizes: PipelineSizes, rounds: int, results: Results, log: Log) -> None:
     """Rows of the group "pipeline", in fp32."""
-    needed = 2 * len(sizes.num_stages) * held_bytes(CONTESTANTS[NAME], settings)
+    num_more = sum(num_stages - 1 for num_stages in sizes.num_stages)  # processes of linked stages
+    needed = 2 * len(sizes.num_stages) * held_bytes(CONTESTANTS[NAME], settings) + num_more * PROCESS_BYTES
     if needed > usable_memory_bytes():
         results.left_out["pipeline"] = f"all of them together need about {needed / 2**30:.0f} GiB"
         return

@@ -134,7 +134,7 @@ def _show_equal_latency(console: Console, rows: Sequence[Row]) -> None:
 
 def show_left_out(console: Console, results: Results) -> None:
     for name, reason in results.left_out.items():
-        console.print(f"left out: {name}: {reason}")
+        console.print(f"left out: {name}: {reason}", markup=False)
 
 
 def show_ratios(console: Console, compared: Sequence[Row]) -> None:

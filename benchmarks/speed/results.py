@@ -1,6 +1,7 @@
 """What a run found: facts and rows, as JSON, and what the rows' figures are called.
 
-A figure measured several times is a `Spread`; a row says with `KEYS` what it is of, so that two runs can be compared.
+A figure measured several times is a `Spread`, another one a float; a row says with `KEYS` what it is of, so that two
+runs can be compared.
 """
 
 import json
@@ -29,7 +30,9 @@ def spread(values: Iterable[float]) -> Spread:
 
 @dataclass(slots=True)
 class Results:
-    model: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the command, as far as figures depend on them: without those, they can't be compared."""
+
     machine: dict[str, Any] = field(default_factory=dict)
     contestants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What each said of itself when it had loaded."""
@@ -54,16 +57,25 @@ class Results:
 
 def ratios(results: Results, earlier: Results) -> list[Row]:
     """This run's medians by those of the earlier one, for each figure of each row that both have."""
-    before = {(group, key(row)): row for group, rows in earlier.groups.items() for row in rows}
+    rows_before = {(group, key(row)): row for group, rows in earlier.groups.items() for row in rows}
     found = []
     for group, rows in results.groups.items():
         for row in rows:
-            other = before.get((group, key(row)), {})
-            both = [name for name, value in row.items() if isinstance(value, Spread) and name in other]
-            compared = {name: row[name].median / other[name].median for name in both if other[name].median}
+            other = rows_before.get((group, key(row)), {})
+            figures, before = _figures(row), _figures(other)
+            compared = {name: value / before[name] for name, value in figures.items() if before.get(name)}
             if compared:
                 found.append({"group": group, **dict(key(row)), "ratios": compared})
     return found
+
+
+def _figures(row: Row) -> dict[str, float]:
+    """Medians of those that were measured several times."""
+    return {
+        name: value.median if isinstance(value, Spread) else value
+        for name, value in row.items()
+        if name not in KEYS and isinstance(value, Spread | float)
+    }
 
 
 def key(row: Row) -> tuple[tuple[str, Any], ...]:

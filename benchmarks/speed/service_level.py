@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from benchmarks.serve_run import http_stream, make_model, running_service
 from benchmarks.speed.engines import Log
 from benchmarks.speed.load import batch_requests
 from benchmarks.speed.results import Results, Row, spread
-from benchmarks.speed.streams import Request, percentile
+from benchmarks.speed.streams import Request
 from gptj_serve.config import ServiceConfig
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.profiling.percentile import percentile
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +29,26 @@ class ServiceSizes:
     num_new_tokens: int = 33
 
 
-def measure_services(tokenizer: Path | None, sizes: ServiceSizes, rounds: int, results: Results, log: Log) -> None:
-    """Rows of the group "service": of the demo, and of a random model of 405 M parameters with that tokenizer."""
+def measure_services(
+    tokenizer: Path | None, sizes: ServiceSizes, rounds: int, directory: Path | None, results: Results, log: Log
+) -> None:
+    """Rows of the group "service": of the demo, and of a random model of 405 M parameters with that tokenizer.
+
+    The model is written below `directory`, or where temporary files are.
+    """
     demo = ServiceConfig().checkpoint_dir
     rows: list[Row] = []
+    results.groups["service"] = rows  # those that there are, if it is cut short
     for name in ("demo", "405m"):
-        with tempfile.TemporaryDirectory(prefix="speed-service-") as work:
-            directory = demo if name == "demo" else make_model(tokenizer or demo, Path(work))
+        with tempfile.TemporaryDirectory(prefix="speed-service-", dir=directory) as work:
+            checkpoint = demo if name == "demo" else make_model(tokenizer or demo, Path(work))
             log(f"serve run of {name}")
-            rows += _measure(name, directory, Path(work), sizes, rounds, log)
-    results.groups["service"] = rows
+            for row in _measure(name, checkpoint, Path(work), sizes, rounds, log):
+                rows.append(row)
 
 
-def _measure(name: str, directory: Path, work: Path, sizes: ServiceSizes, rounds: int, log: Log) -> list[Row]:
+def _measure(name: str, directory: Path, work: Path, sizes: ServiceSizes, rounds: int, log: Log) -> Iterator[Row]:
     config = Checkpoint.open(directory).config
-    rows: list[Row] = []
     started_at = time.perf_counter()
     with running_service(directory, sizes.num_stages, work):
         first = batch_requests(config, 1, sizes.num_prompt_tokens, 1, -2)
@@ -56,8 +62,7 @@ def _measure(name: str, directory: Path, work: Path, sizes: ServiceSizes, rounds
                 arrivals = asyncio.run(_streams(requests))
                 measured += [_figures(arrivals, sizes)] if index >= 0 else []
             row: Row = {"scenario": name, "streams": count, "startup_s": startup_s}
-            rows.append(row | {field: spread(one[field] for one in measured) for field in measured[0]})
-    return rows
+            yield row | {field: spread(one[field] for one in measured) for field in measured[0]}
 
 
 async def _streams(requests: Sequence[Request]) -> list[list[float]]:

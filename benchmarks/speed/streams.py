@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gptj_serve.profiling.percentile import percentile
+
 
 class Request(NamedTuple):
     arrival_s: float  # since the run's beginning
@@ -36,7 +38,8 @@ class BatchFigures(NamedTuple):
 
 
 class LoadFigures(NamedTuple):
-    """Of requests that came over time. Those without a first token at the end count with the time that they waited."""
+    """Of requests that came over time, and of what came of them until its end: a batch that an engine finishes after
+    it is cut there. Those without a first token by then count with the time that they waited."""
 
     output_rate: float  # tokens per second, after the first third of the time
     ttft_p50_s: float
@@ -61,17 +64,18 @@ def batch_figures(streams: Sequence[Stream]) -> BatchFigures:
 
 def load_figures(requests: Sequence[Request], streams: Sequence[Stream], seconds: float) -> LoadFigures:
     window = (seconds / 3, seconds)
-    num_tokens = sum(window[0] < at <= window[1] for stream in streams for at in stream.times)
-    firsts = [(stream.times[0] if stream.times else seconds) - stream.arrival_s for stream in streams]
-    gaps = [later - at for s in streams for at, later in itertools.pairwise(s.times)]
-    pairs = zip(requests, streams, strict=True)
+    times_of = [[at for at in stream.times if at <= seconds] for stream in streams]
+    num_tokens = sum(window[0] < at for times in times_of for at in times)
+    pairs = list(zip(requests, times_of, strict=True))
+    firsts = [(times[0] if times else seconds) - request.arrival_s for request, times in pairs]
+    gaps = [later - at for times in times_of for at, later in itertools.pairwise(times)]
     return LoadFigures(
         num_tokens / (window[1] - window[0]),
         percentile(firsts, 0.5),
         percentile(firsts, 0.99),
         percentile(gaps, 0.5),
         percentile(gaps, 0.99),
-        sum(len(stream.times) < request.num_new_tokens for request, stream in pairs),
+        sum(len(times) < request.num_new_tokens for request, times in pairs),
     )
 
 
@@ -83,8 +87,3 @@ def agreement(streams: Sequence[Stream], expected: Sequence[Stream]) -> float:
         total += len(pairs)
         same += next((index for index, (one, two) in enumerate(pairs) if one != two), len(pairs))
     return same / total
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import typer
 
 from cluster.testbed.host import ROOT
@@ -29,6 +30,9 @@ on A COMMAND...                        run a command on a host: its network, its
 ray A COMMAND...                       as `on`, as a client of the Ray cluster: ray 0 ray status
 status                                 stages, their hosts, the links, the switch
 Ctrl-D                                 end everything"""
+
+CANT_BE_DONE = (ValueError, IndexError, RuntimeError, OSError, subprocess.TimeoutExpired, httpx.HTTPError)
+"""What a command may end with, as hosts and links that are lost are what the testbed is for."""
 
 
 @app.command()
@@ -54,7 +58,7 @@ def run(
             for line in sys.stdin:
                 try:
                     obey(shlex.split(line), testbed, service)
-                except (ValueError, IndexError, RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+                except CANT_BE_DONE as error:
                     print(error)
 
 
@@ -65,7 +69,7 @@ def measure(mtu: int = MTU) -> None:
 
 
 def obey(words: list[str], testbed: Testbed, service: Service) -> None:
-    """One of `COMMANDS`. Raises `ValueError` or `IndexError` for what can't be done."""
+    """One of `COMMANDS`. Raises one of `CANT_BE_DONE`."""
     match words:
         case []:
             pass
@@ -87,7 +91,9 @@ def obey(words: list[str], testbed: Testbed, service: Service) -> None:
 
 
 def _show_status(testbed: Testbed, service: Service) -> None:
-    index = next(index for index, host in enumerate(testbed.hosts) if host.is_alive)
+    index = next((index for index, host in enumerate(testbed.hosts) if host.is_alive), None)
+    if index is None:
+        raise RuntimeError("all hosts were killed")
     for pipeline in service.pipelines(index):
         ready = "ready" if pipeline["is_ready"] else "not ready"
         stages = ", ".join(f"layers {first} to {end - 1} on {ip}" for first, end, ip in _stages(pipeline))

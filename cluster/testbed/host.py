@@ -65,7 +65,12 @@ class Host:
     def popen(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, output: IO[Any] | int | None = None
     ) -> "subprocess.Popen[str]":
-        """Start a command on it. Its temporary files are its own; the rest of the file system is shared."""
+        """Start a command on it. Its temporary files are its own; the rest of the file system is shared.
+
+        Raises `RuntimeError` if it was killed.
+        """
+        if not self.is_alive:
+            raise RuntimeError(f"{self.name} was killed")
         within = ("nsenter", f"--target={self.init.pid}", "--net", "--mount", "--pid", f"--wd={ROOT}")
         process = subprocess.Popen(
             [*within, *command],

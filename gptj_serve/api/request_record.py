@@ -22,17 +22,20 @@ class Outcome(StrEnum):
     """How a request ended: its finish reason, or one of these."""
 
     ANSWERED = "answered"  # it generated nothing
-    REFUSED = "refused"
+    REFUSED = "refused"  # for what the client asked, or its key allows
+    OVERLOADED = "overloaded"  # for lack of room
     ABORTED = "aborted"  # the client left
     TIMED_OUT = "timeout"  # the request's own time was over
     FAILED = "failed"
 
 
 def outcome_of(status: int) -> Outcome:
-    """Of an error with this HTTP status: what the client, or a lack of room, is the cause of was refused."""
+    """Of an error with this HTTP status."""
     if status == 504:
         return Outcome.TIMED_OUT
-    return Outcome.REFUSED if status < 500 or status == 503 else Outcome.FAILED
+    if status == 503:
+        return Outcome.OVERLOADED
+    return Outcome.REFUSED if status < 500 else Outcome.FAILED
 
 
 class Observer(Protocol):

@@ -88,12 +88,21 @@ class Timeline:
 
     @property
     def in_flight_s(self) -> float:
-        """Of that, the time in which a microbatch was on its way through the stages."""
+        """The time in which a microbatch was on its way: from when the scheduler had made it until it took its results.
+
+        Where the scheduler's time is not known, from its first span's start to the last one's end.
+        """
         begins: dict[int, float] = {}
         ends: dict[int, float] = {}
         for span in self.spans:
             begins[span.microbatch_id] = min(span.start_s, begins.get(span.microbatch_id, math.inf))
             ends[span.microbatch_id] = max(span.end_s, ends.get(span.microbatch_id, -math.inf))
+        for made in self.scheduler_spans:
+            if made.microbatch_id in begins:
+                if made.name == "schedule":
+                    begins[made.microbatch_id] = made.end_s
+                else:
+                    ends[made.microbatch_id] = made.start_s
         total_s, covered_until = 0.0, -math.inf
         for microbatch_id, start_s in sorted(begins.items(), key=lambda item: item[1]):
             end_s = ends[microbatch_id]
@@ -108,7 +117,7 @@ class Timeline:
 
     @property
     def bubble_ratio(self) -> float:
-        """The share of the stages' time in which they have nothing to do."""
+        """The share of the stages' whole time, `duration_s` of each, in which they have nothing to do."""
         busy_s = sum(span.duration_s for span in self.spans)
         return 1 - busy_s / (self.num_stages * self.duration_s) if self.spans else 0.0
 

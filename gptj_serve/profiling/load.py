@@ -7,8 +7,9 @@ import csv
 import math
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
@@ -91,12 +92,15 @@ def _rows(trace: Path, file: Iterator[str]) -> Iterator[PlannedRequest]:
 
 
 def _seconds(text: str, source: str) -> float:
+    """Without a time zone a time is UTC: in local time some hours come twice, or not at all."""
+    with suppress(ValueError):
+        if math.isfinite(seconds := float(text)):
+            return seconds
     try:
-        if text.replace(".", "", 1).isdecimal():
-            return float(text)
-        return datetime.fromisoformat(text[:26]).timestamp()  # some have tenths of microseconds
+        at = datetime.fromisoformat(text)
     except ValueError:
         raise DataError(f"{source}: arrival={text!r}: must be seconds, or a date and time in ISO format") from None
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
 def _count(text: str, name: str, least: int, source: str) -> int:

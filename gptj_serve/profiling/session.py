@@ -2,10 +2,10 @@
 
 import asyncio
 import math
-import os
 from collections.abc import Iterator
 from contextlib import aclosing, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -19,7 +19,8 @@ from gptj_serve.engine.timeline import Timeline
 from gptj_serve.errors import ConfigError, GPTJServeError, OverloadedError, RequestFailedError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
-from gptj_serve.pipeline.stage_runner import StageSpec
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.pipeline.threads import threads_per_stage
 from gptj_serve.planner import Plan, plan_service
 from gptj_serve.profiling.load import Load, PlannedRequest
 from gptj_serve.profiling.operators import ProfiledRunner, operator_profiler, operators_in
@@ -39,9 +40,9 @@ class Profile:
 
 
 class Session:
-    """The engine of a config, loaded. Raises `ConfigError` or `CheckpointError` for what can't be served like that.
+    """The engine of a config. Raises `ConfigError` or `CheckpointError` for what can't be served like that.
 
-    Only generation is profiled: task heads are left out.
+    Its weights are loaded for the first profile. Only generation is profiled: task heads are left out.
     """
 
     def __init__(self, config: ServiceConfig) -> None:
@@ -53,11 +54,7 @@ class Session:
         num_token_ids = Tokenizer.from_directory(config.checkpoint_dir).num_token_ids
         self._num_token_ids = min(num_token_ids, self._checkpoint.config.vocab_size)
         self._config = pipeline
-        torch.set_num_threads(pipeline.stage.num_threads or max(1, len(os.sched_getaffinity(0)) // pipeline.num_stages))
-        self._runners = [
-            ProfiledRunner.load(self._checkpoint, spec)
-            for spec in stage_specs(pipeline, self._plan, self._num_token_ids)
-        ]
+        self._specs = stage_specs(pipeline, self._plan, self._num_token_ids)
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -68,7 +65,8 @@ class Session:
         return self._plan.resources.dtype
 
     async def profile(self, load: Load, *, with_operators: bool = False) -> Profile:
-        """Serve the load and end. Raises `InvalidRequestError` where a request can't be served at all."""
+        """Serve the load and end. Raises `InvalidRequestError` if a request can't be served, before it loads."""
+        self._check(load)
         meters = [RecordingMeter() for _ in self._runners]
         pipeline = InProcessPipeline(self._runners, meters)
         scheduler = self._scheduler()
@@ -79,15 +77,26 @@ class Session:
                 before = engine.stats()
                 scheduler.begin()
                 with profiler or nullcontext():
-                    num_refused = await self._serve(engine, load, "request")
+                    served = await self._serve(engine, load, "request")
                 after = engine.stats()
         finally:
             pipeline.close()
         timeline = scheduler.timeline(meters)
-        layers = [runner.spec.span for runner in self._runners]
+        layers = [spec.span for spec in self._specs]
         if profiler is not None:
             timeline.operators = operators_in(profiler.events(), timeline.spans, layers)  # type: ignore[no-untyped-call]
-        return Profile(timeline, _summary(timeline, layers, before, after, num_refused))
+        return Profile(timeline, self._summary(timeline, before, after, served))
+
+    @cached_property
+    def _runners(self) -> list[StageRunner]:
+        torch.set_num_threads(threads_per_stage(self._config.num_stages, self._config.stage.num_threads))
+        return [ProfiledRunner.load(self._checkpoint, spec) for spec in self._specs]
+
+    def _check(self, load: Load) -> None:
+        scheduler = self._scheduler()
+        for planned in {replace(planned, arrival_s=0.0) for planned in load.requests}:
+            scheduler.add(planned.request("asked before", self._num_token_ids))
+            scheduler.abort("asked before")
 
     def _scheduler(self) -> RecordingScheduler:
         config = self._config
@@ -107,13 +116,11 @@ class Session:
         )
         return RecordingScheduler(limits, blocks, self._checkpoint.config.eos_token_ids)
 
-    async def _serve(self, engine: LocalEngine, load: Load, name: str) -> int:
-        """Returns the number of requests that were refused since they would have had to wait too long."""
+    async def _serve(self, engine: LocalEngine, load: Load, name: str) -> "_Served":
         numbers = count()
-        num_refused = 0
+        served = _Served()
 
         async def serve(planned: PlannedRequest) -> None:
-            nonlocal num_refused
             request = planned.request(f"{name} {next(numbers)}", self._num_token_ids)
             try:
                 async with aclosing(engine.submit(request)) as events:
@@ -122,9 +129,11 @@ class Session:
                             continue
                         if event.retry_after_s is None:
                             raise RequestFailedError(f"{request.request_id}: {event.message}")
-                        num_refused += 1
+                        raise OverloadedError(event.message, event.retry_after_s)
             except OverloadedError:
-                num_refused += 1
+                served.num_refused += 1
+            else:
+                served.num_prompt_tokens += planned.num_prompt_tokens
 
         async def serve_when_due(planned: PlannedRequest) -> None:
             await asyncio.sleep(planned.arrival_s)
@@ -146,8 +155,36 @@ class Session:
         except* GPTJServeError as errors:
             failures = errors
         else:
-            return num_refused
+            return served
         raise failures.exceptions[0]
+
+    def _summary(
+        self, timeline: Timeline, before: EngineStats, after: EngineStats, served: "_Served"
+    ) -> ProfileSummary:
+        num_generated = after.num_tokens_generated - before.num_tokens_generated
+        return ProfileSummary(
+            dtype=self.dtype,
+            kernels=", ".join(dict.fromkeys(runner.kernels for runner in self._runners)),
+            threads_per_stage=torch.get_num_threads(),
+            num_finished=after.num_requests_finished - before.num_requests_finished,
+            num_refused=served.num_refused,
+            num_steps=len({span.microbatch_id for span in timeline.spans}),
+            duration_s=timeline.duration_s,
+            num_prompt_tokens=served.num_prompt_tokens,
+            num_tokens_generated=num_generated,
+            num_preemptions=after.num_preemptions - before.num_preemptions,
+            tokens_per_s=num_generated / timeline.duration_s if timeline.duration_s else 0.0,
+            scheduler_s_per_step=scheduler_s_per_step(timeline),
+            stages=[summarize_stage(timeline, index, spec.span) for index, spec in enumerate(self._specs)],
+        )
+
+
+@dataclass(slots=True)
+class _Served:
+    """Of a load: prompts of requests that came to their end, and how many would have had to wait too long."""
+
+    num_prompt_tokens: int = 0
+    num_refused: int = 0
 
 
 def stage_specs(config: PipelineConfig, plan: Plan, num_token_ids: int) -> list[StageSpec]:
@@ -183,21 +220,3 @@ def _device(config: PipelineConfig, stage_index: int) -> torch.device:
             f"machine's {torch.cuda.device_count()}"
         )
     return torch.device("cuda", index)
-
-
-def _summary(
-    timeline: Timeline, layers: list[range], before: EngineStats, after: EngineStats, num_refused: int
-) -> ProfileSummary:
-    num_generated = after.num_tokens_generated - before.num_tokens_generated
-    return ProfileSummary(
-        num_finished=after.num_requests_finished - before.num_requests_finished,
-        num_refused=num_refused,
-        num_steps=len({span.microbatch_id for span in timeline.spans}),
-        duration_s=timeline.duration_s,
-        num_prompt_tokens=after.num_prompt_tokens - before.num_prompt_tokens,
-        num_tokens_generated=num_generated,
-        num_preemptions=after.num_preemptions - before.num_preemptions,
-        tokens_per_s=num_generated / timeline.duration_s if timeline.duration_s else 0.0,
-        scheduler_s_per_step=scheduler_s_per_step(timeline),
-        stages=[summarize_stage(timeline, index, span) for index, span in enumerate(layers)],
-    )

@@ -1,16 +1,15 @@
 """A profile in figures."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptj_serve.engine.timeline import Timeline
+from gptj_serve.profiling.percentile import percentile
 
 
 @dataclass(frozen=True, slots=True)
 class StageSummary:
-    """Of one stage. `busy_ratio` is of the profile's whole time; `bubble_ratio` is the share of the time with work in
-    the pipeline in which this stage had none."""
+    """Of one stage. `busy_ratio` is of the profile's whole time; `bubble_ratio` is the share of the time with a
+    microbatch on its way, from scheduler to scheduler, in which this stage had none."""
 
     stage_index: int
     layers: tuple[int, int]  # half-open
@@ -25,11 +24,14 @@ class StageSummary:
 
 @dataclass(frozen=True, slots=True)
 class ProfileSummary:
+    dtype: str
+    kernels: str  # of the stages, as in a service's status
+    threads_per_stage: int
     num_finished: int
     num_refused: int  # requests that would have waited too long
     num_steps: int
     duration_s: float  # from the first step's start to the last one's end
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # of the requests that were finished
     num_tokens_generated: int
     num_preemptions: int
     tokens_per_s: float  # generated
@@ -39,7 +41,7 @@ class ProfileSummary:
 
 def summarize_stage(timeline: Timeline, stage_index: int, layers: range) -> StageSummary:
     spans = timeline.of_stage(stage_index)
-    durations_s = sorted(span.duration_s for span in spans)
+    durations_s = [span.duration_s for span in spans]
     handoffs_s = [span.handoff_s for span in spans if span.handoff_s is not None]
     busy_s = sum(durations_s)
     return StageSummary(
@@ -47,8 +49,8 @@ def summarize_stage(timeline: Timeline, stage_index: int, layers: range) -> Stag
         (layers.start, layers.stop),
         len(spans),
         _ratio(busy_s, len(spans)),
-        _percentile(durations_s, 0.5),
-        _percentile(durations_s, 0.99),
+        percentile(durations_s, 0.5, of_nothing=0.0),
+        percentile(durations_s, 0.99, of_nothing=0.0),
         _ratio(busy_s, timeline.duration_s),
         1 - _ratio(busy_s, timeline.in_flight_s) if spans else 0.0,
         sum(handoffs_s) / len(handoffs_s) if handoffs_s else None,
@@ -63,8 +65,3 @@ def scheduler_s_per_step(timeline: Timeline) -> float:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that at least so large a share is not above; 0 of nothing."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0

@@ -154,7 +154,7 @@ def _ingress(config: ServiceConfig, max_surge_percent: int) -> serve.Deployment:
         num_replicas=config.ingress.num_replicas,
         max_ongoing_requests=config.ingress.max_ongoing_requests + NUM_LOOKING_REQUESTS,
         max_queued_requests=config.ingress.max_queued_requests,
-        ray_actor_options={"num_cpus": config.ingress.num_cpus},
+        ray_actor_options={"num_cpus": config.ingress.num_cpus, "resources": config.ingress.resources},
         max_surge_percent=max_surge_percent,
         graceful_shutdown_timeout_s=config.rollout.drain_timeout_s,
         max_constructor_retry_count=MAX_CONSTRUCTOR_TRIES,
@@ -215,9 +215,8 @@ def _max_surge_percents(config: ServiceConfig) -> tuple[int, int]:
     if config.rollout.surge == "always" or not free:
         return 100, 100
     application = application_being_built()
-    ingresses = Group(
-        [{"CPU": config.ingress.num_cpus}], config.ingress.num_replicas, num_alive("Ingress", application)
-    )
+    needed = {"CPU": config.ingress.num_cpus, **config.ingress.resources}
+    ingresses = Group([needed], config.ingress.num_replicas, num_alive("Ingress", application))
     pipelines = Group(_pipeline_bundles(config), _num_first_pipelines(config), num_alive("Pipeline", application))
     numbers = surges(ingresses, pipelines, config.pipeline.placement_strategy, free)
     for group, num_surging in zip((ingresses, pipelines), numbers, strict=True):

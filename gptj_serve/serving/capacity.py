@@ -40,8 +40,8 @@ def surges(ingresses: Group, pipelines: Group, strategy: str, nodes: Sequence[Re
     """How many ingresses and how many pipelines may start beside the old ones, such that all have room together.
 
     New ingresses may wait for a new pipeline, and keep their room meanwhile: if one pipeline can be placed beside one
-    ingress, then so it can beside as many as are said here. An ingress may land on any node, so its share is taken
-    from each. `strategy` is that of the pipelines.
+    ingress, then so it can beside as many as are said here. An ingress may land on any node that has all it needs, so
+    its share is taken from each of them. `strategy` is that of the pipelines.
     """
 
     def num_pipelines(num_ingresses: int) -> int:
@@ -49,6 +49,8 @@ def surges(ingresses: Group, pipelines: Group, strategy: str, nodes: Sequence[Re
         num_taken = ingresses.num_added + num_ingresses
         free = [
             {resource: amount - num_taken * taken.get(resource, 0.0) for resource, amount in node.items()}
+            if all(node.get(resource, 0.0) > 0 for resource, amount in taken.items() if amount > 0)
+            else node
             for node in nodes
         ]
         at_most = pipelines.num_added + pipelines.num_replicas

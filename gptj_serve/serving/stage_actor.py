@@ -5,7 +5,6 @@ imports what does.
 """
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,7 @@ from gptj_serve.gpus import missing_capability
 from gptj_serve.pipeline.core_claims import CoreClaim, available_cores, claim_cores, pin_process
 from gptj_serve.pipeline.kv_room import Knobs, KVRoom
 from gptj_serve.pipeline.sockets import CurveKeys
+from gptj_serve.pipeline.threads import threads_per_stage
 from gptj_serve.serving.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class GPTJStage:
         with, `ConfigError` where the machine can't do what is asked, and `DeviceMemoryError`."""
         settings = self._settings
         keep_openmp_from_spinning()
-        num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) // settings.num_stages)
+        num_threads = threads_per_stage(settings.num_stages, settings.num_threads)
         if settings.pin_cores:
             self._pin_cores(num_threads)
         if settings.kernels == "auto" and not settings.uses_gpu:

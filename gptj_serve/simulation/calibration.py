@@ -22,6 +22,7 @@ from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.in_process import InProcessPipeline
 from gptj_serve.pipeline.partition import head_cost
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.pipeline.threads import threads_per_stage
 from gptj_serve.planner import Plan, plan_service
 from gptj_serve.profiling.load import PlannedRequest
 from gptj_serve.profiling.session import stage_specs
@@ -75,7 +76,7 @@ def calibrate(config: ServiceConfig, sizes: Sizes = FULL) -> CostModel:
     num_token_ids = min(Tokenizer.from_directory(config.checkpoint_dir).num_token_ids, checkpoint.config.vocab_size)
     pipeline = config.pipeline
     plan = plan_service(pipeline, checkpoint)
-    torch.set_num_threads(pipeline.stage.num_threads or max(1, torch.get_num_threads() // pipeline.num_stages))
+    torch.set_num_threads(threads_per_stage(pipeline.num_stages, pipeline.stage.num_threads))
     runners = [StageRunner.load(checkpoint, spec) for spec in stage_specs(pipeline, plan, num_token_ids)]
     shapes = microbatch_shapes(checkpoint.config.n_positions, sizes)
     times = [time for runner in runners for time in stage_times(runner, shapes, sizes.repeats)]

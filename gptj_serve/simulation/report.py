@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gptj_serve.profiling.percentile import percentile
 from gptj_serve.simulation.outcomes import Outcomes
 from gptj_serve.simulation.service import Result
 
@@ -64,13 +64,13 @@ def figures(
         duration_s=result.duration_s,
         requests_per_s=int(is_served.sum()) / duration_s,
         tokens_per_s=int(num_tokens.sum()) / duration_s,
-        first_token_p50_s=_percentile(first, 50),
-        first_token_p99_s=_percentile(first, 99),
+        first_token_p50_s=percentile(first, 0.5, of_nothing=0.0),
+        first_token_p99_s=percentile(first, 0.99, of_nothing=0.0),
         between_tokens_p50_s=outcomes.gap_percentile(0.5),
         between_tokens_p99_s=outcomes.gap_percentile(0.99),
         between_tokens_max_s=outcomes.longest_gap_s,
-        whole_p50_s=_percentile(whole, 50),
-        whole_p99_s=_percentile(whole, 99),
+        whole_p50_s=percentile(whole, 0.5, of_nothing=0.0),
+        whole_p99_s=percentile(whole, 0.99, of_nothing=0.0),
         share_first_token=int(in_time.sum()) / count,
         share_between_tokens=int(steady.sum()) / count,
         share_both=int((in_time & steady).sum()) / count,
@@ -80,10 +80,6 @@ def figures(
         pipeline_hours=result.pipeline_s / 3600,
         gpu_hours=result.pipeline_s / 3600 * num_gpus_per_pipeline,
     )
-
-
-def _percentile(values: NDArray[np.float64], percent: float) -> float:
-    return float(np.percentile(values, percent)) if len(values) else 0.0
 
 
 def lines(found: Figures, targets: Targets) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from gptj_serve.api.request_context import RequestContext, answering, current_re
 from gptj_serve.api.request_log import RequestLog
 from gptj_serve.api.request_record import RequestRecord
 from gptj_serve.api.service import Service
-from gptj_serve.errors import OverloadedError, UnsatisfiableError
+from gptj_serve.errors import OverloadedError, RateLimitedError, UnsatisfiableError
 from gptj_serve.types import SamplingParams
 
 
@@ -203,10 +203,16 @@ async def test_an_unexpected_error_in_a_stream_is_logged_with_its_request(
     assert vars(line)["request_id"] == engine.requests[0].request_id.rsplit("-", 2)[0]
 
 
-async def test_an_overloaded_engine_refuses(client: httpx.AsyncClient, notebook: Notebook, engine: FakeEngine) -> None:
-    engine.refusal = lambda request: OverloadedError("full", 1.0)
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(OverloadedError("full", 1.0), "overloaded"), (RateLimitedError("enough for this minute", 1.0), "refused")],
+)
+async def test_a_lack_of_room_is_told_from_the_clients_own_limits(
+    client: httpx.AsyncClient, notebook: Notebook, engine: FakeEngine, error: OverloadedError, outcome: str
+) -> None:
+    engine.refusal = lambda request: error
     await client.post("/generate", json=generation())
-    assert notebook.only.outcome == "refused"
+    assert notebook.only.outcome == outcome
 
 
 async def test_a_request_out_of_time(service: Service, notebook: Notebook, engine: FakeEngine) -> None:

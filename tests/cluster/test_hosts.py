@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.testbed.__main__ import COMMANDS, obey
+from cluster.testbed.__main__ import CANT_BE_DONE, COMMANDS, obey
 from cluster.testbed.host import ROOT, Host
 from cluster.testbed.links import Link
 from cluster.testbed.measure import measure
@@ -173,9 +173,22 @@ def test_commands_do_what_they_say(testbed: Testbed, capsys: pytest.CaptureFixtu
         obey(["cut", "0", "9"], testbed, service)
     with pytest.raises(ValueError, match="host -1: must be"):
         obey(["kill", "-1"], testbed, service)
-    with Testbed(1) as own:
-        obey(["kill", "0"], own, service)
-        assert not own.hosts[0].is_alive
+
+
+def test_what_can_not_be_done_is_told() -> None:
+    """And the testbed goes on: that things are lost is what it is for."""
+    with Testbed(2) as testbed:
+        service = Service(testbed, Path("no-config.yaml"), Path("no-log"))  # not started, so nothing listens
+        with pytest.raises(CANT_BE_DONE, match="Connection refused"):
+            obey(["status"], testbed, service)
+        obey(["kill", "1"], testbed, service)
+        assert not testbed.hosts[1].is_alive
+        for command in ("on 1 ls", "ray 1 ray status"):
+            with pytest.raises(CANT_BE_DONE, match="host 1 was killed"):
+                obey(command.split(), testbed, service)
+        obey(["kill", "0"], testbed, service)
+        with pytest.raises(CANT_BE_DONE, match="all hosts were killed"):
+            obey(["status"], testbed, service)
 
 
 def test_what_the_testbed_adds_is_measured() -> None:

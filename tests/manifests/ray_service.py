@@ -16,6 +16,7 @@ class AutoscalerOptions(_Part):
     version: Literal["v1", "v2"]
     idleTimeoutSeconds: int  # noqa: N815
     resources: dict[str, Any]
+    securityContext: dict[str, Any]  # noqa: N815
 
 
 class AuthOptions(_Part):

@@ -30,12 +30,19 @@ def manifest(name: str) -> dict[str, Any]:
 
 
 def pods(service: RayService) -> list[dict[str, Any]]:
-    """Of head and workers, as Kubernetes would be given them."""
+    """Of head and workers, as Kubernetes would be given them, with the label that KubeRay gives each group's."""
     cluster = service.spec.rayClusterConfig
-    templates = [cluster.headGroupSpec.template, *[group.template for group in cluster.workerGroupSpecs]]
+    templates = {"headgroup": cluster.headGroupSpec.template} | {
+        group.groupName: group.template for group in cluster.workerGroupSpecs
+    }
     return [
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"], "name": "a"}, "spec": template["spec"]}
-        for template in templates
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "a", "labels": {**template["metadata"]["labels"], "ray.io/group": group}},
+            "spec": template["spec"],
+        }
+        for group, template in templates.items()
     ]
 
 
@@ -100,7 +107,7 @@ def as_json_schema(schema: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "deployment"), DEPLOYMENT_OF.items())
 def test_it_serves_what_the_deployment_serves(name: str, deployment: str) -> None:
-    """But for where it listens, and that rollouts, and on GPUs the load, may ask the autoscaler for room."""
+    """But for where it listens, where ingresses are, and that rollouts, and on GPUs the load, may ask for nodes."""
     own = yaml.safe_load(RayService.model_validate(manifest(name)).spec.serveConfigV2)
     ServeDeploySchema.model_validate(own)
     plain = yaml.safe_load((ROOT / "deployments" / f"{deployment}.yaml").read_text())
@@ -110,13 +117,18 @@ def test_it_serves_what_the_deployment_serves(name: str, deployment: str) -> Non
     autoscaling = application["args"].pop("autoscaling", None)
     assert (autoscaling is not None) is (ServiceConfig.model_validate(application["args"]).pipeline.stage.num_gpus > 0)
     assert autoscaling is None or autoscaling["may_add_nodes"] is True
+    ingress = application["args"].pop("ingress")
+    assert {**expected["args"].pop("ingress", {}), **ingress} == ingress, "what the deployment says of them is here too"
+    assert ingress == {"num_replicas": 2, "num_cpus": 0, "resources": {"ingress": 1}}
     assert application == expected
     ServiceConfig.model_validate(application["args"])
 
 
-def gpus_and_cpus(group: WorkerGroup) -> tuple[int, float]:
-    requests = group.template["spec"]["containers"][0]["resources"]["requests"]
-    return int(requests.get("nvidia.com/gpu", 0)), float(requests["cpu"])
+def ray_resources(group: WorkerGroup) -> dict[str, int]:
+    """What one pod of the group brings, as Ray's autoscaler reads it: it asks for pods by that."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resources_from_group_spec
+
+    return _get_ray_resources_from_group_spec(group.model_dump(), is_head=False)
 
 
 @pytest.mark.parametrize("name", DEPLOYMENT_OF)
@@ -124,12 +136,13 @@ def test_the_fewest_workers_have_room_for_the_service_and_the_most_for_a_rollout
     service = RayService.model_validate(manifest(name))
     (application,) = yaml.safe_load(service.spec.serveConfigV2)["applications"]
     config = ServiceConfig.model_validate(application["args"])
-    pipeline, ingress = config.pipeline, config.ingress
-    (group,) = service.spec.rayClusterConfig.workerGroupSpecs
-    num_gpus, num_cpus = gpus_and_cpus(group)
+    pipeline = config.pipeline
+    _, group = service.spec.rayClusterConfig.workerGroupSpecs
+    resources = ray_resources(group)
+    num_gpus, num_cpus = resources.get("GPU", 0), resources["CPU"]
     stages_per_pod = int(num_gpus or num_cpus // pipeline.stage.num_cpus)
     left_over = num_cpus - stages_per_pod * pipeline.stage.num_cpus
-    assert left_over >= pipeline.engine_num_cpus + ingress.num_cpus * ingress.num_replicas
+    assert left_over >= pipeline.engine_num_cpus
     needed = -(-pipeline.num_stages // stages_per_pod)
     assert group.minReplicas == group.replicas >= needed
     most_pipelines = config.num_pipelines if config.autoscaling is None else config.autoscaling.max_pipelines
@@ -137,18 +150,97 @@ def test_the_fewest_workers_have_room_for_the_service_and_the_most_for_a_rollout
 
 
 @pytest.mark.parametrize("name", DEPLOYMENT_OF)
+def test_ingresses_keep_no_large_worker(name: str) -> None:
+    """Theirs have room for nothing else, and each for all of them, twice in a rollout."""
+    service = RayService.model_validate(manifest(name))
+    (application,) = yaml.safe_load(service.spec.serveConfigV2)["applications"]
+    ingress = ServiceConfig.model_validate(application["args"]).ingress
+    small, large = service.spec.rayClusterConfig.workerGroupSpecs
+    assert small.groupName == "ingresses"
+    assert ray_resources(small)["CPU"] == 0
+    assert ray_resources(small)["ingress"] >= 2 * ingress.num_replicas * ingress.resources["ingress"]
+    assert "ingress" not in ray_resources(large)
+    assert small.minReplicas >= 2, "one is lost, one is left"
+
+
+@pytest.mark.parametrize("name", DEPLOYMENT_OF)
 def test_probes_memory_and_rights_of_every_pod(name: str) -> None:
     service = RayService.model_validate(manifest(name))
     for pod in pods(service):
-        assert pod["metadata"]["labels"] == {"app.kubernetes.io/part-of": "gptj-serve"}
+        assert pod["metadata"]["labels"]["app.kubernetes.io/part-of"] == "gptj-serve"
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         (container,) = pod["spec"]["containers"]
-        assert container["livenessProbe"]["httpGet"]["path"] == "/api/healthz"
-        assert container["readinessProbe"]["httpGet"]["path"] in ("/api/healthz", "/-/healthz")
+        is_head = pod["metadata"]["labels"]["ray.io/group"] == "headgroup"
+        raylet, proxy = {"path": "/api/healthz", "port": 52365}, {"path": "/-/healthz", "port": 8000}
+        assert container["livenessProbe"]["httpGet"] == raylet
+        assert container["readinessProbe"]["httpGet"] == (raylet if is_head else proxy)
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
-        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"] == RIGHTS
         assert any(mount["mountPath"] == "/models" for mount in container["volumeMounts"])
         assert {"name": "metrics", "containerPort": 8080} in container["ports"]
+        assert {"name": "serve", "containerPort": 8000} in container["ports"]
+    assert service.spec.rayClusterConfig.autoscalerOptions.securityContext == RIGHTS
+
+
+RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+OUR_PODS = {
+    each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"]
+    for _, each in OBJECTS
+    if each["kind"] == "StatefulSet"
+} | {
+    f"{name}, {pod['metadata']['labels']['ray.io/group']}": pod["metadata"]["labels"]
+    for name in DEPLOYMENT_OF
+    for pod in pods(RayService.model_validate(manifest(name)))
+}
+"""The labels of each."""
+
+OPERATORS = [  # as KubeRay's own Helm chart and kustomization label their pod
+    {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/component": "kuberay-operator"},
+    {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"},
+]
+
+
+def selected(selector: dict[str, Any]) -> set[str]:
+    wanted = selector["matchLabels"].items()
+    return {name for name, labels in OUR_PODS.items() if wanted <= labels.items()}
+
+
+def of_kind(kind: str) -> dict[str, dict[str, Any]]:
+    return {each["metadata"]["name"]: each["spec"] for _, each in OBJECTS if each["kind"] == kind}
+
+
+def test_selectors_find_the_pods_that_they_are_for() -> None:
+    rays = {name for name in OUR_PODS if ", " in name}
+    policies = of_kind("NetworkPolicy")
+    assert selected(policies["gptj-serve"]["podSelector"]) == rays
+    assert selected(policies["gptj-redis"]["podSelector"]) == {"gptj-redis"}
+    assert selected(of_kind("PodMonitor")["gptj-serve"]["selector"]) == rays
+    budget = of_kind("PodDisruptionBudget")["gptj-serve-ingresses"]
+    assert selected(budget["selector"]) == {f"{name}, ingresses" for name in DEPLOYMENT_OF}
+
+
+def test_a_budget_lets_drains_go_on() -> None:
+    """For pods whose owner has no scale subresource, nothing but an integer `minAvailable` does."""
+    (budget,) = of_kind("PodDisruptionBudget").values()
+    assert set(budget) == {"minAvailable", "selector"}
+    for name in DEPLOYMENT_OF:
+        small, _ = RayService.model_validate(manifest(name)).spec.rayClusterConfig.workerGroupSpecs
+        assert isinstance(budget["minAvailable"], int)
+        assert small.minReplicas > budget["minAvailable"]
+
+
+@pytest.mark.parametrize("labels", OPERATORS, ids=["Helm", "kustomize"])
+@pytest.mark.parametrize("policy", ["gptj-serve", "gptj-redis"])
+def test_kuberays_operator_gets_in_however_it_is_installed(policy: str, labels: dict[str, str]) -> None:
+    """From its own namespace, to the dashboard and to Redis."""
+    froms = [each for rule in of_kind("NetworkPolicy")[policy]["ingress"] for each in rule["from"]]
+    assert [
+        each
+        for each in froms
+        if each.get("namespaceSelector") == {}
+        and each.get("podSelector", {"matchLabels": {"": ""}})["matchLabels"].items() <= labels.items()
+    ]
 
 
 def test_names_that_must_agree_do() -> None:

@@ -46,6 +46,10 @@ UNSEEN = {
 """Metrics that are only there once something has gone wrong, or where there is a GPU."""
 
 
+OF_THE_MACHINE = {"NodeMemoryFull", "NodeDiskFull", "FirstTokenSlow", "TokensSlow"}
+"""Alerts that a full or busy one rightly has."""
+
+
 def promtool(*arguments: str | Path) -> str:
     process = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stdout + process.stderr
@@ -206,12 +210,13 @@ def test_what_the_dashboard_shows_is_so(prometheus: list[str]) -> None:
 
 
 @pytest.mark.serve
-def test_every_alert_is_evaluated_and_none_fires(prometheus: list[str]) -> None:
+def test_every_alert_is_evaluated_and_finds_nothing(prometheus: list[str]) -> None:
+    """Not even for a moment; pending is not nothing."""
     groups = httpx.get(f"{PROMETHEUS}/api/v1/rules", timeout=10).json()["data"]["groups"]
     rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
     assert set(rules) == set(RULES)
     assert {name: rule["lastError"] for name, rule in rules.items() if rule["health"] != "ok"} == {}
-    assert [name for name, rule in rules.items() if rule["state"] == "firing"] == []
+    assert [name for name, rule in rules.items() if rule["state"] != "inactive" and name not in OF_THE_MACHINE] == []
 
 
 @pytest.mark.serve

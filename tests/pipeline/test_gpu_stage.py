@@ -217,8 +217,9 @@ def test_hidden_states_stay_until_the_next_stage_has_read_them(checkpoint: Check
     tokens = greedy_tokens(checkpoint)
     steps = []
     for microbatch in [prompts(), *(decode(step, tokens[step - 1]) for step in range(1, NUM_STEPS))]:
-        steps.append(last.begin(microbatch, first.begin(microbatch, None).hidden))
+        hidden = first.begin(microbatch, None).hidden
         first.synchronize()
+        steps.append(last.begin(microbatch, hidden))
     assert [tokens_of(last.output(step)) for step in steps] == tokens
 
 

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,40 @@ def test_a_trace_brings_the_first_that_fit(trace: Path):
 def test_arrivals_may_be_seconds(trace: Path):
     trace.write_text(HEADER + "5,1,1\n5.5,2,2\n7,3,3\n")
     assert [r.arrival_s for r in trace_requests(trace, 9, max_tokens=64)] == [0.0, 0.5, 2.0]
+    trace.write_text(HEADER + "0,1,1\n1e-05,2,2\n1.5e1,3,3\n")
+    assert [r.arrival_s for r in trace_requests(trace, 9, max_tokens=64)] == [0.0, 1e-05, 15.0]
+
+
+def test_arrivals_may_have_time_zones(trace: Path):
+    """A quarter of a second after the first, and then an hour, told in other zones; digits beyond microseconds don't
+    count."""
+    times = ("2023-11-16 18:15:46.6805900+00:00", "2023-11-16T19:15:46.930590099+01:00", "2023-11-16 19:15:46.93059Z")
+    trace.write_text(HEADER + "".join(f"{at},1,1\n" for at in times))
+    arrivals = [request.arrival_s for request in trace_requests(trace, 9, max_tokens=64)]
+    assert arrivals == pytest.approx([0.0, 0.25, 3600.25])
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin"])
+def test_times_without_a_zone_pass_evenly_wherever_they_are_read(
+    trace: Path, zone: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Also when clocks are put back there: the first came in summer, the second in winter."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        trace.write_text(HEADER + "2023-10-29 01:30:00,1,1\n2023-10-29 03:30:00,1,1\n")
+        assert [request.arrival_s for request in trace_requests(trace, 9, max_tokens=64)] == [0.0, 7200.0]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ("yesterday,1,1\n", ":2: arrival='yesterday': must be seconds, or a date"),
+        ("nan,1,1\n", ":2: arrival='nan': must be seconds, or a date"),
+        ("inf,1,1\n", ":2: arrival='inf': must be seconds, or a date"),
         ("1,1\n", ":2: '1,1': must have arrival, prompt tokens and output tokens"),
         ("1,1,1\n2,x,1\n", ":3: prompt tokens='x': must be a whole number, at least 1"),
         ("1,0,1\n", ":2: prompt tokens='0': must be a whole number, at least 1"),

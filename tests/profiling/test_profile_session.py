@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from fakes import small_backend_json, small_tokenizer
+from safetensors import SafetensorError
+from threads import torch_threads
 from trace_format import check
 
 from gptj_serve.config import DEMO_CHECKPOINT, PipelineConfig, ServiceConfig
@@ -159,6 +161,7 @@ def test_who_would_wait_too_long_is_counted(tiny: Path):
     load = Load([PlannedRequest(0.0, 30, 4)] * 3, max_concurrency=2)
     made = profile(service(tiny, scheduler={"max_queue_wait_s": 1e-9}), load)
     assert (made.summary.num_finished, made.summary.num_refused, made.summary.num_steps) == (0, 3, 0)
+    assert made.summary.num_prompt_tokens == 0
     assert (made.summary.tokens_per_s, made.summary.scheduler_s_per_step) == (0.0, 0.0)
     assert [stage.bubble_ratio for stage in made.summary.stages] == [0.0, 0.0]
 
@@ -167,6 +170,36 @@ def test_a_request_that_can_never_be_served_ends_the_profile(tiny: Path):
     load = Load([PlannedRequest(0.0, 90, 40)] * 2, max_concurrency=2)
     with pytest.raises(InvalidRequestError):
         profile(service(tiny), load)
+
+
+def test_what_cant_be_served_is_refused_before_weights_are_loaded(tmp_path: Path, tiny: Path):
+    """They are damaged once it is open, which is what loading tells."""
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    session = Session(service(tmp_path, kv_cache={"num_tokens": 32}))
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InvalidRequestError, match=r"20 prompt tokens \+ 20 new tokens exceed the limit of 32"):
+        asyncio.run(session.profile(Load([PlannedRequest(0.0, 4, 4), PlannedRequest(0.0, 20, 20)], max_concurrency=1)))
+    with pytest.raises(SafetensorError):
+        asyncio.run(session.profile(Load([PlannedRequest(0.0, 4, 4)], max_concurrency=1)))
+
+
+def test_one_stage_waits_for_the_engine_too(tiny: Path):
+    """Between steps: the way there and back is time without work for it."""
+    made = profile(service(tiny, num_stages=1), Load([PlannedRequest(0.0, 8, 20)], max_concurrency=1))
+    (stage,) = made.summary.stages
+    assert 0 < stage.bubble_ratio < 1
+
+
+def test_the_figures_say_what_was_profiled(tiny: Path, cpu_kernels: None):
+    load = Load([PlannedRequest(0.0, 8, 2)], max_concurrency=1)
+    with torch_threads(1):
+        int8 = profile(service(tiny, dtype="bfloat16", quantization="int8", stage={"num_threads": 2}), load).summary
+        plain = profile(service(tiny, kernels="torch", stage={"num_threads": 3}), load).summary
+    assert (int8.dtype, int8.threads_per_stage) == ("bfloat16", 2)
+    assert "int8" in int8.kernels
+    assert (plain.dtype, plain.kernels, plain.threads_per_stage) == ("float32", "torch", 3)
 
 
 def test_what_cant_be_loaded_is_named(tiny: Path):

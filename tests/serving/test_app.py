@@ -77,6 +77,12 @@ def test_an_ingress_has_room_for_what_it_refuses_and_for_probes() -> None:
     assert deployment.max_ongoing_requests == 7 + app.NUM_LOOKING_REQUESTS
 
 
+def test_an_ingress_asks_for_its_resources() -> None:
+    config = ServiceConfig(ingress=IngressConfig(num_cpus=0, resources={"front": 1}))
+    options = app._ingress(config, 100).ray_actor_options
+    assert (options["num_cpus"], options["resources"]) == (0, {"front": 1})
+
+
 def test_a_chat_template_that_is_none(tmp_path: Path, said: list[str]) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text("{% for message in messages %}")

@@ -78,3 +78,17 @@ def test_ingresses_that_are_added_take_room_too() -> None:
     pipeline = Group(SMALL, 1, 1)
     assert surges(Group([{"CPU": 0.2}], 3, 1), pipeline, "PACK", [{"CPU": 1.6}]) == (3, 0)
     assert surges(Group([{"CPU": 0.2}], 3, 1), pipeline, "PACK", [{"CPU": 1.7}]) == (1, 1)
+
+
+@pytest.mark.parametrize(("resources", "num_surging"), [({}, (1, 0)), ({"front": 1.0}, (1, 1))])
+def test_an_ingress_takes_room_only_where_there_is_all_it_needs(
+    resources: dict[str, float], num_surging: tuple[int, int]
+) -> None:
+    nodes = [{"CPU": 1.1}, {"CPU": 0.2, "front": 4.0}]
+    assert surges(Group([{"CPU": 0.2, **resources}], 1, 1), Group(SMALL, 1, 1), "PACK", nodes) == num_surging
+
+
+def test_an_ingress_without_cpus_is_where_there_are_none() -> None:
+    nodes = [{"CPU": 1.1}, {"front": 1.0}]
+    ingress = Group([{"CPU": 0.0, "front": 1.0}], 2, 2)
+    assert surges(ingress, Group(SMALL, 1, 1), "PACK", nodes) == (1, 1)

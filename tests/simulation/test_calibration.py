@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 from fakes import small_backend_json, small_tokenizer
+from threads import torch_threads
 
 from gptj_serve.config import KVCacheConfig, PipelineConfig, ServiceConfig, StageConfig
 from gptj_serve.errors import ConfigError
+from gptj_serve.pipeline.threads import num_usable_cores
 from gptj_serve.simulation.calibration import Sizes, calibrate
 from gptj_serve.simulation.step_shape import StepShape
 
@@ -40,6 +42,13 @@ def test_a_checkpoint_is_measured_with_the_stages_of_its_deployment(tiny: Path):
     assert float(cost.notes["tokens_per_s_of_3x48+7"]) > 0
     few, many = (sum(cost.pipeline(2).stage_times_s(StepShape(n, n, 8 * n, 8 * n, n))) for n in (1, 64))
     assert 0 < few <= many
+
+
+def test_threads_are_those_of_the_service_whatever_torch_was_told_before(tiny: Path):
+    config = ServiceConfig(checkpoint=str(tiny), pipeline=PipelineConfig(num_stages=1))
+    with torch_threads(num_usable_cores() + 1):
+        cost = calibrate(config, FEW)
+    assert cost.notes["threads_per_stage"] == num_usable_cores()
 
 
 def test_more_stages_than_layers_are_refused(tiny: Path):

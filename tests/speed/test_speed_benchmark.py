@@ -2,36 +2,51 @@
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks.speed.batches import SCENARIOS, Scenario
 from benchmarks.speed.cli import main
-from benchmarks.speed.contestants import BF16, CONTESTANTS, FP32, INT8
+from benchmarks.speed.contestants import BF16, CONTESTANTS, FP32, INT8, Settings
 from benchmarks.speed.load import batch_requests, drawn_shapes, read_trace, trace_requests
 from benchmarks.speed.mixed_load import at_equal_latency
 from benchmarks.speed.models import MODELS, TINY, Cost, decode_cost, kv_bytes_per_token, prefill_cost, weight_bytes
+from benchmarks.speed.options import CONDITIONS, check_comparable
+from benchmarks.speed.ours_contestant import new_scheduler
 from benchmarks.speed.pipeline_level import bubble_ratio
 from benchmarks.speed.plot import draw
+from benchmarks.speed.report import significant
 from benchmarks.speed.results import Results, Spread, ratios, spread
 from benchmarks.speed.static_batches import OnToken, serve_in_batches
 from benchmarks.speed.streams import Request, Stream, agreement, batch_figures, load_figures
 from gptj_serve.planner import Model, Resources, plan
+from gptj_serve.simulation.steps_source import any_answer
+from gptj_serve.types import EngineRequest, SamplingParams, Task
 
 PEERS = [name for name in ("transformers", "ctranslate2") if importlib.util.find_spec(name)]
 
 
-def run_quick(file: Path, *options: str) -> tuple[str, Results]:
+def run_quick(file: Path, *options: str, status: int = 0, environment: Mapping[str, str] = {}) -> tuple[str, Results]:
     """What it printed and wrote."""
     command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--output", str(file), *options]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2])
-    assert run.returncode == 0, run.stdout + run.stderr
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | environment,
+    )
+    assert run.returncode == status, run.stdout + run.stderr
     return run.stdout, Results.read(file)
 
 
@@ -46,7 +61,8 @@ def test_engines_side_by_side(tmp_path: Path) -> None:
     assert all(row["prefill_s"].median > 0 and row["step_of_bound"] > 0 for row in rows)
     missing = {"transformers", "ctranslate2"} - set(PEERS)
     assert results.left_out == {f"{peer}-fp32": f"{peer} is not installed" for peer in missing}
-    assert "best peer" in printed
+    for row in rows:
+        assert re.search(rf"{row['contestant']} .* {significant(row['overall_rate'].median)} ", printed)
     ours = rows[0]
     peers = rows[1 : len(present)]
     if peers:
@@ -70,16 +86,78 @@ def test_load_and_pipelines(tmp_path: Path) -> None:
         assert ("handoff_s" in row) == (num_stages > 1)
     machine = json.loads((tmp_path / "speed.json").read_text())["machine"]
     assert machine["operations_per_s"]["fp32"]["torch"] > 0
-    assert "handoff" in printed
+    for (kind, num_stages), row in stages.items():
+        assert re.search(rf"{kind} +│ +{num_stages} .* {significant(row['concurrent_rate'].median)} ", printed)
+    assert "--contestants has no effect on pipeline" in printed
+    assert (results.options["model"], results.options["threads"], results.options["seconds"]) == ("tiny", 1, 3.0)
+    assert (results.options["trace"], results.options["peer_batches"]) == ("drawn", [1, 8, 32])
 
 
-@pytest.mark.parametrize("option", [("--only", "engines"), ("--contestants", "theirs"), ("--model", "7b")])
+@pytest.mark.parametrize(
+    "option", [("--only", "engines"), ("--contestants", "theirs"), ("--model", "7b"), ("--model", "405m,6b")]
+)
 def test_unknown_names_are_refused(option: tuple[str, str]) -> None:
+    assert repr(option[1]) in refused(*option)
+
+
+def refused(*arguments: str) -> str:
+    """What the command says of its arguments, before it measures anything, in one line."""
     app = typer.Typer()
     app.command()(main)
-    result = CliRunner().invoke(app, option)
-    assert result.exit_code == 2
-    assert repr(option[1]) in result.stderr
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
+    assert result.exit_code == 2, result.output
+    assert "measuring" not in result.stdout
+    return " ".join(result.stderr.replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rates 0.1,x", "Invalid value for --rates: 'x' is no number above 0"),
+        ("--peer-batches 1,0", "Invalid value for --peer-batches: '0' is no whole number above 0"),
+        ("--rounds -1", "Invalid value for '--rounds'"),
+        ("--rounds 0", "Invalid value for '--rounds'"),
+        ("--shrink 0", "Invalid value for '--shrink'"),
+        ("--shrink 2", "Invalid value for --shrink: is of a --trace, which there is none of"),
+        (
+            "--only load --rates 50",
+            "Invalid value for --rates: rate=50 for 300 s takes 15000 requests; the trace has 2000",
+        ),
+        ("--scenarios 1x2+1", "Invalid value for --scenarios: '1x2+1' has no batch, prompt or second token"),
+        ("--scenarios 1x2000+49", "Invalid value for --scenarios: '1x2000+49' exceeds the model's 2048 positions"),
+        ("--only service --threads 1", "Invalid value for --threads: has no effect on service"),
+        ("--only pipeline,service --kv-tokens 9", "Invalid value for --kv-tokens: has no effect on pipeline, service"),
+        ("--only load --rounds 2", "Invalid value for --rounds: has no effect on load"),
+        (
+            "--output missing/speed.json",
+            "Invalid value for --output: missing/speed.json: there is no directory missing",
+        ),
+        ("--compare missing.json", "'missing.json' does not exist"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_measured(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*arguments.split())
+
+
+def test_a_trace_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n")
+    assert "arrival='yesterday': must be seconds" in refused("--trace", str(tmp_path / "trace.csv"))
+
+
+@pytest.mark.timeout(600)
+def test_a_group_that_fails_does_not_take_the_others_with_it(tmp_path: Path) -> None:
+    """Stages can't be linked by sockets whose paths are too long for the system."""
+    place = tmp_path / ("long" * 30)
+    place.mkdir()
+    options = ("--only", "pipeline,engine", "--contestants", "ours-fp32")
+    printed, results = run_quick(tmp_path / "speed.json", *options, status=1, environment={"TMPDIR": str(place)})
+    assert list(results.groups) == ["engine"]
+    reason = "RuntimeError: the process of stage 0 has ended; what it printed says why"
+    assert results.left_out == {"pipeline": reason}
+    assert f"left out: pipeline: {reason}" in printed
 
 
 def test_costs_are_the_planners() -> None:
@@ -121,15 +199,47 @@ def test_batch_figures() -> None:
     assert figures.overall_rate == pytest.approx(10 / 6)
 
 
+@pytest.mark.parametrize(
+    "scenario",
+    [*SCENARIOS, Scenario(8, 120, 8), Scenario(3, 1, 15), Scenario(5, 16, 1)],
+    ids=lambda scenario: scenario.name,
+)
+def test_a_whole_batch_fits_the_pool_at_once(scenario: Scenario) -> None:
+    settings = Settings(Path("none"), MODELS["405m"], 1, scenario.num_tokens, max_microbatch_tokens=512)
+    scheduler = new_scheduler(settings, scenario.batch)
+    sampling = SamplingParams(max_new_tokens=scenario.num_new, ignore_eos=True)
+    for index in range(scenario.batch):
+        prompt = [index, *[1] * (scenario.num_prompt - 1)]
+        request = EngineRequest(request_id=str(index), task=Task.GENERATE, prompt_token_ids=prompt, sampling=sampling)
+        scheduler.add(request)
+    num_together = 0
+    while (microbatch := scheduler.schedule()) is not None:
+        num_together = max(num_together, scheduler.num_running)
+        scheduler.update(any_answer(microbatch))
+    assert num_together == scenario.batch
+    assert scheduler.num_preemptions == 0
+
+
 def test_load_figures() -> None:
     requests = [Request(0.0, [1], 3), Request(1.0, [1], 2), Request(8.0, [1], 2)]
-    streams = [Stream(0.0, [1.0, 4.0, 5.0], [1] * 3), Stream(1.0, [6.0, 9.5], [1] * 2), Stream(8.0)]
+    streams = [Stream(0.0, [1.0, 4.0, 5.0], [1] * 3), Stream(1.0, [6.0, 8.5], [1] * 2), Stream(8.0)]
     figures = load_figures(requests, streams, seconds=9.0)
-    assert figures.output_rate == pytest.approx(3 / 6)  # tokens after 3.0, up to 9.0
+    assert figures.output_rate == pytest.approx(4 / 6)  # tokens after 3.0, up to 9.0
     assert figures.ttft_p50_s == 1.0
-    assert figures.ttft_p99_s == 5.0
-    assert figures.intertoken_p99_s == 3.5
+    assert figures.ttft_p99_s == pytest.approx(5.0 - 0.02 * 4.0)  # of 1, 1 and 5
+    assert figures.intertoken_p99_s == pytest.approx(3.0 - 0.02 * 0.5)  # of 1, 2.5 and 3
     assert figures.num_unfinished == 1
+
+
+def test_what_comes_after_the_load_does_not_count() -> None:
+    """A peer finishes the batch that it has begun; ours gives up what is unfinished. Both had the same by then."""
+    requests = [Request(0.0, [1], 4), Request(5.0, [1], 2)]
+    finished = [Stream(0.0, [1.0, 4.0, 8.0, 30.0], [1] * 4), Stream(5.0, [20.0, 21.0], [1] * 2)]
+    given_up = [Stream(0.0, [1.0, 4.0, 8.0], [1] * 3), Stream(5.0)]
+    figures = load_figures(requests, finished, seconds=9.0)
+    assert figures == load_figures(requests, given_up, seconds=9.0)
+    assert figures.ttft_p50_s == pytest.approx((1.0 + (9.0 - 5.0)) / 2)
+    assert figures.num_unfinished == 2
 
 
 def test_agreement_ends_at_the_first_difference() -> None:
@@ -215,13 +325,43 @@ def test_all_engines_are_drawn(tmp_path: Path) -> None:
 def test_a_later_run_is_compared(tmp_path: Path) -> None:
     def results(rate: float, contestant: str = "ours-fp32") -> Results:
         row = {"scenario": "1 x 2 + 3", "contestant": contestant, "decode_rate": spread([rate, 2 * rate, 3 * rate])}
-        return Results(groups={"engine": [row]})
+        return Results(groups={"engine": [row | {"step_of_bound": rate / 20, "prefill_of_bound": None}]})
 
     file = tmp_path / "earlier.json"
     results(5.0).write(file)
     earlier = Results.read(file)
     assert earlier.groups["engine"][0]["decode_rate"] == Spread(10, 5, 15)
     (compared,) = ratios(results(10.0), earlier)
-    assert compared["ratios"] == {"decode_rate": 2.0}
+    assert compared["ratios"] == {"decode_rate": 2.0, "step_of_bound": 2.0}
     assert compared["contestant"] == "ours-fp32"
     assert ratios(results(10.0, "ours-bf16"), earlier) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "6b", "threads": 4},
+            "can't be compared: --model is 6b here, 405m there; --threads is 4 here, 2 there",
+        ),
+        ({"trace": "other.csv"}, "--trace is other.csv here, drawn there"),
+        ({"shrink": 2}, "--shrink is 2 here, 1 there"),
+        ({"seconds": 30.0}, "--seconds is 30.0 here, 300.0 there"),
+    ],
+)
+def test_unlike_runs_are_not_compared(changes: dict[str, object], message: str) -> None:
+    options = dict.fromkeys(CONDITIONS) | {
+        "model": "405m",
+        "threads": 2,
+        "trace": "drawn",
+        "shrink": 1,
+        "seconds": 300.0,
+    }
+    earlier = Results(options, groups={"engine": [], "load": []})
+    check_comparable(options, earlier, ["load", "service"])
+    with pytest.raises(typer.BadParameter, match=re.escape(message)):
+        check_comparable(options | changes, earlier, ["load", "service"])
+    if "model" not in changes:  # the engines don't depend on the load
+        check_comparable(options | changes, earlier, ["engine"])
+    with pytest.raises(typer.BadParameter, match="has no figures of pipeline, but of engine, load"):
+        check_comparable(options, earlier, ["pipeline"])
