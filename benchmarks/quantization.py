@@ -3,20 +3,29 @@
 python -m benchmarks.quantization [--checkpoint DIRECTORY] [--last-chars N] TEXT...
 
 Of each text (its last N characters, if so told) windows of n_positions tokens are scored, each token but a window's
-first. Everything runs in this process, with the kernels and the stage of the service.
+first. Everything runs in this process, with the kernels and the stage of the service. "GPU" runs on the CPU too:
+PyTorch's kernels around the products of a GPU's stage, with their weights and what they round, but not their order of
+sums.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from gptj_serve.config import Kernels, Quantization, ServiceConfig
+from gptj_serve.kernels.gpu.linear import GPULinear, LinearKind
+from gptj_serve.kernels.gpu.weights import GPUBlock
+from gptj_serve.model.block import AttentionFn, GPTJBlock, rotate
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.config import GPTJConfig
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
 from gptj_serve.steps import MicroBatch, Row, StepOutput
 from gptj_serve.tokenizer import Tokenizer
@@ -31,6 +40,7 @@ class Mode(NamedTuple):
     dtype: torch.dtype
     quantization: Quantization = "none"
     kernels: Kernels = "auto"
+    on_gpu: LinearKind | None = None
 
 
 MODES = [
@@ -39,7 +49,45 @@ MODES = [
     Mode("bfloat16", torch.bfloat16),
     Mode("int8, KV in float32", torch.float32, "int8"),
     Mode("int8, KV in bfloat16", torch.bfloat16, "int8"),
+    Mode("GPU, float16", torch.float16, kernels="torch", on_gpu="native"),
+    Mode("GPU, bfloat16", torch.bfloat16, kernels="torch", on_gpu="native"),
+    Mode("GPU, int8 weights, bfloat16", torch.bfloat16, kernels="torch", on_gpu="int8"),
+    Mode("GPU, fp8, bfloat16", torch.bfloat16, kernels="torch", on_gpu="fp8"),
 ]
+
+
+class BlockOfGPU(nn.Module):
+    """A block with the products that `kernels.gpu.layers.GPULayers` has."""
+
+    def __init__(self, block: GPTJBlock, config: GPTJConfig, kind: LinearKind) -> None:
+        super().__init__()
+        self._weights = GPUBlock(block, partial(GPULinear, kind=kind))
+        self._config = config
+        self._activation = block.mlp.activation
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weights.num_bytes
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: AttentionFn) -> Tensor:
+        config, weights = self._config, self._weights
+        normed = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, config.layer_norm_epsilon)
+        width = config.n_embd
+        *qkv, inner = weights.inward(normed).split([width, width, width, config.inner_dim], dim=-1)
+        q, k, v = (part.unflatten(-1, (config.n_head, -1)) for part in qkv)
+        attended = attention(rotate(q, *rotary), rotate(k, *rotary), v).flatten(-2)
+        operands = torch.cat([attended, self._activation(inner + weights.fc_in_bias)], dim=-1)
+        return x + weights.outward(operands) + weights.fc_out_bias
+
+
+def as_on_gpu(runner: StageRunner, kind: LinearKind) -> int:
+    """Put a GPU's products in place of the stage's. Returns the bytes of all its weights."""
+    stage = runner.stage
+    for name, block in stage.h.items():
+        stage.h[name] = BlockOfGPU(block, stage.config, kind)
+    stage.lm_head = GPULinear([stage.lm_head], kind)
+    in_layers = sum(block.num_bytes for block in stage.h.values())
+    return in_layers + stage.lm_head.num_bytes + sum(parameter.nbytes for parameter in stage.parameters())
 
 
 def main(
@@ -65,13 +113,14 @@ def main(
             kernels=mode.kernels,
         )
         runner = StageRunner.load(opened, spec)
+        weight_bytes = runner.weight_bytes if mode.on_gpu is None else as_on_gpu(runner, mode.on_gpu)
         parts = [score(runner, window, first_id) for first_id, window in zip(ids(windows), windows, strict=True)]
         logprobs, likeliest = (torch.cat(columns) for columns in zip(*parts, strict=True))
         base = base or (logprobs, likeliest)
         perplexity = math.exp(-logprobs.mean())
         table.add_row(
             mode.name,
-            f"{runner.weight_bytes / 1e6:.1f}",
+            f"{weight_bytes / 1e6:.1f}",
             f"{perplexity:.3f}",
             f"{perplexity / math.exp(-base[0].mean()):.4f}",
             f"{(logprobs - base[0]).abs().mean():.5f}",

@@ -1,4 +1,4 @@
-"""A pipeline of stage processes, linked over ZeroMQ as in the service, without Ray."""
+"""A pipeline of stage processes, linked as in the service, without Ray."""
 
 import asyncio
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.stage_environment import stage_environment
+from gptj_serve.config import HandoffKind
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.pipeline.stage_loop import StageLoop
 from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
@@ -34,6 +35,7 @@ class StageProcessConfig:
     block_size: int
     dtype: torch.dtype
     threads: int  # of each stage
+    handoff: HandoffKind = "shared_memory"
 
 
 class LinkedStages:
@@ -81,7 +83,8 @@ async def linked_stages(spans: Sequence[range], config: StageProcessConfig) -> A
         loaded = await _answers(pipes)
         links = StepLinks(None, step_timeout_s=600)
         results = links.bind(f"ipc://{sockets}/results")
-        for pipe, following in zip(pipes, [stage["hidden"] for stage in loaded[1:]] + [results], strict=True):
+        nexts = [(stage["hidden"], config.handoff, stage["tensors"]) for stage in loaded[1:]] + [(results, "zmq", "")]
+        for pipe, following in zip(pipes, nexts, strict=True):
             pipe.send(following)
         links.connect([stage["steps"] for stage in loaded])
         try:
@@ -118,11 +121,11 @@ def run_stage(pipe: Connection, span: range, config: StageProcessConfig, address
     load_s = time.perf_counter() - started
     meter = StepMeter()
     loop = StageLoop(runner, None, meter)
-    addresses = loop.bind(f"{address}/{span.start}")
+    addresses = loop.bind(f"{address}/{span.start}", config.handoff)
     report = {"weight_bytes": runner.weight_bytes, "peak_bytes": peak_rss_bytes(), "load_s": load_s}
     pipe.send(report | addresses._asdict())
     loop.failure.add_done_callback(lambda failure: os._exit(1))  # the engine sees its links cut
-    loop.start(pipe.recv())
+    loop.start(*pipe.recv())
     answers = {"status": meter.status, "peak_bytes": peak_rss_bytes}
     while True:
         pipe.send(answers[pipe.recv()]())

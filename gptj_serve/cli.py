@@ -15,6 +15,7 @@ import typer
 from gptj_serve.errors import ConfigError, GPTJServeError
 
 if TYPE_CHECKING:
+    from gptj_serve.gpus import GPU
     from gptj_serve.planner import Model, Plan
 
 GIB = 2**30
@@ -36,6 +37,7 @@ class Dtype(StrEnum):
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -106,22 +108,29 @@ def plan(
         str | None, typer.Option(help="Instead: gpt-j-6b, or a config.json; without any weights.")
     ] = None,
     stages: Annotated[int, typer.Option(min=1, help="Pipeline stages, one device each.")] = 1,
+    device: Annotated[
+        str,
+        typer.Option(help="What a stage runs on: cpu; gpu; or a GPU whose memory and bandwidth are known, as h200."),
+    ] = "gpu",
     device_memory_gib: Annotated[
         float | None, typer.Option(min=0, help="Memory of one device. Without it: the service's default KV pool.")
     ] = None,
     memory_utilization: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of it for weights and KV; the rest is for all else.")
+        float,
+        typer.Option(min=0.01, max=1, help="Share of it for the service; on GPUs pipeline.gpu_memory_utilization."),
     ] = 0.9,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and KV. Default: as stored; --config: float16; int8: float32.")
+        Dtype | None, typer.Option(help="Of weights and KV. Default: as the service's auto on such a device.")
     ] = None,
     quantization: Annotated[
-        Quantization, typer.Option(help="int8: the matrices of the layers and the LM head in 8 bits, on CPUs.")
+        Quantization, typer.Option(help="The matrices of the layers and the LM head in 8 bits.")
     ] = Quantization.none,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
     kv_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV pool. Default: what fits.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence. Default: the model's n_positions.")] = None,
     typical: Annotated[int, typer.Option(min=1, help="Typical length of a sequence, in tokens.")] = 512,
+    max_microbatch_tokens: Annotated[int, typer.Option(min=1, help="As pipeline.scheduler's.")] = 512,
+    max_num_sequences: Annotated[int, typer.Option(min=1, help="As pipeline.scheduler's.")] = 256,
     bandwidth_gb_s: Annotated[
         float | None, typer.Option(min=0.001, help="Memory bandwidth of one device in 10^9 bytes/s, for latency.")
     ] = None,
@@ -129,20 +138,28 @@ def plan(
 ) -> None:
     """Show how a model splits over stages, what fits, and how fast it can be at best. Exit status 1: it doesn't fit."""
     from gptj_serve import planner
+    from gptj_serve.gpus import ASSUMED_CAPABILITY, StepLimits
+    from gptj_serve.remedies import remedies
 
-    model, stored_dtype = _model(checkpoint, config)
+    card = _card(device)
+    capability = card.capability if card else None if device == "cpu" else ASSUMED_CAPABILITY
+    model = _model(checkpoint, config)
+    memory_bytes = None if card is None else card.memory_bytes
+    bandwidth_bytes_s = None if card is None else card.bandwidth_bytes_s
     resources = planner.Resources(
         num_stages=stages,
-        dtype=dtype.value if dtype else _default_dtype(stored_dtype, quantization),
+        dtype=dtype.value if dtype else planner.resolve_dtype("auto", [] if capability is None else [capability]),
         quantization=quantization.value,
         block_size=block_size,
         num_kv_tokens=kv_tokens,
-        device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * GIB),
+        device_memory_bytes=memory_bytes if device_memory_gib is None else int(device_memory_gib * GIB),
         memory_utilization=memory_utilization,
-        bandwidth_bytes_s=None if bandwidth_gb_s is None else bandwidth_gb_s * 1e9,
+        bandwidth_bytes_s=bandwidth_bytes_s if bandwidth_gb_s is None else bandwidth_gb_s * 1e9,
+        capability=capability,
+        step_limits=StepLimits(max_microbatch_tokens, max_num_sequences),
     )
     result = planner.plan(model, resources, context)
-    changes = [] if result.fits else planner.remedies(model, resources, result.context)
+    changes = [] if result.fits else remedies(model, resources, result.context)
     if as_json:
         typer.echo(json.dumps(_as_json(result, min(typical, result.context), changes), indent=2))
     else:
@@ -151,29 +168,35 @@ def plan(
         raise typer.Exit(1)
 
 
-def _model(checkpoint: str | None, config: str | None) -> tuple["Model", str]:
-    """What to plan for, and the dtype it is stored in."""
+def _model(checkpoint: str | None, config: str | None) -> "Model":
+    """What to plan for."""
     from gptj_serve.config import ServiceConfig
     from gptj_serve.model.checkpoint import Checkpoint
     from gptj_serve.model.config import GPTJConfig
-    from gptj_serve.planner import NAMED_CONFIGS, Model, resolve_dtype
+    from gptj_serve.planner import NAMED_CONFIGS, Model
 
     if (checkpoint is None) == (config is None):
         raise ConfigError("give either a checkpoint directory or --config")
     if checkpoint is not None:
         opened = Checkpoint.open(ServiceConfig(checkpoint=checkpoint).checkpoint_dir)
-        return Model(opened.config, opened.heads), resolve_dtype("auto", opened.stored_dtype, uses_gpu=True)
+        return Model(opened.config, opened.heads)
     assert config is not None
     if config in NAMED_CONFIGS:
-        return Model(NAMED_CONFIGS[config]), "float16"
+        return Model(NAMED_CONFIGS[config])
     if not Path(config).is_file():
         raise ConfigError(f"--config={config!r}: neither a file nor one of {', '.join(NAMED_CONFIGS)}")
-    return Model(GPTJConfig.from_file(Path(config))), "float16"
+    return Model(GPTJConfig.from_file(Path(config)))
 
 
-def _default_dtype(stored_dtype: str, quantization: Quantization) -> str:
-    """As the service's `auto`: where int8 runs, on CPUs, it is float32."""
-    return stored_dtype if quantization is Quantization.none else "float32"
+def _card(device: str) -> "GPU | None":
+    """None where nothing more is known of it."""
+    from gptj_serve.gpus import GPUS
+
+    if device in ("cpu", "gpu"):
+        return None
+    if device not in GPUS:
+        raise ConfigError(f"--device={device!r}: none of cpu, gpu, {', '.join(GPUS)}")
+    return GPUS[device]
 
 
 def _as_json(plan: "Plan", typical: int, changes: list[str]) -> dict[str, Any]:
@@ -199,6 +222,7 @@ def _as_json(plan: "Plan", typical: int, changes: list[str]) -> dict[str, Any]:
                 "stage_index": stage.stage_index,
                 "layers": [stage.layers.start, stage.layers.stop],
                 "weight_bytes": stage.weight_bytes,
+                "overhead_bytes": stage.overhead._asdict(),
                 "kv_bytes_per_token": stage.kv_bytes_per_token,
                 "kv_pool_bytes": plan.kv_pool_bytes(stage),
                 "num_kv_tokens": stage.num_kv_tokens,
@@ -213,13 +237,14 @@ def _print_plan(plan: "Plan", typical: int, changes: list[str]) -> None:
     from rich.table import Table
 
     table = Table()
-    for column in ("stage", "layers", "weights GiB", "KV KiB/token", "KV pool GiB", "KV tokens that fit"):
+    for column in ("stage", "layers", "weights GiB", "other GiB", "KV KiB/token", "KV pool GiB", "KV tokens that fit"):
         table.add_column(column, justify="right")
     for stage in plan.stages:
         table.add_row(
             str(stage.stage_index),
             f"{stage.layers.start}-{stage.layers.stop - 1}",
             f"{stage.weight_bytes / GIB:.3f}",
+            f"{stage.overhead.total / GIB:.3f}",
             f"{stage.kv_bytes_per_token / 1024:g}",
             f"{plan.kv_pool_bytes(stage) / GIB:.3f}",
             "?" if stage.num_kv_tokens is None else f"{stage.num_kv_tokens:,}",
@@ -229,6 +254,7 @@ def _print_plan(plan: "Plan", typical: int, changes: list[str]) -> None:
         "all",
         str(sum(len(stage.layers) for stage in plan.stages)),
         f"{plan.weight_bytes / GIB:.3f}",
+        f"{sum(stage.overhead.total for stage in plan.stages) / GIB:.3f}",
         f"{plan.kv_bytes_per_token / 1024:g}",
         f"{sum(map(plan.kv_pool_bytes, plan.stages)) / GIB:.3f}",
         f"{plan.num_kv_tokens:,} in the pool",
@@ -252,7 +278,10 @@ def _remarks(plan: "Plan", typical: int, changes: list[str]) -> list[str]:
             "stage's)"
         )
     if not plan.fits:
-        lines.append("DOES NOT FIT: every stage needs room for its weights and for one sequence of full length.")
+        lines.append(
+            "DOES NOT FIT: every stage needs room for its weights, for all else that runs there, and for one sequence "
+            "of full length."
+        )
         lines += ["What would fit:", *[f"  - {change}" for change in changes]]
     return lines
 

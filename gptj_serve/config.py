@@ -27,11 +27,14 @@ DEMO_CHECKPOINT = "demo"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 _RAYS_OWN_RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
 
-Quantization = Literal["none", "int8"]
-"""Of the weights of linear layers, and of what they are multiplied with."""
+Quantization = Literal["none", "int8", "fp8"]
+"""Of the weights of linear layers; on CPUs, and for fp8, also of what they are multiplied with."""
 
 Kernels = Literal["auto", "torch"]
 """Our own where they can run, or PyTorch's."""
+
+HandoffKind = Literal["auto", "zmq", "shared_memory", "cuda_ipc", "distributed"]
+"""How hidden states get from one stage to the next."""
 
 
 class _Part(BaseModel):
@@ -68,8 +71,9 @@ class KVCacheConfig(_Part):
     block_size: PositiveInt = Field(16, description="Tokens per KV block.")
     num_tokens: PositiveInt | None = Field(
         None,
-        description="Capacity of the pool in tokens, on every stage; at least n_positions. Default: eight sequences of "
-        "n_positions. A smaller pool means more preemption, never another answer.",
+        description="Capacity of the pool in tokens, on every stage; at least n_positions. Default: on CPU eight "
+        "sequences of n_positions; on GPU what fits into gpu_memory_utilization on the fullest. A smaller pool means "
+        "more preemption, never another answer.",
     )
     reuse_prefixes: bool = Field(
         True, description="Requests take over what others have computed of the same beginning, while it is kept."
@@ -99,22 +103,43 @@ class PipelineConfig(_Part):
 
     num_stages: PositiveInt = Field(1, description="Stage actors that the layers are split over; at most n_layer.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of weights and KV cache. auto: float32 on CPU; on GPU the checkpoint's own half precision."
+        "auto",
+        description="Of weights and KV cache. auto: float32 on CPU; on GPU bfloat16 where the card of every stage has "
+        "it (compute capability 8.0 or more), else float16, whatever the checkpoint is stored in.",
     )
     quantization: Quantization = Field(
         "none",
-        description="int8: weights of linear layers in 8 bits, a scale for each output, and what they are multiplied "
-        "with rounded to 8 bits for each token. On CPUs with AVX-512 VNNI; docs/performance.md has the effect.",
+        description="Of the weights of linear layers, to 8 bits with a scale for each output. int8: on CPUs with "
+        "AVX-512 VNNI, where what they are multiplied with is rounded too, for each token; on GPUs the weights alone. "
+        "fp8 (e4m3): on GPUs of compute capability 8.9 or more, in bfloat16; what comes of prompts and large batches "
+        "is rounded too. docs/performance.md has the effect.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="The share of a GPU's memory that is in use once the KV pool is there, by whomever: the pool is "
+        "made of what weights, graphs and the largest microbatch leave of it. The rest is for what comes later: links "
+        "of NCCL, fragmentation. A stage that reserves a part of a GPU (num_gpus below 1) takes that part of it. Where "
+        "kv_cache.num_tokens is not set.",
     )
     kernels: Kernels = Field(
         "auto",
-        description="What the layers run on. auto: on CPUs with AVX-512 our own, which g++ compiles when first needed, "
-        "else PyTorch's, with a line in the log that says why. torch: PyTorch's.",
+        description="What the layers run on. auto: our own on CPUs with AVX-512, where g++ compiles them when first "
+        "needed, and on GPUs of compute capability 8.0 or more, where Triton does; else PyTorch's, with a line in the "
+        "log that says why. torch: PyTorch's.",
     )
     deterministic: bool = Field(
         False,
         description="The same request gives the same tokens and bit-equal log-probabilities whatever runs beside it, "
         "however it is cut and over however many stages. On CPU only; docs/determinism.md has the cost.",
+    )
+    handoff: HandoffKind = Field(
+        "auto",
+        description="How hidden states get from a stage to the next. auto: through shared memory between CPUs of one "
+        "host; by CUDA IPC on one GPU; by torch.distributed with NCCL between GPUs; else over ZeroMQ. Any of them can "
+        "be asked for (shared_memory, cuda_ipc, distributed, zmq), if all neighbours can use it. distributed between "
+        "CPUs uses gloo, and like NCCL encrypts nothing.",
     )
     stage: StageConfig = StageConfig()
     kv_cache: KVCacheConfig = KVCacheConfig()
@@ -155,11 +180,39 @@ class PipelineConfig(_Part):
 
     @model_validator(mode="after")
     def _can_be_quantized(self) -> Self:
-        if self.quantization == "int8" and (self.stage.num_gpus > 0 or self.dtype == "float16"):
-            raise ValueError("quantization: int8 is for stages on CPU (num_gpus: 0), dtype auto, float32 or bfloat16")
-        if self.quantization == "int8" and self.kernels == "torch":
-            raise ValueError("quantization: int8 needs our own kernels (kernels: auto)")
+        uses_gpu = self.stage.num_gpus > 0
+        if self.quantization == "fp8" and not uses_gpu:
+            raise ValueError("quantization: fp8 is for stages on GPU (num_gpus)")
+        if self.quantization == "fp8" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"quantization: fp8 goes with dtype auto or bfloat16, not {self.dtype}")
+        if self.quantization == "int8" and uses_gpu and self.dtype == "float32":
+            raise ValueError("quantization: int8 on GPU goes with dtype auto, bfloat16 or float16, not float32")
+        if self.quantization == "int8" and not uses_gpu and self.dtype == "float16":
+            raise ValueError("quantization: int8 on CPU (num_gpus: 0) goes with dtype auto, float32 or bfloat16")
+        if self.quantization != "none" and self.kernels == "torch":
+            raise ValueError(f"quantization: {self.quantization} needs our own kernels (kernels: auto)")
         return self
+
+    @model_validator(mode="after")
+    def _memory_is_there_to_be_shared(self) -> Self:
+        if "gpu_memory_utilization" not in self.model_fields_set:
+            return self
+        if self.stage.num_gpus == 0:
+            raise ValueError("gpu_memory_utilization is for stages on GPU; on CPU set kv_cache.num_tokens")
+        if self.kv_cache.num_tokens is not None:
+            raise ValueError("kv_cache.num_tokens sets the KV pool's size already: leave out gpu_memory_utilization")
+        return self
+
+    @model_validator(mode="after")
+    def _has_gpus_to_share(self) -> Self:
+        if self.handoff == "cuda_ipc" and self.stage.num_gpus == 0:
+            raise ValueError("handoff: cuda_ipc is for stages that share a GPU (stage.num_gpus above 0)")
+        return self
+
+    @property
+    def sizes_kv_pool_from_memory(self) -> bool:
+        """The KV pool is as large as the stages find room for, once they have loaded."""
+        return self.stage.num_gpus > 0 and self.kv_cache.num_tokens is None
 
     @property
     def schedules_ahead(self) -> bool:

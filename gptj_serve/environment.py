@@ -52,6 +52,16 @@ def keep_openmp_from_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def keep_nccl_from_ending_the_process() -> None:
+    """A neighbour that is lost is our affair: its links tell at once, and the group is aborted. To be called before one
+    is made.
+
+    By default torch's watchdog ends a process whose group had an error, and its monitor one whose watchdog waits.
+    """
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+
+
 def api_keys() -> str | None:
     """`name=key` or plain keys, parted by commas; None if there is no such variable."""
     return os.environ.get(API_KEYS)

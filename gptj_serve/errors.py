@@ -2,6 +2,7 @@
 
 GPTJServeError
 ├── ConfigError             a configuration value, or a model's config.json, can't be used
+├── DeviceMemoryError       a device has too little memory for a stage; says what to lower
 ├── CheckpointError         a checkpoint directory is incomplete, damaged or not of this architecture
 │   └── ConversionError     a sound checkpoint can't be written elsewhere as asked
 ├── DataError               a file of examples can't be used; the message names file, line and field
@@ -29,6 +30,10 @@ class GPTJServeError(Exception):
 
 class ConfigError(GPTJServeError):
     """A configuration value can't be used."""
+
+
+class DeviceMemoryError(GPTJServeError):
+    """A stage does not fit into its device's memory. The message has what it needs and what is free."""
 
 
 class CheckpointError(GPTJServeError):

@@ -4,16 +4,28 @@
 printed is what runs. Bytes are bytes, a GiB is 2**30 of them; bandwidth is in bytes per second.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import prod
 
 from gptj_serve.config import PipelineConfig
 from gptj_serve.errors import ConfigError
+from gptj_serve.gpus import (
+    ASSUMED_CAPABILITY,
+    BFLOAT16_CAPABILITY,
+    DEFAULT_STEP_LIMITS,
+    Capability,
+    Overhead,
+    StepLimits,
+    missing_capability,
+    overhead,
+)
 from gptj_serve.model.checkpoint import Checkpoint, backbone_shapes, head_shapes
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.pipeline.partition import head_cost, partition
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZATIONS = ("none", "int8", "fp8")
 DEFAULT_KV_SEQUENCES = 8
 """The KV pool's default capacity where no memory is given, in sequences of full length."""
 
@@ -54,13 +66,19 @@ class Resources:
     block_size: int = 16
     num_kv_tokens: int | None = None
     device_memory_bytes: int | None = None
-    memory_utilization: float = 0.9  # the rest is for the CUDA context, activations and fragmentation
+    memory_utilization: float = 0.9  # what a stage may use of it
     bandwidth_bytes_s: float | None = None  # of one device's memory
+    capability: Capability | None = None  # of a GPU; None: on CPUs. GPUs hold more than weights and KV: `Overhead`
+    step_limits: StepLimits = DEFAULT_STEP_LIMITS
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.capability is not None
 
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage. `num_kv_tokens` is what would fit beside its weights; None where the memory isn't known."""
+    """One stage. `num_kv_tokens` is what would fit beside all else; None where the memory isn't known."""
 
     stage_index: int
     layers: range
@@ -68,6 +86,12 @@ class StagePlan:
     read_bytes: int  # weights that a decode step reads: all but the embedding, of which it reads one row
     kv_bytes_per_token: int
     num_kv_tokens: int | None
+    overhead: Overhead  # forecast; all 0 on a CPU
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the KV cache."""
+        return self.weight_bytes + self.overhead.total
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +152,7 @@ def plan(model: Model, resources: Resources, context: int | None = None) -> Plan
         raise ConfigError(f"context={context}: must be from 1 to the model's n_positions={config.n_positions}")
     if resources.dtype not in DTYPE_BYTES:
         raise ConfigError(f"dtype={resources.dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
-    if resources.quantization not in ("none", "int8"):
-        raise ConfigError(f"quantization={resources.quantization!r}: must be none or int8")
-    if resources.quantization == "int8" and resources.dtype == "float16":
-        raise ConfigError("quantization='int8': is for CPUs, with dtype float32 or bfloat16, not float16")
+    _check_quantization(resources)
     spans = partition(config.n_layer, resources.num_stages, head_cost(config))
     stages = tuple(_stage_plan(model, resources, index, span) for index, span in enumerate(spans))
     if resources.num_kv_tokens is not None:
@@ -145,66 +166,58 @@ def plan(model: Model, resources: Resources, context: int | None = None) -> Plan
 
 
 def plan_service(config: PipelineConfig, checkpoint: Checkpoint) -> Plan:
-    """The plan by which a pipeline of the service runs. Raises `ConfigError`."""
+    """The plan by which a pipeline of the service runs. Raises `ConfigError`.
+
+    Where stages are on GPUs, `dtype: auto` is planned as bfloat16; float16, which they may choose, takes as many bytes.
+    If they size the KV pool too (`PipelineConfig.sizes_kv_pool_from_memory`), the plan's is the default of CPUs.
+    """
+    capability = ASSUMED_CAPABILITY if config.stage.num_gpus > 0 else None
     resources = Resources(
         num_stages=config.num_stages,
-        dtype=resolve_dtype(config.dtype, checkpoint.stored_dtype, uses_gpu=config.stage.num_gpus > 0),
+        dtype=resolve_dtype(config.dtype, [] if capability is None else [capability]),
         quantization=config.quantization,
         block_size=config.kv_cache.block_size,
         num_kv_tokens=config.kv_cache.num_tokens,
+        capability=capability,
+        step_limits=StepLimits(config.scheduler.max_microbatch_tokens, config.scheduler.max_num_sequences),
     )
     return plan(Model(checkpoint.config, checkpoint.heads), resources)
 
 
-def resolve_dtype(requested: str, stored: str, *, uses_gpu: bool) -> str:
-    """`auto` is float32 on CPUs, where greedy tokens are then transformers'; on GPUs as stored.
-
-    `stored` is safetensors' name of a dtype; there is no serving in a precision above float32.
-    """
+def resolve_dtype(requested: str, capabilities: Sequence[Capability] = ()) -> str:
+    """`auto` is float32 on CPUs, where greedy tokens are then transformers'. On GPUs, of which `capabilities` has each
+    one's compute capability, it is bfloat16 if all have it, else float16."""
     if requested != "auto":
         return requested
-    return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32") if uses_gpu else "float32"
+    if not capabilities:
+        return "float32"
+    return "bfloat16" if min(map(tuple, capabilities)) >= BFLOAT16_CAPABILITY else "float16"
 
 
-def remedies(model: Model, resources: Resources, context: int) -> list[str]:
-    """Changes that would each, alone, make a plan fit that doesn't; the first two together if neither is enough."""
-
-    def fits(num_stages: int, dtype: str) -> bool:
-        return plan(model, replace(resources, num_stages=num_stages, dtype=dtype), context).fits
-
-    def fewest_stages(dtype: str) -> int | None:
-        num_layers = model.config.n_layer
-        return next((n for n in range(resources.num_stages + 1, num_layers + 1) if fits(n, dtype)), None)
-
-    pool = ""
-    if resources.num_kv_tokens is not None and resources.num_kv_tokens < context:
-        pool = f" --kv-tokens {context}"
-        resources = replace(resources, num_kv_tokens=context)
-        if plan(model, resources, context).fits:
-            return [f"a KV pool that holds one sequence:{pool}"]
-    found = []
-    half = "bfloat16" if resources.quantization == "int8" else "float16"
-    advice = f"--dtype {half}" + " (or bfloat16)" * (half == "float16")
-    halves = DTYPE_BYTES[resources.dtype] > 2
-    if halves and fits(resources.num_stages, half):
-        found.append(f"fewer bytes per weight: {advice}")
-    if (num_stages := fewest_stages(resources.dtype)) is not None:
-        found.append(f"more stages: --stages {num_stages}")
-    if not found and halves and (num_stages := fewest_stages(half)) is not None:
-        found.append(f"fewer bytes per weight and more stages: --dtype {half} --stages {num_stages}")
-    room = min((stage.num_kv_tokens or 0) for stage in plan(model, resources, context).stages)
-    if resources.num_kv_tokens is not None and room >= context:
-        found.append(f"less KV: --kv-tokens {room}")
-    elif 0 < room < context and resources.num_kv_tokens is None:
-        found.append(f"less KV: --context {room}")
-    found.append(f"more memory per device: --device-memory-gib {_memory_that_fits(model, resources, context):.1f}")
-    return [change + pool for change in found]
+def _check_quantization(resources: Resources) -> None:
+    """Raises `ConfigError` for what no kernels are for."""
+    quantization, dtype = resources.quantization, resources.dtype
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization={quantization!r}: must be one of {', '.join(QUANTIZATIONS)}")
+    missing = None if resources.capability is None else missing_capability(quantization, resources.capability)
+    if missing is not None:
+        raise ConfigError(f"quantization={quantization!r}: the GPU {missing}")
+    if quantization == "fp8" and (not resources.on_gpu or dtype != "bfloat16"):
+        raise ConfigError(f"quantization='fp8': is for GPUs, with dtype bfloat16, not {dtype}")
+    if quantization == "int8" and dtype == ("float32" if resources.on_gpu else "float16"):
+        where = "GPUs it goes with dtype bfloat16 or float16" if resources.on_gpu else "CPUs with float32 or bfloat16"
+        raise ConfigError(f"quantization='int8': on {where}, not {dtype}")
 
 
 def _stage_plan(model: Model, resources: Resources, index: int, span: range) -> StagePlan:
     width = DTYPE_BYTES[resources.dtype]
     num_bytes = {name: _num_bytes(name, shape, resources) for name, shape in model.shapes(span).items()}
     idle = ("wte.", "score.", "qa_outputs.")
+    other = Overhead(0, 0, 0, 0, 0)
+    if resources.on_gpu:
+        restores_weights = resources.quantization == "int8"
+        limits, block_size = resources.step_limits, resources.block_size
+        other = overhead(model.config, span, limits, block_size, width, restores_weights=restores_weights)
     kv_bytes_per_token = 2 * len(span) * model.config.n_embd * width
     stage = StagePlan(
         stage_index=index,
@@ -213,28 +226,19 @@ def _stage_plan(model: Model, resources: Resources, index: int, span: range) -> 
         read_bytes=sum(size for name, size in num_bytes.items() if not name.startswith(idle)),
         kv_bytes_per_token=kv_bytes_per_token,
         num_kv_tokens=None,
+        overhead=other,
     )
     if resources.device_memory_bytes is None:
         return stage
-    room = int(resources.device_memory_bytes * resources.memory_utilization) - stage.weight_bytes
+    room = int(resources.device_memory_bytes * resources.memory_utilization) - stage.fixed_bytes
     num_blocks = max(0, room // (kv_bytes_per_token * resources.block_size) - 1)  # one block is padding
     return replace(stage, num_kv_tokens=num_blocks * resources.block_size)
 
 
 def _num_bytes(name: str, shape: tuple[int, ...], resources: Resources) -> int:
-    """Of a tensor as it is kept. int8: the LM head and the layers' matrices, with a scale and a sum per output."""
+    """Of a tensor as it is kept. In 8 bits: the LM head and the layers' matrices, with a scale per output, and on CPUs
+    a sum."""
     is_quantized = name == "lm_head.weight" or (name.startswith("h.") and len(shape) == 2)
-    if resources.quantization == "int8" and is_quantized:
-        return prod(shape) + shape[0] * 8
+    if resources.quantization != "none" and is_quantized:
+        return prod(shape) + shape[0] * (4 if resources.on_gpu else 8)
     return prod(shape) * DTYPE_BYTES[resources.dtype]
-
-
-def _memory_that_fits(model: Model, resources: Resources, context: int) -> float:
-    """GiB per device, up to the next tenth."""
-    block_size = resources.block_size
-    num_blocks = -(-max(context, resources.num_kv_tokens or 0) // block_size) + 1
-    needed = max(
-        stage.weight_bytes + num_blocks * block_size * stage.kv_bytes_per_token
-        for stage in plan(model, resources, context).stages
-    )
-    return ceil(needed / resources.memory_utilization / 2**30 * 10 + 1e-6) / 10

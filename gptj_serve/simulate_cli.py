@@ -156,6 +156,11 @@ def _deployment(config: PipelineConfig, model: "CostModel") -> "Deployment":
     from gptj_serve.planner import DEFAULT_KV_SEQUENCES
     from gptj_serve.simulation.service import Deployment
 
+    if config.sizes_kv_pool_from_memory:
+        raise ConfigError(
+            "pipeline.kv_cache.num_tokens is not set: on GPUs pipelines find out themselves how large their KV pool "
+            "is. Say --kv-tokens; `gptj-serve plan` forecasts it"
+        )
     max_tokens = model.model.max_sequence_tokens
     num_kv_tokens = config.kv_cache.num_tokens or DEFAULT_KV_SEQUENCES * max_tokens
     wait_s = config.scheduler.max_queue_wait_s

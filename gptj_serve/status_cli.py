@@ -166,16 +166,17 @@ def _pipeline_line(pipeline: PipelineStatus) -> Text:
     used, total = engine["num_kv_blocks_used"], engine["num_kv_blocks"]
     queue = f" for about {engine['queue_wait_s']:.0f} s" if engine["queue_wait_s"] >= 1 else ""
     ready = ("ready", "green") if pipeline["is_ready"] else ("stages are started again", "red")
-    return _line(
-        [
-            (f"pipeline {pipeline['replica_id']}", "bold"),
-            ready,
-            (f"{pipeline['tokens_per_s']:,.0f} tokens/s", "cyan"),
-            (f"{engine['num_running']} running, {engine['num_waiting']} waiting{queue}", ""),
-            (f"KV {_bar(used / max(1, total))} {used:,}/{total:,} blocks", ""),
-            (f"{engine['num_preemptions']:,} preemptions, {engine['num_recoveries']:,} recoveries", ""),
-        ]
-    )
+    parts = [
+        (f"pipeline {pipeline['replica_id']}", "bold"),
+        ready,
+        (f"{pipeline['tokens_per_s']:,.0f} tokens/s", "cyan"),
+        (f"{engine['num_running']} running, {engine['num_waiting']} waiting{queue}", ""),
+        (f"KV {_bar(used / max(1, total))} {used:,}/{total:,} blocks", ""),
+        (f"{engine['num_preemptions']:,} preemptions, {engine['num_recoveries']:,} recoveries", ""),
+    ]
+    if handoffs := {stage["handoff"]: None for stage in pipeline["stages"] if stage["handoff"]}:  # each once, in order
+        parts.append((f"handoff by {', '.join(handoffs)}", ""))
+    return _line(parts)
 
 
 def _stage_table(stages: Iterable[StageStatus], *, is_narrow: bool) -> Table:

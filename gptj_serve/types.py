@@ -308,10 +308,10 @@ Event = TokenEvent | PromptEvent | HeadEvent | BeamEvent | FailureEvent
 
 class LoadEvent(Struct, frozen=True, array_like=True, tag="load"):
     """Of no request. The pipeline is ready, or it has lost a stage and is bringing it back; and how long a request of
-    priority 0 that came now would wait. The first one on a stream also has the pipeline's version. `num_others` counts
-    the requests there, running or waiting, that came from other ingresses than the one that is told. `num_waiting` are
-    all that wait for their turn; `waiting` the ids of those that the told ingress sent and that have had none yet, the
-    last in the queue last."""
+    priority 0 that came now would wait. The first one on a stream also has the pipeline's version, and the size of its
+    KV pool, which it may have found out itself. `num_others` counts the requests there, running or waiting, that came
+    from other ingresses than the one that is told. `num_waiting` are all that wait for their turn; `waiting` the ids of
+    those that the told ingress sent and that have had none yet, the last in the queue last."""
 
     is_ready: bool
     queue_wait_s: Annotated[float, Meta(ge=0)] = 0.0
@@ -319,6 +319,7 @@ class LoadEvent(Struct, frozen=True, array_like=True, tag="load"):
     num_others: Annotated[int, Meta(ge=0)] = 0
     num_waiting: Annotated[int, Meta(ge=0)] = 0
     waiting: tuple[str, ...] = ()
+    num_kv_blocks: Annotated[int, Meta(ge=0)] = 0  # 0: not told
 
 
 def is_terminal(event: Event) -> bool:

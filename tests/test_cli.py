@@ -70,6 +70,12 @@ def test_convert(run, pickled: Path, tmp_path: Path):
         (["plan", "--config", "gpt-5"], "--config='gpt-5': neither a file nor one of gpt-j-6b"),
         (["plan", "--config", "gpt-j-6b", "--stages", "29"], "num_stages=29"),
         (["plan", "--config", "gpt-j-6b", "--context", "4096"], "context=4096"),
+        (["plan", "--config", "gpt-j-6b", "--device", "voodoo"], "--device='voodoo': none of cpu, gpu, t4"),
+        (
+            ["plan", "--config", "gpt-j-6b", "--device", "t4", "--quantization", "fp8"],
+            "has compute capability 7.5, and fp8 needs 8.9",
+        ),
+        (["plan", "--config", "gpt-j-6b", "--device", "cpu", "--quantization", "fp8"], "is for GPUs"),
     ],
     ids=" ".join,
 )
@@ -105,7 +111,7 @@ def test_plan_that_does_not_fit(run):
     outcome = run(*arguments)
     assert outcome.status == 1
     assert "DOES NOT FIT" in outcome.out
-    assert "--dtype float16" in outcome.out
+    assert "--dtype bfloat16" in outcome.out
     assert "--stages 2" in outcome.out
     outcome = run(*arguments, "--json")
     assert outcome.status == 1
@@ -113,10 +119,21 @@ def test_plan_that_does_not_fit(run):
 
 
 def test_plan_of_a_checkpoint_and_of_a_config_file(run, tiny_gptj):
-    for arguments in ([tiny_gptj()], ["--config", tiny_gptj() / "config.json", "--dtype", "float32"]):
-        outcome = run("plan", *arguments, "--stages", 3)
-        assert outcome.status == 0, outcome.err
-        assert "in float32" in outcome.out
+    for arguments in ([tiny_gptj()], ["--config", tiny_gptj() / "config.json"]):
+        for device, dtype in (("cpu", "float32"), ("gpu", "bfloat16"), ("t4", "float16"), ("l4", "bfloat16")):
+            outcome = run("plan", *arguments, "--stages", 3, "--device", device)
+            assert outcome.status == 0, outcome.err
+            assert f"in {dtype}" in outcome.out
+
+
+def test_a_known_gpu_brings_its_memory_and_bandwidth(run):
+    told = [
+        json.loads(run("plan", "--config", "gpt-j-6b", "--json", *arguments).out)
+        for arguments in (["--device", "a10g"], ["--device-memory-gib", 22, "--bandwidth-gb-s", 600])
+    ]
+    assert told[0] == told[1]
+    assert told[0]["min_token_latency_s"] > 0.015
+    assert told[0]["stages"][0]["overhead_bytes"].keys() == {"context", "workspace", "graphs", "activations", "logits"}
 
 
 def test_the_commands_of_the_docs(run, pickled: Path, tmp_path: Path):

@@ -99,8 +99,7 @@ def test_a_wrong_key_or_value_is_refused_by_name(values: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("others", "named"),
     [
-        ({"stage": {"num_gpus": 1}}, ["num_gpus", "dtype"]),
-        ({"stage": {"num_gpus": 0.5}, "dtype": "bfloat16"}, ["num_gpus", "dtype"]),
+        ({"stage": {"num_gpus": 0.5}, "dtype": "float32"}, ["on GPU", "dtype", "not float32"]),
         ({"dtype": "float16"}, ["num_gpus", "dtype"]),
         ({"kernels": "torch"}, ["kernels: auto"]),
     ],
@@ -113,6 +112,52 @@ def test_int8_is_refused_where_there_are_no_kernels_for_it(others: dict[str, Any
     for name in ("quantization: int8", *named):
         assert name in problem["msg"]
     assert ServiceConfig.model_validate({"pipeline": others}).pipeline.quantization == "none"
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({}, "is for stages on GPU (num_gpus)"),
+        ({"stage": {"num_gpus": 1}, "dtype": "float16"}, "dtype auto or bfloat16, not float16"),
+        ({"stage": {"num_gpus": 1}, "kernels": "torch"}, "needs our own kernels (kernels: auto)"),
+    ],
+)
+def test_fp8_is_refused_where_there_are_no_kernels_for_it(others: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        ServiceConfig.model_validate({"pipeline": {"quantization": "fp8", **others}})
+    (problem,) = error.value.errors()
+    assert "quantization: fp8" in problem["msg"]
+    assert named in problem["msg"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_all_quantizations_on_gpus(quantization: str, dtype: str) -> None:
+    pipeline = {"quantization": quantization, "dtype": dtype, "stage": {"num_gpus": 1}}
+    config = ServiceConfig.model_validate({"pipeline": pipeline}).pipeline
+    assert (config.quantization, config.gpu_memory_utilization) == (quantization, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "is_sized"),
+    [
+        ({}, False),
+        ({"stage": {"num_gpus": 1}}, True),
+        ({"stage": {"num_gpus": 0.5}, "gpu_memory_utilization": 0.5}, True),
+        ({"stage": {"num_gpus": 1}, "kv_cache": {"num_tokens": 4096}}, False),
+    ],
+)
+def test_whether_the_pool_is_sized_from_memory(pipeline: dict[str, Any], is_sized: bool) -> None:
+    assert ServiceConfig.model_validate({"pipeline": pipeline}).pipeline.sizes_kv_pool_from_memory is is_sized
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [({}, "for stages on GPU"), ({"stage": {"num_gpus": 1}, "kv_cache": {"num_tokens": 1}}, "kv_cache.num_tokens")],
+)
+def test_a_share_of_memory_that_decides_nothing_is_refused(others: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        ServiceConfig.model_validate({"pipeline": {"gpu_memory_utilization": 0.8, **others}})
 
 
 @pytest.mark.parametrize(

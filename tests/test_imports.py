@@ -34,7 +34,7 @@ LAYERS = [
     ours("types", "steps", "errors", "wire", "environment", "config", "queue_wait", "scaling"),
     ours("tokenizer", "grammar", "extractive_qa", "generation_rules", "zero_shot", "model", "engine"),
     ours("kernels", "routing"),
-    ours("pipeline", "planner"),
+    ours("pipeline", "planner", "remedies", "gpus"),
     ours("modeling"),
     ours("api", "fit"),
     ours("profiling"),
@@ -58,9 +58,9 @@ RULES = [
     ),
     Rule(
         "partition and plan are arithmetic",
-        ours("pipeline.partition", "planner"),
+        ours("pipeline.partition", "pipeline.kv_room", "pipeline.gpu.buckets", "planner", "remedies", "gpus"),
         ("torch", *ours("engine", "model.stage", "model.weights", "pipeline")),
-        allowed=ours("pipeline.partition"),
+        allowed=ours("pipeline.partition", "pipeline.gpu.buckets"),
     ),
     Rule(
         "a grammar knows texts and tokens only", ours("grammar"), ("torch", *ours("extractive_qa", "model", "engine"))

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from gptj_serve.config import KVCacheConfig, PipelineConfig, StageConfig
 from gptj_serve.errors import ConfigError
+from gptj_serve.gpus import GPUS, StepLimits
 from gptj_serve.model.attention import KVCache
 from gptj_serve.model.checkpoint import HEADS, Checkpoint
 from gptj_serve.model.config import GPTJConfig
 from gptj_serve.model.stage import GPTJStage
-from gptj_serve.planner import DTYPE_BYTES, Model, Resources, plan, plan_service, remedies, resolve_dtype
+from gptj_serve.planner import DTYPE_BYTES, Model, Resources, plan, plan_service, resolve_dtype
+from gptj_serve.remedies import remedies
 
 GIB = 2**30
 SIX_B = Model(GPTJConfig())
@@ -40,14 +42,17 @@ def models(draw: st.DrawFn) -> Model:
 @st.composite
 def planned(draw: st.DrawFn) -> tuple[Model, Resources, int]:
     model = draw(models())
+    on_gpu = draw(st.booleans())
     resources = Resources(
         num_stages=draw(st.integers(1, model.config.n_layer)),
         dtype=draw(st.sampled_from(sorted(DTYPE_BYTES))),
         block_size=draw(st.integers(1, 20)),
         num_kv_tokens=draw(st.none() | st.integers(1, 500)),
-        device_memory_bytes=draw(st.none() | st.integers(0, 200_000)),
+        device_memory_bytes=draw(st.none() | st.integers(0, 200_000).map(lambda size: size + on_gpu * 600 * 2**20)),
         memory_utilization=draw(st.floats(0.1, 1)),
         bandwidth_bytes_s=draw(st.none() | st.floats(1, 1e12)),
+        capability=(9, 0) if on_gpu else None,
+        step_limits=StepLimits(draw(st.integers(1, 64)), draw(st.integers(1, 64))),
     )
     return model, resources, draw(st.integers(1, model.config.n_positions))
 
@@ -76,7 +81,7 @@ def test_a_plan_that_fits_stays_within_the_memory(case: tuple[Model, Resources, 
     if resources.device_memory_bytes is None:
         return
     usable = resources.device_memory_bytes * resources.memory_utilization
-    needed = [stage.weight_bytes + result.kv_pool_bytes(stage) for stage in result.stages]
+    needed = [stage.weight_bytes + stage.overhead.total + result.kv_pool_bytes(stage) for stage in result.stages]
     blocks = [-(-length // resources.block_size) for length in (context,) * result.max_batch(context)]
     assert sum(blocks) <= result.num_kv_blocks
     if result.fits:
@@ -85,7 +90,7 @@ def test_a_plan_that_fits_stays_within_the_memory(case: tuple[Model, Resources, 
     else:  # one sequence and the block of padding are too much for a stage, or the pool asked for is
         tokens = max(context, resources.num_kv_tokens or 0)
         size = (-(-tokens // resources.block_size) + 1) * resources.block_size
-        full = max(stage.weight_bytes + size * stage.kv_bytes_per_token for stage in result.stages)
+        full = max(stage.fixed_bytes + size * stage.kv_bytes_per_token for stage in result.stages)
         assert full > int(usable) or result.max_batch(context) == 0
 
 
@@ -101,6 +106,8 @@ def test_advice_helps(case: tuple[Model, Resources, int]):
             match option:
                 case "dtype":
                     changed = replace(changed, dtype=value)
+                case "quantization":
+                    changed = replace(changed, quantization=value)
                 case "stages":
                     changed = replace(changed, num_stages=int(value))
                 case "context":
@@ -167,6 +174,10 @@ def test_6b_that_does_not_fit(changes: dict[str, int | str], advice: list[str]):
         (Resources(), 0, "context=0"),
         (Resources(dtype="int3"), None, "dtype='int3'"),
         (Resources(quantization="int4"), None, "quantization='int4'"),
+        (Resources(quantization="fp8", dtype="bfloat16"), None, "quantization='fp8': is for GPUs"),
+        (Resources(quantization="fp8", capability=(9, 0)), None, "with dtype bfloat16, not float16"),
+        (Resources(quantization="int8"), None, "on CPUs with float32 or bfloat16, not float16"),
+        (Resources(quantization="int8", dtype="float32", capability=(9, 0)), None, "bfloat16 or float16, not float32"),
     ],
 )
 def test_impossible_values(resources: Resources, context: int | None, message: str):
@@ -189,14 +200,57 @@ def test_the_service_takes_its_defaults(tiny_gptj):
 
 
 @pytest.mark.parametrize(
-    ("requested", "stored", "uses_gpu", "expected"),
+    ("requested", "capabilities", "expected"),
     [
-        ("auto", "BF16", False, "float32"),
-        ("auto", "BF16", True, "bfloat16"),
-        ("auto", "F16", True, "float16"),
-        ("auto", "F64", True, "float32"),
-        ("float16", "F32", False, "float16"),
+        ("auto", [], "float32"),
+        ("auto", [(8, 0), (9, 0)], "bfloat16"),
+        ("auto", [(9, 0), (7, 5)], "float16"),
+        ("float16", [(9, 0)], "float16"),
+        ("bfloat16", [], "bfloat16"),
     ],
 )
-def test_auto_dtype(requested: str, stored: str, uses_gpu: bool, expected: str):
-    assert resolve_dtype(requested, stored, uses_gpu=uses_gpu) == expected
+def test_auto_dtype(requested: str, capabilities: list[tuple[int, int]], expected: str):
+    assert resolve_dtype(requested, capabilities) == expected
+
+
+@pytest.mark.parametrize(("quantization", "bytes_per_weight"), [("none", 2), ("int8", 1), ("fp8", 1)])
+def test_weights_on_gpus(quantization: str, bytes_per_weight: int):
+    """Of GPT-J 6B the matrices, with a scale in fp32 for each output where they are in 8 bits."""
+    result = plan(SIX_B, Resources(dtype="bfloat16", quantization=quantization, capability=(9, 0)))
+    layers, dim, vocabulary = 28, 4096, 50400
+    matrices = layers * 12 * dim * dim + vocabulary * dim
+    outputs = layers * (3 * dim + dim + 4 * dim + dim) + vocabulary
+    scales = 0 if quantization == "none" else 4 * outputs
+    others = result.num_parameters - matrices
+    assert result.weight_bytes == bytes_per_weight * matrices + scales + 2 * others
+
+
+def test_what_else_a_stage_on_a_gpu_takes():
+    """More where more is computed at once; logits on the last stage only; nothing of it on CPUs."""
+    few, many = (
+        plan(SIX_B, Resources(num_stages=2, dtype="bfloat16", capability=(9, 0), step_limits=limits))
+        for limits in (StepLimits(128, 64), StepLimits(2048, 512))
+    )
+    for less, more in zip(few.stages, many.stages, strict=True):
+        assert less.overhead.context == more.overhead.context > 0
+        assert 16 * less.overhead.activations == more.overhead.activations > 0
+        assert 0 < less.overhead.graphs < more.overhead.graphs
+    assert [stage.overhead.logits > 0 for stage in few.stages] == [False, True]
+    assert plan(SIX_B, Resources(dtype="bfloat16")).stages[0].overhead.total == 0
+
+
+def test_6b_on_known_gpus():
+    fits = {
+        name: plan(
+            SIX_B, Resources(dtype="float16", capability=gpu.capability, device_memory_bytes=gpu.memory_bytes)
+        ).fits
+        for name, gpu in GPUS.items()
+    }
+    assert [name for name, does in fits.items() if not does] == ["t4"]
+    on_t4 = Resources(dtype="float16", capability=GPUS["t4"].capability, device_memory_bytes=GPUS["t4"].memory_bytes)
+    assert plan(SIX_B, replace(on_t4, num_stages=2)).fits
+    with pytest.raises(
+        ConfigError, match=r"quantization='int8': the GPU has compute capability 7.5, and int8 needs 8.0"
+    ):
+        plan(SIX_B, replace(on_t4, quantization="int8"))
+    assert not any("int8" in advice for advice in remedies(SIX_B, on_t4, 2048))

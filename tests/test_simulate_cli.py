@@ -92,6 +92,17 @@ def test_a_config_gives_limits_and_scaling(run, trace: Path, cost: Path):
     assert json.loads(fixed.out)["figures"]["most_pipelines"] == 2
 
 
+def test_a_pool_that_gpus_size_themselves_must_be_said(run, trace: Path, cost: Path):
+    args = {"pipeline": {"stage": {"num_gpus": 1}}}
+    application = {"name": "gptj", "import_path": "gptj_serve.serving.app:build", "args": args}
+    Path("serve.yaml").write_text(yaml.safe_dump({"applications": [application]}))
+    result = run("simulate", trace, "--cost", cost, "--config", "serve.yaml")
+    assert result.status == 1
+    assert "pipeline.kv_cache.num_tokens is not set" in result.err
+    result = run("simulate", trace, "--cost", cost, "--config", "serve.yaml", "--kv-tokens", 512, "--json")
+    assert json.loads(result.out)["settings"]["num_kv_tokens"] == 512
+
+
 def test_a_picture_is_drawn(run, trace: Path, cost: Path):
     result = run("simulate", trace, "--cost", cost, "--plot", "course.png", "--max-pipelines", 2)
     assert (result.status, result.err) == (0, "")

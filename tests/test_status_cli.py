@@ -77,6 +77,7 @@ def make_stage(index: int, **changes: Any) -> StageStatus:
         "kernels": "torch", "num_threads": 1, "pid": 100 + index, "node_ip": "10.0.0.1",
         "weight_bytes": 10, "kv_cache_bytes": 20,
         "memory_bytes": 400_000_000, "num_restarts": 0, "busy_ratio": 0.5, "handoff_s": 0.00123 if index else None,
+        "handoff": "shared_memory" if index else None,
         "steps": [],
     }  # fmt: skip
     return StageStatus(**stage | changes)  # type: ignore[typeddict-item]
@@ -110,7 +111,7 @@ def test_once_shows_service_pipelines_and_stages(run: Any, service: Service, mon
     assert "5 of at most 1024 requests" in service_line
     queue = "3 running, 2 waiting for about 12 s"
     assert f"pipeline abc  ready  1,234 tokens/s  {queue}  KV █████░░░░░░░░░░░░░░░ 128/512 blocks" in pipeline_line
-    assert "1,234 preemptions, 1 recoveries" in pipeline_line
+    assert "1,234 preemptions, 1 recoveries  handoff by shared_memory" in pipeline_line
     assert header.split() == ["stage", "layers", "device", "memory", "busy", "handoff", "restarts", "process"]
     bar = "██████████░░░░░░░░░░"
     assert first.split() == ["0", "0-3", "cpu", "float32", "0.40", "GB", bar, "50%", "0", "100", "on", "10.0.0.1"]

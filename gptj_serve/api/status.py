@@ -32,6 +32,7 @@ class StageStatus(TypedDict):
     memory_bytes: int  # resident memory of the process; of a GPU stage what torch has reserved on the device
     num_restarts: int
     busy_ratio: float  # share of the last second in which it computed
+    handoff: str | None  # how hidden states come from the stage before, as in pipeline.handoff; None on the first
     handoff_s: float | None  # from the sender's last instruction to this stage's first; mean; None without any
     steps: list[StepSpan]  # the newest, at most 64, oldest first
 

@@ -32,6 +32,9 @@ The former is not finite where a score is NaN or positive infinity, or all are n
 one then.
 """
 
+Sample = Callable[[Tensor, Sequence[SampleSpec], Sequence[int], Tensor | None, Statistics | None], Sequence[RowResult]]
+"""What `sample` is, or does the same elsewhere."""
+
 
 def sample(
     logits: Tensor,

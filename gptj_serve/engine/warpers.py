@@ -27,7 +27,7 @@ NUM_LEADING = 1024
 MAX_SORTED_ROWS = 16
 """So many rows of the vocabulary are sorted at once."""
 
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-37, 1e37  # normal numbers in fp32; what is beyond makes no difference
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-37, 1e37  # normal numbers in fp32; what is beyond makes no difference
 _SPARE_TIES = 16  # room for tokens as good as the k-th
 
 
@@ -54,7 +54,7 @@ class Knobs:
 
     def temperatures(self, like: Tensor) -> Tensor:
         """[R, 1] in fp64, above 0."""
-        return self.column("temperature", like).clamp(_MIN_TEMPERATURE, _MAX_TEMPERATURE)
+        return self.column("temperature", like).clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
     @property
     def is_drawn(self) -> Tensor:

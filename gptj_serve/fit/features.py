@@ -159,7 +159,10 @@ async def _engine(checkpoint: Checkpoint, config: FeatureConfig) -> AsyncGenerat
     num_blocks = -(-KV_SEQUENCES * model.n_positions // BLOCK_SIZE)
     runners = []
     for index, span in enumerate(partition(model.n_layer, config.num_stages, head_cost(model))):
-        spec = StageSpec(span, num_blocks, BLOCK_SIZE, config.dtype, torch.device(config.device), model.vocab_size)
+        spec = StageSpec(
+            span, num_blocks, BLOCK_SIZE, config.dtype, torch.device(config.device), model.vocab_size,
+            max_num_sequences=MAX_SUBMITTED, max_microbatch_tokens=MAX_MICROBATCH_TOKENS,
+        )  # fmt: skip
         with terminal_bar(f"Loading stage {index + 1} of {config.num_stages}") as progress:
             runners.append(StageRunner.load(checkpoint, spec, progress=progress))
     limits = SchedulerLimits(config.num_stages, MAX_SUBMITTED, MAX_MICROBATCH_TOKENS, model.n_positions)

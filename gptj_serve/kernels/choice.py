@@ -9,6 +9,7 @@ from gptj_serve.config import Kernels, Quantization
 from gptj_serve.errors import ConfigError
 from gptj_serve.kernels.cpu_layers import ACTIVATIONS, BLOCK_SIZE
 from gptj_serve.kernels.cpu_library import KernelsUnavailableError, cpu_features, cpu_library
+from gptj_serve.kernels.gpu.availability import obstacle as gpu_obstacle
 from gptj_serve.kernels.weights import OperandType
 from gptj_serve.model.config import GPTJConfig
 
@@ -29,8 +30,10 @@ def choose_operand_type(
 
     Raises `ConfigError` if PyTorch's can't do it either.
     """
-    if kernels == "torch" or device.type != "cpu":
-        reason = "" if kernels == "auto" else "it is asked for by kernels: torch"
+    if kernels == "torch":
+        reason = "it is asked for by kernels: torch"
+    elif device.type != "cpu":
+        reason = f"not on {device.type}"
     else:
         reason = _obstacle(config, dtype, block_size, quantization)
         if not reason:
@@ -38,9 +41,26 @@ def choose_operand_type(
                 return OperandType.INT8
             return OperandType.FLOAT32 if dtype == torch.float32 else OperandType.BFLOAT16
         _log_once(f"the layers run on PyTorch's kernels, not on our own: {reason}")
-    if quantization == "int8":
-        raise ConfigError(f"quantization=int8: there are no kernels for it here: {reason or f'not on {device.type}'}")
+    _refuse_quantized(quantization, reason)
     return None
+
+
+def chooses_gpu_kernels(
+    config: GPTJConfig, dtype: torch.dtype, device: torch.device, quantization: Quantization, kernels: Kernels
+) -> bool:
+    """Whether a stage on a GPU runs on our kernels. Log and errors as in `choose_operand_type`."""
+    reason = "it is asked for by kernels: torch" if kernels == "torch" else gpu_obstacle(config, dtype, device)
+    if not reason:
+        return True
+    if kernels == "auto":
+        _log_once(f"the layers run on PyTorch's kernels, not on our own: {reason}")
+    _refuse_quantized(quantization, reason)
+    return False
+
+
+def _refuse_quantized(quantization: Quantization, reason: str) -> None:
+    if quantization != "none":
+        raise ConfigError(f"quantization={quantization}: there are no kernels for it here: {reason}")
 
 
 def _obstacle(config: GPTJConfig, dtype: torch.dtype, block_size: int, quantization: Quantization) -> str:

@@ -60,11 +60,23 @@ class KVCache:
 
 def copy_blocks(layers: Sequence[Tensor], copies: Sequence[tuple[int, int]]) -> None:
     """Copy whole blocks (from, to) in tensors [num_blocks, ...], as if one after the other."""
+    both = torch.tensor(simultaneous(copies))
+    if layers[0].is_cuda:
+        both = both.pin_memory()  # or else the host would wait until the device has done all it was given
+    sources, targets = both.to(layers[0].device, non_blocking=True)
+    copy_blocks_at_once(layers, sources, targets)
+
+
+def simultaneous(copies: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Sources and targets of copies that, made all at once, do what these do one after the other."""
     origins: dict[int, int] = {}  # what a block is to hold: what this one holds now
     for source, target in copies:
         origins[target] = origins.get(source, source)
-    sources = torch.tensor(list(origins.values()), device=layers[0].device)
-    targets = torch.tensor(list(origins), device=layers[0].device)
+    return list(origins.values()), list(origins)
+
+
+def copy_blocks_at_once(layers: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:
+    """Both int64, on the layers' device."""
     for layer in layers:  # one by one: what is on its way is small then
         layer[targets] = layer[sources]
 

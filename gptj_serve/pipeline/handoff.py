@@ -20,45 +20,81 @@ logger = logging.getLogger(__name__)
 
 
 class Received(NamedTuple):
-    hidden: Tensor  # [T, D], on the CPU or on this stage's device
+    hidden: Tensor  # [T, D], on the CPU or on this stage's device; as it is until the next `receive`
     sent_at: float  # Unix time of the sender's host
 
 
-class Handoff(Protocol):
-    """Hidden states on their way between two neighbouring stages; each end uses its half."""
+class HandoffEnd(Protocol):
+    """One end of the way that hidden states take between two neighbouring stages; used by one thread.
 
-    def send(self, microbatch_id: int, hidden: Tensor) -> None: ...
+    Raises `PipelineError` when the neighbour is lost.
+    """
 
+    def connect(self, should_stop: Callable[[], bool]) -> None:
+        """Meet the neighbour. Returns early when told to stop."""
+
+    def abort(self) -> None:
+        """From any thread: whoever waits for the neighbour, on a GPU too, waits no longer; no more can be done here."""
+
+    def close(self) -> None:
+        """Once no thread uses it any more."""
+
+
+class HiddenSender(HandoffEnd, Protocol):
+    def send(self, microbatch_id: int, hidden: Tensor) -> None:
+        """A GPU's may be overwritten afterwards, by what its current stream does next; a CPU's may still be read."""
+
+
+class HiddenReceiver(HandoffEnd, Protocol):
     def receive(self, microbatch_id: int, should_stop: Callable[[], bool]) -> Received | None:
         """The hidden states of this microbatch; None when told to stop."""
 
 
-class HiddenHeader(Struct, frozen=True, array_like=True):
-    microbatch_id: Annotated[int, Meta(ge=0)]
-    dtype: Literal["float32", "bfloat16", "float16"]
-    shape: Annotated[list[Annotated[int, Meta(ge=1, lt=2**31)]], Meta(min_length=2, max_length=2)]
-    sent_at: float
+DTypeName = Literal["float32", "bfloat16", "float16"]
 
-
-_NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+DTYPE_NAMES: dict[torch.dtype, DTypeName] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
 
 
+class HiddenHeader(Struct, frozen=True, array_like=True):
+    microbatch_id: Annotated[int, Meta(ge=0)]
+    dtype: DTypeName
+    shape: Annotated[list[Annotated[int, Meta(ge=1, lt=2**31)]], Meta(min_length=2, max_length=2)]
+    sent_at: float
+
+    @classmethod
+    def of(cls, microbatch_id: int, hidden: Tensor) -> "HiddenHeader":
+        """Sent now."""
+        return cls(microbatch_id, DTYPE_NAMES[hidden.dtype], list(hidden.shape), time.time())
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+
 class ZmqHandoff:
-    """Tensors as two frames: a header, and the bytes as they lie in memory. A GPU's go by way of the CPU."""
+    """Both ends. Tensors as two frames: a header, and the bytes as they lie in memory. A GPU's go by way of the CPU."""
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        """The socket stays its owner's, who watches it."""
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = WireDecoder[HiddenHeader](HiddenHeader)
 
+    def connect(self, should_stop: Callable[[], bool]) -> None:
+        """The socket connects by itself."""
+
     def send(self, microbatch_id: int, hidden: Tensor) -> None:
-        sent_at = time.time()
+        header = HiddenHeader.of(microbatch_id, hidden)
         hidden = hidden.cpu().contiguous()
-        header = HiddenHeader(microbatch_id, _NAMES[hidden.dtype], list(hidden.shape), sent_at)
         self._socket.send_multipart([self._encoder.encode(header), hidden.view(torch.uint8).numpy().data], copy=False)
 
     def receive(self, microbatch_id: int, should_stop: Callable[[], bool]) -> Received | None:
@@ -77,10 +113,14 @@ class ZmqHandoff:
                 )
         return None
 
+    def abort(self) -> None:
+        """Whoever waits for the socket looks often enough whether it should stop."""
+
+    def close(self) -> None:
+        """The socket is its owner's."""
+
     def _decode(self, frames: list[zmq.Frame]) -> tuple[HiddenHeader, Tensor]:
         header = self._decoder.decode(frames[0].buffer)
-        dtype: torch.dtype = getattr(torch, header.dtype)
-        num_bytes = math.prod(header.shape) * dtype.itemsize
-        if [len(frame.buffer) for frame in frames[1:]] != [num_bytes]:
+        if [len(frame.buffer) for frame in frames[1:]] != [header.num_bytes]:
             raise WireError(f"{len(frames)} frames that are not {header.shape} numbers in {header.dtype}")
-        return header, torch.frombuffer(bytearray(frames[1].buffer), dtype=dtype).view(header.shape)
+        return header, torch.frombuffer(bytearray(frames[1].buffer), dtype=header.torch_dtype).view(header.shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gptj_serve.engine.ranking import best
-from gptj_serve.engine.sampling import NOT_FINITE, Statistics, log_normalizers, sample
+from gptj_serve.engine.sampling import NOT_FINITE, Sample, Statistics, log_normalizers, sample
 from gptj_serve.model.heads import HeadCheckpoint, HeadKind
 from gptj_serve.model.stage import GPTJStage
 from gptj_serve.steps import Row, RowOutput, RowResult
@@ -33,8 +33,10 @@ class RowOutputs:
         heads: Mapping[str, HeadCheckpoint],
         convert: Callable[[nn.Linear], nn.Module] | None = None,
         statistics: Statistics | None = None,
+        sample: Sample = sample,
     ) -> None:
         """`convert` is applied to the `heads`, which are not the stage's own; `statistics` are those of logits."""
+        self._sample = sample
         self._statistics = statistics
         self._stage = stage
         self._num_token_ids = num_token_ids
@@ -71,9 +73,9 @@ class RowOutputs:
         positions = [row.end - n + 1 for row in rows for n in range(len(row.samples), 0, -1)]
         guided = [index for index, row in enumerate(rows) if row.samples and row.samples[0].guidance_scale != 1]
         logits = self._logits(hidden, places + [ends[index + 1] - 1 for index in guided])
-        results = iter(sample(logits[: len(specs)], specs, positions, logits[len(specs) :], self._statistics))
+        results = iter(self._sample(logits[: len(specs)], specs, positions, logits[len(specs) :], self._statistics))
         return {
-            index: _in_order(list(islice(results, len(row.samples)))) for index, row in enumerate(rows) if row.samples
+            index: in_order(list(islice(results, len(row.samples)))) for index, row in enumerate(rows) if row.samples
         }
 
     def _score(self, rows: Sequence[Row], ends: Sequence[int], hidden: Tensor) -> dict[int, Answer]:
@@ -147,7 +149,7 @@ def _checked(values: Tensor) -> Answer:
     return Matrix.of(values.cpu().numpy()) if values.isfinite().all() else NOT_FINITE
 
 
-def _in_order(results: Sequence[RowResult]) -> RowResult:
+def in_order(results: Sequence[RowResult]) -> RowResult:
     """The results of a row's samples as one, up to the first that failed: after a wrong draft it may mean nothing."""
     if results[0].failure is not None or len(results) == 1:
         return results[0]

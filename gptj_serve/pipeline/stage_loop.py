@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
@@ -10,8 +12,12 @@ import msgspec
 import zmq
 from torch import Tensor
 
-from gptj_serve.errors import WireError
-from gptj_serve.pipeline.handoff import Handoff, ZmqHandoff
+from gptj_serve.config import HandoffKind
+from gptj_serve.errors import PipelineError, WireError
+from gptj_serve.pipeline.gpu.gpu_runner import GPUStageRunner
+from gptj_serve.pipeline.gpu.step_results import GivenStep, StepResults
+from gptj_serve.pipeline.handoff import HandoffEnd, HiddenReceiver, HiddenSender
+from gptj_serve.pipeline.handoff_ends import Site, listen, reach
 from gptj_serve.pipeline.link_watch import LinkWatch
 from gptj_serve.pipeline.sockets import CurveKeys, bind_receiver, connect_sender, receive
 from gptj_serve.pipeline.stage_runner import StageRunner
@@ -27,6 +33,7 @@ class StageAddresses(NamedTuple):
 
     steps: str
     hidden: str
+    tensors: str  # what that stage must know besides, of a handoff that needs more than ZeroMQ
 
 
 class StageLoop:
@@ -47,68 +54,116 @@ class StageLoop:
         self._hidden = self._context.socket(zmq.PULL)
         self._next = self._context.socket(zmq.PUSH)
         self._watch = LinkWatch(self._fail)
+        self._site = Site(runner.spec.device, "127.0.0.1")
+        self._from_previous: HiddenReceiver | None = None
+        self._to_next: HiddenSender | None = None
+        self._incoming: HandoffKind = "zmq"
+        self._outgoing: HandoffKind = "zmq"
+        self._connected = threading.Event()  # to its neighbours, or it has failed or been stopped before
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.failure: Future[None] = Future()
 
-    def bind(self, address: str) -> StageAddresses:
-        """Listen below `address`: `ipc://directory/name` or `tcp://host`."""
+    def bind(self, address: str, handoff: HandoffKind = "zmq") -> StageAddresses:
+        """Listen below `address`, `ipc://directory/name` or `tcp://host`, for hidden states that come by `handoff`."""
         self._watch.add(self._steps, "steps from the engine")
+        tensors = ""
         if not self._runner.stage.is_first:
             self._watch.add(self._hidden, "hidden states from the stage before")
         if address.startswith("tcp://"):
-            return StageAddresses(
-                bind_receiver(self._steps, address, self._keys), bind_receiver(self._hidden, address, self._keys)
-            )
-        return StageAddresses(
-            bind_receiver(self._steps, f"{address}-steps", self._keys),
-            bind_receiver(self._hidden, f"{address}-hidden", self._keys),
-        )
+            steps, hidden = address, address
+            self._site = self._site._replace(host=address.removeprefix("tcp://"))
+        else:
+            steps, hidden = f"{address}-steps", f"{address}-hidden"
+        steps = bind_receiver(self._steps, steps, self._keys)
+        hidden = bind_receiver(self._hidden, hidden, self._keys)
+        if not self._runner.stage.is_first:
+            self._from_previous, tensors = listen(handoff, self._hidden, self._site)
+            self._incoming = handoff
+        return StageAddresses(steps, hidden, tensors)
 
-    def start(self, next_address: str) -> None:
+    def start(self, next_address: str, handoff: HandoffKind = "zmq", tensors: str = "") -> None:
+        """Towards the next stage, which takes hidden states by `handoff` and bound to `tensors`, or the engine."""
         is_last = self._runner.stage.is_last
         self._watch.add(self._next, "results to the engine" if is_last else "hidden states to the next stage")
         connect_sender(self._next, next_address, self._keys)
+        if not is_last:
+            self._outgoing = handoff
+            self._to_next = reach(handoff, self._next, tensors, self._site)
         self._watch.start()
         self._runner.restart()
         self._thread = threading.Thread(target=self._run, name="stage-loop", daemon=True)
         self._thread.start()
 
     def wait_until_linked(self) -> None:
-        """Until the link to the next stage stands. Raises `PipelineError` if it can't be made."""
+        """Until the links to the stages beside it stand. Raises `PipelineError` if they can't be made."""
         self._watch.wait_until_made()
+        self._connected.wait()
+        if self.failure.done() and (error := self.failure.exception()) is not None:
+            raise PipelineError(f"{error}") from error
 
     def stop(self) -> None:
         """End the thread and close the links; returns when the step at hand, if any, is done."""
-        self._stopping.set()
+        self._end_waits()
         if self._thread is not None:
             self._thread.join()
+        for end in self._ends():
+            end.close()
         self._watch.stop()
         self._context.destroy(linger=0)
         with contextlib.suppress(InvalidStateError):
             self.failure.set_result(None)
 
+    def _ends(self) -> list[HandoffEnd]:
+        return [end for end in (self._to_next, self._from_previous) if end is not None]
+
     def _run(self) -> None:
         try:
+            for end in self._ends():
+                end.connect(self._stopping.is_set)
+            self._connected.set()
             self._serve()
         except Exception as error:
+            self._fail_at_a_step(error)
+
+    def _fail_at_a_step(self, error: Exception) -> None:
+        """While it is handled."""
+        if self._stopping.is_set():  # what was told to stop fails for no reason of its own
+            return
+        if not isinstance(error, PipelineError):
             span = self._runner.spec.span
             logger.exception("layers %d to %d failed at microbatch %s", span[0], span[-1], self._microbatch_id)
-            self._fail(error)
+        self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         """In any thread."""
         with contextlib.suppress(InvalidStateError):  # the first one counts
             self.failure.set_exception(error)
+        self._end_waits()
+
+    def _end_waits(self) -> None:
         self._stopping.set()
+        self._connected.set()
+        for end in self._ends():
+            end.abort()
 
     def _serve(self) -> None:
-        stage = self._runner.stage
-        encoder = msgspec.msgpack.Encoder()
+        runner = self._runner
+        if not isinstance(runner, GPUStageRunner):
+            self._meter.wait()
+            for arrived in self._microbatches():
+                self._run_step(*arrived)
+            return
+        results = StepResults(runner, self._meter, self._send_output, self._fail_at_a_step)
+        try:
+            for arrived in self._microbatches():
+                results.put(self._give_step(runner, *arrived))
+        finally:
+            results.close()
+
+    def _microbatches(self) -> Iterator[tuple[MicroBatch, Tensor | None, float | None]]:
+        """With the hidden states of the stage before, and when it sent them; ends when told to stop."""
         decoder = WireDecoder[MicroBatch](MicroBatch)
-        from_previous: Handoff = ZmqHandoff(self._hidden)
-        to_next: Handoff = ZmqHandoff(self._next)
-        self._meter.wait()
         while (frames := receive(self._steps, self._stopping.is_set)) is not None:
             try:
                 microbatch = decoder.decode(frames[0].buffer)
@@ -118,17 +173,51 @@ class StageLoop:
             self._microbatch_id = microbatch.microbatch_id
             hidden: Tensor | None = None
             sent_at: float | None = None
-            if not stage.is_first:
-                received = from_previous.receive(microbatch.microbatch_id, self._stopping.is_set)
+            if self._from_previous is not None:
+                received = self._from_previous.receive(microbatch.microbatch_id, self._stopping.is_set)
                 if received is None:
                     return
                 hidden, sent_at = received
-            self._meter.begin(sent_at)
-            result = self._runner.run(microbatch, hidden)
-            self._runner.synchronize()  # of hidden states on a GPU the next thing would wait for them anyway
-            self._meter.end(microbatch)
-            if isinstance(result, StepOutput):
-                self._next.send(encoder.encode(result))
-            else:
-                to_next.send(microbatch.microbatch_id, result)
-            self._meter.wait()
+            yield microbatch, hidden, sent_at
+            if self._stopping.is_set():
+                return
+
+    def _run_step(self, microbatch: MicroBatch, hidden: Tensor | None, sent_at: float | None) -> None:
+        self._meter.begin(sent_at)
+        result = self._runner.run(microbatch, hidden)
+        if self._may_have_received_anything:
+            self._runner.synchronize()
+        if self._stopping.is_set():
+            return
+        if isinstance(result, StepOutput):
+            self._send_output(result)
+        else:
+            assert self._to_next is not None
+            self._to_next.send(microbatch.microbatch_id, result)
+        self._runner.synchronize()  # for the meter: what was handed on is on its way already
+        self._meter.end(microbatch)
+        self._meter.wait()
+
+    def _give_step(
+        self, runner: GPUStageRunner, microbatch: MicroBatch, hidden: Tensor | None, sent_at: float | None
+    ) -> GivenStep:
+        """To the device; what comes of it is waited for elsewhere."""
+        step = runner.begin(microbatch, hidden)
+        given_at = time.time()
+        if step.hidden is not None:
+            assert self._to_next is not None
+            if self._may_have_received_anything:
+                step.wait()
+            if not self._stopping.is_set():
+                with runner.hidden_of(step) as states:
+                    self._to_next.send(microbatch.microbatch_id, states)
+        return GivenStep(step, microbatch, given_at, sent_at)
+
+    @property
+    def _may_have_received_anything(self) -> bool:
+        """An aborted receive brings anything; what would hand it on isn't aborted. It is over when the step is."""
+        return self._incoming == "distributed" != self._outgoing
+
+    def _send_output(self, output: StepOutput) -> None:
+        if not self._stopping.is_set():
+            self._next.send(msgspec.msgpack.encode(output))

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gptj_serve.config import Kernels, Quantization
 from gptj_serve.engine.sampling import Statistics
-from gptj_serve.kernels.choice import choose_operand_type
+from gptj_serve.kernels.choice import choose_operand_type, chooses_gpu_kernels
 from gptj_serve.kernels.cpu_layers import CPULayers, PackedBlock
 from gptj_serve.kernels.row_statistics import row_statistics
 from gptj_serve.kernels.weights import OperandType, PackedLinear
@@ -40,6 +40,8 @@ class StageSpec:
     deterministic: bool = False  # what comes of a row doesn't depend on the other rows, in any bit
     quantization: Quantization = "none"
     kernels: Kernels = "auto"
+    max_num_sequences: int = 256  # in a microbatch; these two are what a GPU's graphs and buffers are made for
+    max_microbatch_tokens: int = 512
 
 
 class StageRunner:
@@ -90,12 +92,35 @@ class StageRunner:
 
         On our own kernels where they can be used. Raises `ConfigError` if there are none for what is asked.
         """
+        return cls.prepare(checkpoint, spec, heads, progress)(spec.num_kv_blocks)
+
+    @classmethod
+    def prepare(
+        cls,
+        checkpoint: Checkpoint,
+        spec: StageSpec,
+        heads: dict[str, HeadCheckpoint] | None = None,
+        progress: Progress = silent,
+    ) -> Callable[[int], "StageRunner"]:
+        """`load` in two parts: first the weights. What comes back takes a number of KV blocks, in place of the spec's,
+        and makes a runner with that pool: of several on the same weights one may be at work.
+        """
         config = checkpoint.config
+        if spec.device.type == "cuda":
+            _sum_in_fp32()
+            if chooses_gpu_kernels(config, spec.dtype, spec.device, spec.quantization, spec.kernels):
+                from gptj_serve.pipeline.gpu.cuda_device import CUDADevice  # these build on this module
+                from gptj_serve.pipeline.gpu.loading import prepare_on_gpu
+
+                return prepare_on_gpu(CUDADevice(spec.device), checkpoint, spec, heads, progress)
+            stage = load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress)
+            return lambda num_kv_blocks: cls(stage, replace(spec, num_kv_blocks=num_kv_blocks), heads)
         operand_type = choose_operand_type(
             config, spec.dtype, spec.device, spec.block_size, spec.quantization, spec.kernels
         )
         if operand_type is None:
-            return cls(load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress), spec, heads)
+            stage = load_stage(checkpoint, spec.span, spec.dtype, spec.device, progress)
+            return lambda num_kv_blocks: cls(stage, replace(spec, num_kv_blocks=num_kv_blocks), heads)
         blocks: list[PackedBlock] = []
 
         def pack(block: GPTJBlock) -> None:
@@ -105,7 +130,12 @@ class StageRunner:
         if stage.is_last:
             _pack_heads(stage, operand_type)
         _give_back_freed_memory()
-        return cls(stage, spec, heads, CPULayers(config, blocks, spec.num_kv_blocks, spec.dtype))
+
+        def on_our_kernels(num_kv_blocks: int) -> StageRunner:
+            layers = CPULayers(config, blocks, num_kv_blocks, spec.dtype)
+            return cls(stage, replace(spec, num_kv_blocks=num_kv_blocks), heads, layers)
+
+        return on_our_kernels
 
     @property
     def kernels(self) -> str:
@@ -121,9 +151,9 @@ class StageRunner:
         return self._layers.kv_cache_bytes
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has done what it was given; what it still hands on is not waited for."""
         if self.spec.device.type == "cuda":
-            torch.cuda.synchronize(self.spec.device)
+            torch.cuda.current_stream(self.spec.device).synchronize()
 
     def restart(self) -> None:
         """Forget the order and the tokens so far: the engine recomputes every sequence after a stage was lost."""
@@ -152,6 +182,14 @@ class StageRunner:
         expected = microbatch_id if self._last_microbatch_id is None else self._last_microbatch_id + 1
         assert microbatch_id == expected, f"microbatch {microbatch_id} came when {expected} was due"
         self._last_microbatch_id = microbatch_id
+
+
+def _sum_in_fp32() -> None:
+    """What is summed in products on GPUs, whatever the operands' dtype: for fp32 without TF32, for half precision also
+    where a sum is made of parts, which by default may be rounded, and in float16 overflow."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _pack_heads(stage: GPTJStage, operand_type: OperandType) -> None:

@@ -24,6 +24,11 @@ def describe_stage(runner: StageRunner) -> dict[str, Any]:
     }
 
 
+def gpu_uuid(device: torch.device) -> str | None:
+    """The same in every process, however it numbers its devices; None of a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
 def memory_bytes(device: torch.device) -> int:
     """Resident memory of this process; for a GPU what torch has reserved on it."""
     if device.type == "cuda":

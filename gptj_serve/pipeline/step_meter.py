@@ -1,6 +1,6 @@
 """`StepMeter`: what one stage has done lately, and since its start.
 
-The stage's own thread writes, others read. Points in time are Unix time, since they are compared between processes:
+One thread of the stage's writes, others read. Points in time are Unix time, since they are compared between processes:
 exact on one host, and between hosts as exact as their clocks; no span of time is ever negative.
 """
 
@@ -74,14 +74,24 @@ class StepMeter:
 
     def end(self, microbatch: MicroBatch) -> None:
         assert self._started_at is not None
+        self._add(microbatch, self._started_at, self._handoff_s)
+
+    def end_overlapped(self, microbatch: MicroBatch, given_at: float, sent_at: float | None) -> None:
+        """A step has ended that a device was given at `given_at`, maybe while it still had another one: it began then,
+        or when that one ended. Its handoff lasted until it was given to the device."""
+        handoff_s = None if sent_at is None else max(0.0, given_at - sent_at)
+        last_ended_at = self._steps[-1].ended_at if self._steps else given_at
+        self._add(microbatch, max(given_at, last_ended_at), handoff_s)
+
+    def _add(self, microbatch: MicroBatch, started_at: float, handoff_s: float | None) -> None:
         now = self._clock()
         step = Step(
             microbatch.microbatch_id,
-            self._started_at,
-            max(0.0, now - self._started_at),
+            started_at,
+            max(0.0, now - started_at),
             len(microbatch.rows),
             microbatch.num_tokens,
-            self._handoff_s,
+            handoff_s,
         )
         with self._lock:
             self._started_at = None

@@ -190,7 +190,8 @@ class _Served:
 def stage_specs(config: PipelineConfig, plan: Plan, num_token_ids: int) -> list[StageSpec]:
     """Options that config and spec call alike are handed on as they are."""
     taken = {"span", "num_kv_blocks", "block_size", "dtype", "device", "num_token_ids"}
-    names = {field.name for field in fields(StageSpec)} - taken
+    limits = {"max_num_sequences", "max_microbatch_tokens"}
+    names = {field.name for field in fields(StageSpec)} - taken - limits
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     return [
         StageSpec(
@@ -200,6 +201,8 @@ def stage_specs(config: PipelineConfig, plan: Plan, num_token_ids: int) -> list[
             dtype=getattr(torch, plan.resources.dtype),
             device=_device(config, stage.stage_index),
             num_token_ids=num_token_ids,
+            max_num_sequences=config.scheduler.max_num_sequences,
+            max_microbatch_tokens=config.scheduler.max_microbatch_tokens,
             **options,
         )
         for stage in plan.stages

@@ -68,7 +68,7 @@ class PipelineChoice:
     """Of one ingress; used in one event loop."""
 
     def __init__(self, block_size: int, max_blocks: int, *, is_prefix_aware: bool = True) -> None:
-        """`max_blocks` is the size of a pipeline's KV pool, of blocks of `block_size` tokens."""
+        """`max_blocks` is the size of a pipeline's KV pool, of blocks of `block_size` tokens; it may tell another."""
         self._block_size = block_size
         self._is_prefix_aware = is_prefix_aware
         self._prefixes = CachedPrefixes(max_blocks)
@@ -123,6 +123,10 @@ class PipelineChoice:
             token_ids = [*visit.token_ids, *output_token_ids]
             keys = visit.block_keys.of(token_ids, (len(token_ids) - 1) // self._block_size)
             self._prefixes.add(visit.pipeline, keys)
+
+    def set_pool(self, pipeline: str, max_blocks: int) -> None:
+        """It has told how many blocks its KV pool has."""
+        self._prefixes.set_pool(pipeline, max_blocks)
 
     def forget(self, pipeline: str) -> None:
         """It has lost its KV blocks. What stays there is computed again, from its first token."""

@@ -22,8 +22,9 @@ class CachedPrefixes:
     """A key takes about 200 bytes for each pipeline that has it; to find or add a prefix costs a look-up per block."""
 
     def __init__(self, max_blocks: int) -> None:
-        """`max_blocks` of one pipeline, as many as its KV pool has."""
+        """`max_blocks` of one pipeline, as many as its KV pool has if it has not told another size."""
         self._max_blocks = max_blocks
+        self._told: dict[str, int] = {}  # by pipeline
         self._keys: dict[str, OrderedDict[BlockKey, None]] = {}  # by pipeline, used longest ago first
 
     def add(self, pipeline: str, keys: Sequence[BlockKey]) -> None:
@@ -32,8 +33,13 @@ class CachedPrefixes:
         for key in reversed(keys):
             known[key] = None
             known.move_to_end(key)
-        while len(known) > self._max_blocks:
+        max_blocks = self._told.get(pipeline, self._max_blocks)
+        while len(known) > max_blocks:
             known.popitem(last=False)
+
+    def set_pool(self, pipeline: str, max_blocks: int) -> None:
+        """So many blocks that pipeline's pool has."""
+        self._told[pipeline] = max_blocks
 
     def num_cached(self, pipeline: str, keys: Iterable[BlockKey]) -> int:
         """How many of the first blocks with these keys it probably holds."""
@@ -53,3 +59,5 @@ class CachedPrefixes:
         """Forget all others: they are gone."""
         for pipeline in self._keys.keys() - pipelines:
             del self._keys[pipeline]
+        for pipeline in self._told.keys() - pipelines:
+            del self._told[pipeline]

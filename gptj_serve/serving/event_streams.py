@@ -146,6 +146,8 @@ class EventStreams:
     def _on_load(self, replica_id: str, load: LoadEvent) -> None:
         if load.version is not None:
             self.on_version(replica_id, load.version)
+        if load.num_kv_blocks:
+            self._choice.set_pool(replica_id, load.num_kv_blocks)
         self._replicas.set_load(
             replica_id, is_ready=load.is_ready, queue_wait_s=load.queue_wait_s, num_others=load.num_others
         )

@@ -26,6 +26,7 @@ from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadCheckpoint, open_heads
 from gptj_serve.model.version import model_version, weights_digest
+from gptj_serve.pipeline.kv_room import Knobs
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.handover import own_handover
 from gptj_serve.serving.logs import NoAccessLines, serve_logs_json, use_serve_logging
@@ -111,12 +112,15 @@ class Pipeline:
         heads = open_heads(config.head_dirs, checkpoint)
         settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads, serve_logs_json())
         named_heads = {name: head.info for name, head in heads.items()}
-        arithmetic = [settings[0].dtype, settings[0].quantization, settings[0].kernels, settings[0].deterministic]
-        self._version = model_version(checkpoint, heads, " ".join(map(str, arithmetic)))
         await self._pipeline.start(settings)
+        agreed = self._pipeline.settings[0]
+        arithmetic = [agreed.dtype, agreed.quantization, agreed.kernels, agreed.deterministic]
+        self._version = model_version(checkpoint, heads, " ".join(map(str, arithmetic)))
+        assert agreed.num_kv_blocks is not None, "stages start with a KV pool"
+        self._num_kv_blocks = agreed.num_kv_blocks
         blocks = KVBlocks(
-            settings[0].num_kv_blocks,
-            settings[0].block_size,
+            self._num_kv_blocks,
+            agreed.block_size,
             reuse_prefixes=config.pipeline.kv_cache.reuse_prefixes,
         )
         self._grammars = GrammarCompiler(tokenizer, checkpoint.config.eos_token_ids)
@@ -267,7 +271,9 @@ class Pipeline:
         engine = self._engine
         num_others = len(self._outbox_of) - outbox.num_requests
         waiting = tuple(id_ for id_ in engine.waiting_request_ids() if self._outbox_of.get(id_) is outbox)
-        return LoadEvent(engine.is_ready, engine.queue_wait_s(), version, num_others, engine.num_waiting, waiting)
+        num_kv_blocks = 0 if version is None else self._num_kv_blocks
+        wait_s, num_waiting = engine.queue_wait_s(), engine.num_waiting
+        return LoadEvent(engine.is_ready, wait_s, version, num_others, num_waiting, waiting, num_kv_blocks)
 
     def _tell_readiness(self, _: bool) -> None:
         for outbox in self._outboxes.values():
@@ -301,18 +307,32 @@ def stage_settings(
 ) -> list[StageSettings]:
     heads = heads or {}
     plan, digest = plan_service(config, checkpoint), weights_digest(checkpoint, heads)
+    uses_gpu = config.stage.num_gpus > 0
+    knobs = Knobs(
+        num_stages=config.num_stages,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        max_microbatch_tokens=config.scheduler.max_microbatch_tokens,
+        max_num_sequences=config.scheduler.max_num_sequences,
+        num_kv_tokens=config.kv_cache.num_tokens,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
     return [
         StageSettings(
             checkpoint_dir=str(Path(checkpoint.directory).resolve()),
             layers=(stage.layers.start, stage.layers.stop),
-            num_kv_blocks=plan.num_kv_blocks,
+            num_kv_blocks=None if config.sizes_kv_pool_from_memory else plan.num_kv_blocks,
             block_size=plan.resources.block_size,
-            dtype=plan.resources.dtype,
+            dtype="auto" if config.dtype == "auto" and uses_gpu else plan.resources.dtype,
+            weight_bytes=stage.weight_bytes,
             num_token_ids=min(num_token_ids, checkpoint.config.vocab_size),
             num_stages=config.num_stages,
             num_threads=config.stage.num_threads,
             pin_cores=config.stage.pin_cores,
-            uses_gpu=config.stage.num_gpus > 0,
+            uses_gpu=uses_gpu,
+            gpu_share=config.stage.num_gpus,
+            max_sequence_tokens=checkpoint.config.n_positions,
+            knobs=knobs,
             heads={name: str(head.directory.resolve()) for name, head in heads.items()},
             deterministic=config.deterministic,
             quantization=config.quantization,

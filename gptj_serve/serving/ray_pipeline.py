@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from gptj_serve.config import PipelineConfig
+from gptj_serve.config import HandoffKind, PipelineConfig
 from gptj_serve.errors import PipelineError
+from gptj_serve.pipeline.handoff_choice import StagePlace, choose_handoff
 from gptj_serve.pipeline.sockets import CurveKeys
 from gptj_serve.pipeline.step_links import StepLinks
+from gptj_serve.serving.bring_up import StartingStage, bring_up
 from gptj_serve.serving.stage_actor import GPTJStage, StageReport, StageSettings
 from gptj_serve.steps import MicroBatch, StepOutput
 
@@ -40,6 +43,7 @@ class _Stage:
     settings: StageSettings
     actor: ActorHandle
     description: dict[str, Any] = field(default_factory=dict)
+    handoff: HandoffKind | None = None  # by which hidden states come from the stage before
     num_restarts: int = 0
     measured: dict[str, Any] = field(default_factory=lambda: dict(NOT_MEASURED))
     report: asyncio.Task[StageReport] | None = None  # asked for
@@ -75,7 +79,8 @@ class RayPipeline:
         return [
             {
                 "stage_index": index,
-                **{key: value for key, value in stage.description.items() if key != "node_id"},
+                **{key: value for key, value in stage.description.items() if key not in ("node_id", "gpu_uuid")},
+                "handoff": stage.handoff,
                 "num_restarts": stage.num_restarts,
                 **stage.measured,
             }
@@ -101,6 +106,11 @@ class RayPipeline:
                     stage.measured = stage.report.result().measured
                 stage.report = None
         return reports
+
+    @property
+    def settings(self) -> list[StageSettings]:
+        """Of the stages, with what was only known when they had started: dtype, size of the KV pool."""
+        return [stage.settings for stage in self._stages]
 
     async def start(self, settings: Sequence[StageSettings]) -> None:
         """Start all stages, load them and link them. Raises what a stage's loading raised."""
@@ -147,14 +157,15 @@ class RayPipeline:
 
     async def _load(self, stages: Sequence[_Stage]) -> None:
         """Load the stages' weights in parallel. Raises what a stage raised, or `PipelineError` after the time-out."""
-        loads = asyncio.gather(*[stage.actor.load.remote() for stage in stages])
+        limit = self._config.startup_timeout_s
         try:
-            descriptions = await asyncio.wait_for(loads, self._config.startup_timeout_s)
+            async with asyncio.timeout(limit):
+                starting = [StartingStage(stage.actor, stage.settings) for stage in stages]
+                descriptions = await bring_up(starting)
         except TimeoutError:
-            limit = self._config.startup_timeout_s
             raise PipelineError(f"the stages were not loaded within startup_timeout_s={limit}") from None
-        for stage, description in zip(stages, descriptions, strict=True):
-            stage.description = description
+        for stage, started, description in zip(stages, starting, descriptions, strict=True):
+            stage.settings, stage.description = started.settings, description
 
     async def _has_stopped(self, stage: _Stage, timeout_s: float) -> bool:
         try:
@@ -164,32 +175,45 @@ class RayPipeline:
         return True
 
     async def _link(self) -> None:
-        """Bind every receiver, then connect every sender, then watch for the end of any stage's loop."""
+        """Bind every receiver, then connect every sender, then watch for the end of any stage's loop.
+
+        Raises `ConfigError` if two neighbours can't use the handoff that is asked for.
+        """
+        self._choose_handoffs()
         on_one_node = len({stage.description["node_id"] for stage in self._stages} | {_own_node_id()}) == 1
         if on_one_node:
             keys = None
             _remove_abandoned_directories()
             self._directory = tempfile.mkdtemp(prefix=f"{DIRECTORY_PREFIX}{os.getpid()}-")  # private: mode 0700
             binds = [
-                stage.actor.bind.remote(f"ipc://{self._directory}/{index}", keys)
+                stage.actor.bind.remote(f"ipc://{self._directory}/{index}", keys, stage.handoff or "zmq")
                 for index, stage in enumerate(self._stages)
             ]
             results_address = f"ipc://{self._directory}/results"
         else:
             keys = CurveKeys.generate()
-            binds = [stage.actor.bind.remote(None, keys) for stage in self._stages]
+            binds = [stage.actor.bind.remote(None, keys, stage.handoff or "zmq") for stage in self._stages]
             results_address = f"tcp://{ray.util.get_node_ip_address()}"
         self._links = links = StepLinks(keys, self._config.step_timeout_s)
         addresses = await asyncio.gather(*binds)
-        next_addresses = [address.hidden for address in addresses[1:]] + [links.bind(results_address)]
+        nexts = [
+            (address.hidden, stage.handoff, address.tensors)
+            for stage, address in zip(self._stages[1:], addresses[1:], strict=True)
+        ]
+        nexts.append((links.bind(results_address), "zmq", ""))
         await asyncio.gather(
-            *[stage.actor.start.remote(address) for stage, address in zip(self._stages, next_addresses, strict=True)]
+            *[stage.actor.start.remote(*following) for stage, following in zip(self._stages, nexts, strict=True)]
         )
         links.connect([address.steps for address in addresses])
         await links.wait_until_linked()
         self._watchers = [
             asyncio.create_task(self._watch(index, stage, links)) for index, stage in enumerate(self._stages)
         ]
+
+    def _choose_handoffs(self) -> None:
+        places = [StagePlace(stage.description["node_id"], stage.description["gpu_uuid"]) for stage in self._stages]
+        for stage, (sender, receiver) in zip(self._stages[1:], pairwise(places), strict=True):
+            stage.handoff = choose_handoff(sender, receiver, self._config.handoff)
 
     async def _watch(self, index: int, stage: _Stage, links: StepLinks) -> None:
         name = f"stage {index} ({_layers(stage.settings)})"

@@ -63,6 +63,7 @@ def stage(index: int, durations_s: list[float], steps: list[StepSpan], is_ready:
         "memory_bytes": 6884 * MIB,
         "num_restarts": 0 if is_ready or index else 1,
         "busy_ratio": durations_s[index] / max(durations_s) if is_ready else 0.0,
+        "handoff": "shared_memory" if index else None,
         "handoff_s": (0.00021, 0.00034, 0.0029)[index % 3] if index else 0.00012,
         "steps": steps[-64:],
     }

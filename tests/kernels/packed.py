@@ -114,11 +114,16 @@ def _can_run(sequences: Sequence[Inputs], i: int, before: Sequence[int], done: S
 
 @torch.inference_mode()
 def run(
-    stages: Sequence[Layers], sequences: Sequence[Inputs], microbatches: Sequence[Sequence[Span]], seed: int = 0
+    stages: Sequence[Layers],
+    sequences: Sequence[Inputs],
+    microbatches: Sequence[Sequence[Span]],
+    seed: int = 0,
+    *,
+    fill_with_nan: bool = True,
 ) -> list[Tensor]:
     """Each sequence's own tokens after the last stage: [T - num_shared, D]."""
     width = sequences[0].hidden.shape[1]
-    for stage in stages:  # whoever had the blocks before left NaN in all of them
+    for stage in stages if fill_with_nan else ():  # whoever had the blocks before left NaN in all of them
         stage.forward(
             torch.full((NUM_BLOCKS * BLOCK_SIZE, width), torch.nan),
             [PagedRow(0, BLOCK_SIZE, [block]) for block in range(NUM_BLOCKS)],

@@ -60,7 +60,9 @@ def test_the_plan_that_it_names_is_of_its_own_pipeline(file: Path, capsys: pytes
     (pipeline,) = [config.pipeline for config in service_configs(file) if config.checkpoint == MODEL_6B]
     assert option(command, "--config", "") == "gpt-j-6b"
     assert int(option(command, "--stages", "1")) == pipeline.num_stages
-    assert int(option(command, "--kv-tokens", "0")) == pipeline.kv_cache.num_tokens
+    assert int(option(command, "--kv-tokens", "0")) == (pipeline.kv_cache.num_tokens or 0)
+    assert (option(command, "--device", "gpu") == "cpu") is (pipeline.stage.num_gpus == 0)
+    assert ("--kv-tokens" in command) is not pipeline.sizes_kv_pool_from_memory
     assert option(command, "--quantization", "none") == pipeline.quantization
     assert option(command, "--dtype", "auto") == pipeline.dtype
     plan = planned(capsys, command)
@@ -74,7 +76,7 @@ def comments_of_the_pool(file: Path) -> list[str]:
 
 
 def claims_of_the_pool(plan: dict) -> list[str]:
-    """What a comment beside `num_tokens` must say, if there is one in the file."""
+    """What the comment on the pool's size must say."""
     largest = max(stage["kv_pool_bytes"] for stage in plan["stages"]) / 2**30
     told = f"{plan['max_batch_full']} sequences of full length, or {plan['max_batch_typical']} of 512 tokens"
     return [f"{told}: {largest:.1f} GiB"]

@@ -107,13 +107,16 @@ def as_json_schema(schema: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "deployment"), DEPLOYMENT_OF.items())
 def test_it_serves_what_the_deployment_serves(name: str, deployment: str) -> None:
-    """But for where it listens, where ingresses are, and that a rollout may ask the autoscaler for room."""
+    """But for where it listens, where ingresses are, and that rollouts, and on GPUs the load, may ask for nodes."""
     own = yaml.safe_load(RayService.model_validate(manifest(name)).spec.serveConfigV2)
     ServeDeploySchema.model_validate(own)
     plain = yaml.safe_load((ROOT / "deployments" / f"{deployment}.yaml").read_text())
     assert own["http_options"] == {"host": "0.0.0.0", "port": 8000}
     (application,), (expected,) = own["applications"], plain["applications"]
     assert application["args"].pop("rollout") == {"surge": "always"}
+    autoscaling = application["args"].pop("autoscaling", None)
+    assert (autoscaling is not None) is (ServiceConfig.model_validate(application["args"]).pipeline.stage.num_gpus > 0)
+    assert autoscaling is None or autoscaling["may_add_nodes"] is True
     ingress = application["args"].pop("ingress")
     assert {**expected["args"].pop("ingress", {}), **ingress} == ingress, "what the deployment says of them is here too"
     assert ingress == {"num_replicas": 2, "num_cpus": 0, "resources": {"ingress": 1}}
@@ -132,7 +135,8 @@ def ray_resources(group: WorkerGroup) -> dict[str, int]:
 def test_the_fewest_workers_have_room_for_the_service_and_the_most_for_a_rollout(name: str) -> None:
     service = RayService.model_validate(manifest(name))
     (application,) = yaml.safe_load(service.spec.serveConfigV2)["applications"]
-    pipeline = ServiceConfig.model_validate(application["args"]).pipeline
+    config = ServiceConfig.model_validate(application["args"])
+    pipeline = config.pipeline
     _, group = service.spec.rayClusterConfig.workerGroupSpecs
     resources = ray_resources(group)
     num_gpus, num_cpus = resources.get("GPU", 0), resources["CPU"]
@@ -141,7 +145,8 @@ def test_the_fewest_workers_have_room_for_the_service_and_the_most_for_a_rollout
     assert left_over >= pipeline.engine_num_cpus
     needed = -(-pipeline.num_stages // stages_per_pod)
     assert group.minReplicas == group.replicas >= needed
-    assert group.maxReplicas >= 2 * needed
+    most_pipelines = config.num_pipelines if config.autoscaling is None else config.autoscaling.max_pipelines
+    assert group.maxReplicas >= (most_pipelines + 1) * needed
 
 
 @pytest.mark.parametrize("name", DEPLOYMENT_OF)

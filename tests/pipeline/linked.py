@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from gptj_serve.config import HandoffKind
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
@@ -43,7 +44,9 @@ class LinkedPipeline:
         where: Callable[[str], str],
         new_keys: Callable[[], CurveKeys | None],
         step_timeout_s: float = 20.0,
+        handoff: HandoffKind = "zmq",
     ) -> None:
+        self._handoff = handoff
         self._runners = runners
         self._where = where
         self._new_keys = new_keys
@@ -56,16 +59,17 @@ class LinkedPipeline:
         keys = self._new_keys()
         self.links = StepLinks(keys, self._step_timeout_s)
         self.loops = [StageLoop(runner, keys) for runner in self._runners]
-        self.addresses = [loop.bind(self._where(str(index))) for index, loop in enumerate(self.loops)]
+        self.addresses = [loop.bind(self._where(str(index)), self._handoff) for index, loop in enumerate(self.loops)]
         self.results_address = self.links.bind(self._where("results"))
 
     def connect(self) -> None:
         event_loop = asyncio.get_running_loop()
         self._stage_failed = event_loop.create_future()
-        nexts = [address.hidden for address in self.addresses[1:]] + [self.results_address]
-        for loop, address in zip(self.loops, nexts, strict=True):
+        for loop in self.loops:
             loop.failure.add_done_callback(partial(self._on_failure, event_loop, self._stage_failed))
-            loop.start(address)
+        for loop, address in zip(self.loops, self.addresses[1:], strict=False):
+            loop.start(address.hidden, self._handoff, address.tensors)
+        self.loops[-1].start(self.results_address)
         self.links.connect([address.steps for address in self.addresses])
 
     @staticmethod

@@ -39,6 +39,20 @@ def test_it_forgets_as_a_pool_does() -> None:
     assert prefixes.num_cached("x", keys_of("1234567")) == 6
 
 
+def test_a_pool_has_the_size_that_it_told() -> None:
+    prefixes = CachedPrefixes(2)
+    prefixes.set_pool("x", 4)
+    for pipeline in "xy":
+        prefixes.add(pipeline, keys_of("abcde"))
+    assert [prefixes.num_cached(pipeline, keys_of("abcde")) for pipeline in "xy"] == [4, 2]
+    prefixes.forget("x")  # its blocks, not its size
+    prefixes.add("x", keys_of("abcde"))
+    assert prefixes.num_cached("x", keys_of("abcde")) == 4
+    prefixes.keep_only({"y"})
+    prefixes.add("x", keys_of("abcde"))
+    assert prefixes.num_cached("x", keys_of("abcde")) == 2
+
+
 def test_those_that_are_gone_are_forgotten() -> None:
     prefixes = CachedPrefixes(10)
     for pipeline in "xyz":

@@ -24,6 +24,7 @@ from gptj_serve.types import (
     GrammarKind,
     LoadEvent,
     Matrix,
+    ModelVersion,
     Overload,
     PromptEvent,
     Refusal,
@@ -318,6 +319,27 @@ async def test_what_may_have_cost_a_stage_does_not_go_on_to_the_next() -> None:
     assert (await asyncio.wait_for(first, 5)).index == 0
     assert len([event async for event in stream]) == NUM_TOKENS - 1
     assert len(pipelines.attempts) == 2
+
+
+async def test_a_pool_counts_with_the_size_that_its_pipeline_tells() -> None:
+    """Where stages size it themselves no ingress knows it beforehand."""
+
+    class Telling(FakePipelines):
+        async def _events(self, ingress: str, *, replica_id: str) -> AsyncGenerator[bytes]:
+            yield msgspec.msgpack.encode([LoadEvent(True, version=ModelVersion("t", "n"), num_kv_blocks=7)])
+            async for item in super()._events(ingress, replica_id=replica_id):
+                yield item
+
+    class Choice(PipelineChoice):
+        told: dict[str, int]
+
+        def set_pool(self, pipeline: str, max_blocks: int) -> None:
+            self.told = {pipeline: max_blocks}
+
+    choice = Choice(16, 1024)
+    events = [event async for event in make_client(Telling(), choice=choice).submit(REQUEST)]
+    assert len(events) == NUM_TOKENS
+    assert choice.told == {"0": 7}
 
 
 class Asked(FakePipelines):

@@ -97,6 +97,7 @@ async def test_status_has_its_documented_shape(http: httpx.AsyncClient) -> None:
     first, second = pipeline["stages"]
     assert (first["stage_index"], first["layers"], second["layers"]) == (0, [0, 4], [4, 6])
     assert first["pid"] != second["pid"]
+    assert (first["handoff"], second["handoff"]) == (None, "shared_memory")
     assert first["handoff_s"] is None
     assert second["handoff_s"] is not None
     assert 0 < second["handoff_s"] < 1

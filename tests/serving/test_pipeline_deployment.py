@@ -30,6 +30,7 @@ REQUEST = EngineRequest(
     request_id="r", task=Task.GENERATE, prompt_token_ids=[1], sampling=SamplingParams(max_new_tokens=1)
 )
 VERSION = ModelVersion("text", "numbers")
+NUM_KV_BLOCKS = 1000
 
 
 class FakeEngine:
@@ -64,9 +65,14 @@ class FakeEngine:
 def make_pipeline(engine: FakeEngine) -> Pipeline:
     pipeline = Pipeline.__new__(Pipeline)  # its constructor wants a replica's surroundings
     pipeline._engine, pipeline._replica_id, pipeline._tracing = engine, "replica", None  # type: ignore[assignment]
-    pipeline._version = VERSION
+    pipeline._version, pipeline._num_kv_blocks = VERSION, NUM_KV_BLOCKS
     pipeline._outboxes, pipeline._outbox_of, pipeline._finished = {}, {}, {}
     return pipeline
+
+
+def first(is_ready: bool, queue_wait_s: float = 0.0) -> LoadEvent:
+    """As each stream begins."""
+    return LoadEvent(is_ready, queue_wait_s, VERSION, num_kv_blocks=NUM_KV_BLOCKS)
 
 
 def decode(batch: bytes) -> list[Event]:
@@ -107,7 +113,7 @@ async def test_ingresses_are_told_when_a_stage_is_lost_and_back() -> None:
         batches = [await asyncio.wait_for(anext(stream), 5) for stream in streams]
         return [msgspec.msgpack.decode(batch, type=list[LoadEvent]) for batch in batches]
 
-    assert await told() == [[LoadEvent(False, 0.0, VERSION)]] * 2
+    assert await told() == [[first(False)]] * 2
     pipeline._tell_readiness(True)
     pipeline._tell_readiness(False)
     assert await told() == [[LoadEvent(False)]] * 2  # as it is now
@@ -128,7 +134,7 @@ async def test_ingresses_are_told_how_long_the_queue_is(monkeypatch: pytest.Monk
     async def told() -> list[object]:
         return msgspec.msgpack.decode(await asyncio.wait_for(anext(stream), 5), type=list[Event | LoadEvent])
 
-    assert await told() == [LoadEvent(True, 1.5, VERSION)]
+    assert await told() == [first(True, 1.5)]
     engine.wait_s = 2.5
     await asyncio.sleep(0.1)
     pipeline._distribute([token := TokenEvent("r", 0, 1, -1.0)])
@@ -171,9 +177,9 @@ async def test_while_a_stage_is_lost_its_ingresses_go_on_knowing(monkeypatch: py
     pipeline = make_pipeline(engine := FakeEngine())
     engine.is_ready = False
     stream = pipeline.events("ingress", replica_id="replica")
-    for version in (VERSION, None, None, None):
+    for load in (first(False), *[LoadEvent(False)] * 3):
         batch = await asyncio.wait_for(anext(stream), 5)
-        assert msgspec.msgpack.decode(batch, type=list[LoadEvent]) == [LoadEvent(False, 0.0, version)]
+        assert msgspec.msgpack.decode(batch, type=list[LoadEvent]) == [load]
     engine.is_ready = True
     assert [item async for item in stream] == []
     assert not pipeline._outboxes
@@ -217,7 +223,7 @@ async def test_events_of_an_ingress_that_left_are_not_kept() -> None:
     call = pipeline.run("ingress", msgspec.msgpack.encode(REQUEST))
     await anext(call)
     stream = pipeline.events("ingress", replica_id="replica")
-    assert msgspec.msgpack.decode(await anext(stream), type=list[LoadEvent]) == [LoadEvent(True, 0.0, VERSION)]
+    assert msgspec.msgpack.decode(await anext(stream), type=list[LoadEvent]) == [first(True)]
     await stream.aclose()
     for _ in range(5):
         pipeline._tell_readiness(False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from gptj_serve.config import KVCacheConfig, PipelineConfig, StageConfig
+from gptj_serve.config import HandoffKind, KVCacheConfig, PipelineConfig, StageConfig
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.scheduler import Scheduler, SchedulerLimits
@@ -57,12 +57,15 @@ ROW = Row([5, 6, 7], 0, [0], samples=[SampleSpec()])
 
 
 @asynccontextmanager
-async def pipeline_of_two(checkpoint: Checkpoint, step_timeout_s: float) -> AsyncIterator[RayPipeline]:
+async def pipeline_of_two(
+    checkpoint: Checkpoint, step_timeout_s: float, handoff: HandoffKind = "auto"
+) -> AsyncIterator[RayPipeline]:
     config = PipelineConfig(
         num_stages=2,
         stage=StageConfig(num_cpus=0.01, num_threads=1),
         kv_cache=KVCacheConfig(block_size=BLOCK_SIZE, num_tokens=NUM_KV_BLOCKS * BLOCK_SIZE),
         step_timeout_s=step_timeout_s,
+        handoff=handoff,
     )
     group = placement_group([{"CPU": 0.01}] * 3)
     await group.ready()
@@ -102,6 +105,19 @@ async def test_a_lost_stage_is_noticed_however_it_is_lost(cluster: None, demo: P
             assert "step_timeout_s" not in told
             assert (await pipeline.run(MicroBatch(0, [ROW]))).rows == sound.rows
         assert [stage.num_restarts for stage in pipeline._stages] == [2, 1]  # who raised is kept, with its weights
+
+
+@pytest.mark.parametrize("kind", ["zmq", "distributed"])
+async def test_another_handoff_can_be_asked_for(cluster: None, demo: Path, kind: HandoffKind) -> None:
+    async with pipeline_of_two(Checkpoint.open(demo), step_timeout_s=3600) as pipeline:
+        assert [status["handoff"] for status in pipeline.stage_statuses()] == [None, "shared_memory"]
+        expected = await pipeline.run(MicroBatch(0, [ROW]))
+    async with pipeline_of_two(Checkpoint.open(demo), step_timeout_s=3600, handoff=kind) as pipeline:
+        assert [status["handoff"] for status in pipeline.stage_statuses()] == [None, kind]
+        assert (await pipeline.run(MicroBatch(0, [ROW]))).rows == expected.rows
+        os.kill(pipeline.stage_statuses()[0]["pid"], signal.SIGKILL)
+        await noticed_and_recovered(pipeline, asyncio.create_task(pipeline.run(MicroBatch(1, [ROW]))))
+        assert (await pipeline.run(MicroBatch(0, [ROW]))).rows == expected.rows
 
 
 async def test_a_stage_that_hangs_is_noticed_by_the_step_timeout(cluster: None, demo: Path) -> None:

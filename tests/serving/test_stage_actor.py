@@ -26,7 +26,7 @@ def test_a_stage_that_loads_again_refuses_another_head(tmp_path: Path, demo: Pat
     assert settings[1].heads == {"reader": str(tmp_path / "reader")}
     HeadCheckpoint(head.directory, info, 2 * weight, head.bias).save(replace=True)
     with pytest.raises(CheckpointError, match="reader: the weights are not those that this pipeline started with"):
-        GPTJStage(settings[1]).load()
+        GPTJStage(settings[1]).load("float32")
 
 
 def test_a_stage_is_pinned_to_cores_that_no_other_stage_takes(demo: Path, tmp_path: Path, monkeypatch, capfd) -> None:
@@ -39,7 +39,7 @@ def test_a_stage_is_pinned_to_cores_that_no_other_stage_takes(demo: Path, tmp_pa
     try:
         for stage in (first, second):
             with pytest.raises(CheckpointError):
-                stage.load()
+                stage.load("float32")
             assert os.sched_getaffinity(0) == {min(before)}
     finally:
         pin_process(before)

@@ -1,0 +1,187 @@
+"""`GPULinear` against the layers that it stands for, and its Triton kernels against it.
+
+The kernels run in Triton's interpreter, which multiplies no bfloat16 and is wrong where rounding to fp8 carries over to
+the exponent, and for subnormal numbers. That they compile for GPUs, also for bfloat16, is seen in a process without it.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gptj_serve.errors import ConfigError
+from gptj_serve.kernels.gpu.linear import GPULinear, LinearKind, quantized
+
+HALF_STEP = {"int8": 0.5 / 127, "fp8": 1 / 16}
+"""The most that rounding moves a weight, of the largest of its output in int8, of itself in fp8."""
+
+
+def random_linears(width: int, sizes: Sequence[int], seed: int = 0, bias: bool = True) -> list[nn.Linear]:
+    torch.manual_seed(seed)
+    return [nn.Linear(width, size, bias=bias).requires_grad_(False) for size in sizes]
+
+
+def restored(linear: GPULinear) -> Tensor:
+    """Its weights [N, K] in fp32."""
+    return (linear.weight.float() * linear.scale[:, None])[: linear.num_outputs]
+
+
+@pytest.mark.parametrize("kind", ["native", "int8", "fp8"])
+@pytest.mark.parametrize("sizes", [(48,), (32, 20, 7)])
+def test_it_gives_the_layers_outputs_side_by_side(kind: LinearKind, sizes: tuple[int, ...]) -> None:
+    linears = random_linears(64, sizes)
+    x = torch.randn(5, 64)
+    expected = torch.cat([linear(x) for linear in linears], dim=1)
+    out = GPULinear(linears, kind)(x)
+    assert out.dtype == x.dtype
+    tolerance = {"native": 1e-6, "int8": 0.01, "fp8": 0.1}[kind]
+    assert (out - expected).abs().max() < tolerance
+    if kind != "native":
+        assert not torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", ["native", "int8", "fp8"])
+def test_layers_with_and_without_a_bias_together(kind: LinearKind) -> None:
+    linears = [*random_linears(32, (16,), bias=False), *random_linears(32, (16,), seed=1)]
+    out = GPULinear(linears, kind)(torch.zeros(2, 32))
+    expected = torch.cat([torch.zeros(16), linears[1].bias]).expand(2, -1)
+    torch.testing.assert_close(out, expected, atol=1e-3 if kind == "fp8" else 0, rtol=0)  # fp8's outputs are bfloat16
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@given(st.integers(0, 10_000))
+@settings(max_examples=20)
+def test_weights_are_rounded_to_the_nearest(kind: LinearKind, seed: int) -> None:
+    weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed))
+    weight[0] = 0
+    rounded, scale = quantized(weight, kind)
+    error = (rounded.float() * scale[:, None] - weight).abs()
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    if kind == "int8":
+        assert (error <= largest * HALF_STEP["int8"] * 1.001).all()
+    else:
+        assert (error <= torch.maximum(weight.abs() * HALF_STEP["fp8"], largest / 448 * 2**-10) * 1.001).all()
+    assert not rounded[0].float().any()
+
+
+def test_bytes_are_a_quarter_of_float32s_and_a_scale() -> None:
+    (linear,) = random_linears(64, (48,))
+    assert GPULinear([linear]).num_bytes == 4 * (48 * 64 + 48)
+    assert GPULinear([linear], "fp8").num_bytes == 48 * 64 + 4 * 48 + 4 * 48
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["native", "int8", "fp8"])
+def test_what_is_not_finite_is_seen_in_its_own_row(kind: LinearKind, wrong: float) -> None:
+    x = torch.randn(3, 32)
+    x[1, 4] = wrong
+    out = GPULinear(random_linears(32, (16,)), kind)(x)
+    assert out.isfinite().all(dim=1).tolist() == [True, False, True]
+
+
+def test_fp8_refuses_a_width_that_the_cores_have_not() -> None:
+    with pytest.raises(ConfigError, match="multiple of 16, not 40"):
+        GPULinear(random_linears(40, (16,)), "fp8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@given(
+    num_rows=st.integers(1, 70), width=st.integers(1, 20), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=2),
+    bias=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=8, deadline=None)
+def test_the_kernel_multiplies_with_the_rounded_weights(
+    dtype: torch.dtype, kind: LinearKind, num_rows: int, width: int, sizes: list[int], bias: bool, seed: int
+) -> None:
+    """Which for int8 is also what the path for many rows does."""
+    pytest.importorskip("triton")
+    from gptj_serve.kernels.gpu.linear_kernels import product
+
+    linears = [linear.to(dtype) for linear in random_linears(16 * width, sizes, seed, bias)]
+    linear = GPULinear(linears, kind)
+    x = torch.randn(num_rows, 16 * width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    out = product(x, linear.weight, linear.scale, linear.bias, linear.num_outputs)
+    expected = x.float() @ restored(linear).T
+    if linear.bias is not None:
+        expected += linear.bias[: linear.num_outputs].float()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+    if kind == "int8":
+        torch.testing.assert_close(out, linear(x), atol=2 * tolerance, rtol=2 * tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_that_rounds_rows(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from gptj_serve.kernels.gpu.linear_kernels import round_rows
+
+    x = torch.randn(6, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[2] = 0
+    x[3, 7], x[4, 7] = torch.nan, torch.inf
+    rounded, scale = round_rows(x)
+    assert rounded.dtype == torch.float8_e4m3fn
+    sound = [0, 1, 2, 5]
+    torch.testing.assert_close(scale[sound][:, 0], (x[sound].float().abs().amax(dim=1) / 448).clamp_min(1e-30))
+    assert scale[[3, 4]].isnan().all()
+    scaled = x[sound].float() / scale[sound]
+    expected = scaled.to(torch.float8_e4m3fn).float()
+    is_right = (expected.abs() >= 2**-6) & (expected.frexp().mantissa.abs() > 0.5)  # also in the interpreter
+    assert is_right.sum() > 400
+    error = (rounded[sound].float() - expected).abs()[is_right]
+    assert (error <= expected.abs()[is_right] / 8).all()
+    assert not rounded[2].float().any()
+
+
+COMPILE = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gptj_serve.kernels.gpu import linear_kernels as kernels
+
+def compiled(kernel, capability, arguments, constants, **options):
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(arguments)) if "num_rows" != list(arguments)[n]}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+for capability, weight, x, num_rows in itertools.product((80, 89, 90), ("i8", "fp8e4nv"), ("bf16", "fp16"), (1, 64)):
+    if weight == "fp8e4nv" and capability < 89:
+        continue
+    arguments = dict(x_ptr="*" + x, weight_ptr="*" + weight, scale_ptr="*fp32", bias_ptr="*" + x, out_ptr="*" + x)
+    arguments |= dict.fromkeys(("num_rows", "num_outputs", "width"), "i32")
+    constants = dict(kernels.product_blocks(num_rows, 16384), HAS_BIAS=True)
+    made = compiled(kernels.product_kernel, capability, arguments, constants, num_warps=4, num_stages=4)
+    print(capability, weight, x, num_rows, len(made.asm["cubin"]), made.metadata.shared)
+for capability in (89, 90):
+    arguments = dict(x_ptr="*bf16", rounded_ptr="*fp8e4nv", scale_ptr="*fp32", width="i32")
+    constants = dict(FP8_MAX=448.0, SMALLEST=1e-30, BLOCK_K=32768)
+    num_warps = kernels.num_warps_of_a_row(20480)
+    made = compiled(kernels.round_rows_kernel, capability, arguments, constants, num_warps=num_warps)
+    print(capability, "fp8e4nv", "bf16", "all", len(made.asm["cubin"]), made.metadata.shared)
+"""
+
+SMALLEST_SHARED_MEMORY = 99 << 10
+"""Of a block on these GPUs, in bytes: that of compute capability 8.6 and 8.9 (CUDA C programming guide)."""
+
+
+def test_the_kernels_compile_for_the_gpus_that_have_the_types() -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=110, env=environment
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    lines = [line.split() for line in process.stdout.splitlines()]
+    assert len(lines) == 4 + 8 + 8 + 2
+    for *_, cubin_bytes, shared_bytes in lines:
+        assert int(cubin_bytes) > 0
+        assert int(shared_bytes) <= SMALLEST_SHARED_MEMORY
