@@ -107,7 +107,7 @@ def as_json_schema(schema: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "deployment"), DEPLOYMENT_OF.items())
 def test_it_serves_what_the_deployment_serves(name: str, deployment: str) -> None:
-    """But for where it listens, where ingresses are, and that rollouts, and on GPUs the load, may ask the autoscaler."""
+    """But for where it listens, where ingresses are, and that rollouts, and on GPUs the load, may ask for nodes."""
     own = yaml.safe_load(RayService.model_validate(manifest(name)).spec.serveConfigV2)
     ServeDeploySchema.model_validate(own)
     plain = yaml.safe_load((ROOT / "deployments" / f"{deployment}.yaml").read_text())
