@@ -138,7 +138,7 @@ def _descend(cost: CostModel, knobs: Sequence[Sequence[str]], error: Callable[[C
         for fields in knobs:
             for change in (factor, 1 / factor):
                 candidate = cost.model_copy(update={field: getattr(cost, field) * change for field in fields})
-                if (found := error(candidate)) < least:
+                if (found := error(candidate)) < 0.999 * least:  # else what hardly matters would go to 0 step by step
                     cost, least, improved = candidate, found, True
         if not improved:
             factor = math.sqrt(factor)
