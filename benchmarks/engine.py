@@ -1,8 +1,8 @@
 """What the engine's parts bring and cost, in ratios of one run: `python -m benchmarks.engine [--trace CSV]`.
 
-Everything runs in this process, on the demo checkpoint where a model is needed: prefix reuse on repeated contexts,
-prompt-lookup drafts on extractive prompts, idle stages by scheduling policy over a trace's lengths, and the time that
-scheduler and sampler take per step.
+Everything runs on this machine, on the demo checkpoint where a model is needed: prefix reuse on repeated contexts,
+prompt-lookup drafts on extractive prompts, steps made ahead, idle stages by scheduling policy over a trace's lengths,
+and the time that scheduler and sampler take per step.
 """
 
 # ruff: noqa: E402  # the environment must be set before torch is loaded
@@ -14,7 +14,8 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.stage_processes import StageProcessConfig, linked_stages
 from gptj_serve.config import ServiceConfig
+from gptj_serve.engine.engine import Pipeline
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.local import LocalEngine
 from gptj_serve.engine.sampling import sample
@@ -40,6 +43,7 @@ from gptj_serve.types import EngineRequest, SamplingParams, Task, TokenEvent, Wa
 
 BLOCK_SIZE = 16
 CONTEXT_LIMIT = 2048
+ROUNDS_AHEAD = 8
 console = Console(width=110)
 
 PASSAGE = (
@@ -61,7 +65,7 @@ def main(
     tokenizer = Tokenizer.from_directory(ServiceConfig().checkpoint_dir)
     asyncio.run(measure_prefix_reuse(checkpoint, tokenizer))
     asyncio.run(measure_drafts(checkpoint, tokenizer))
-    asyncio.run(measure_ahead(checkpoint, tokenizer))
+    asyncio.run(measure_ahead(checkpoint, tokenizer, threads))
     measure_bubbles(trace_lengths(trace) if trace else drawn_lengths(), num_trace_requests)
     measure_overhead()
 
@@ -131,44 +135,74 @@ async def measure_drafts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     console.print(table)
 
 
-async def measure_ahead(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-    """Requests of 96 tokens, so many at a time, on one stage, in turn with and without steps made ahead."""
+async def measure_ahead(checkpoint: Checkpoint, tokenizer: Tokenizer, threads: int) -> None:
+    """Requests of 96 tokens, so many at a time, on one stage, in turn with and without steps made ahead: the stage a
+    thread of this process, and a process of its own as in the service."""
     params = SamplingParams(max_new_tokens=96, ignore_eos=True)
-    table = Table("requests at a time", "tokens/s without", "with", "ratio", "rows in vain", title="Scheduled ahead")
-    for num_requests in (1, 8, 32):
-        prompts = [tokenizer.encode(f"{PASSAGE[: 120 + i]}") for i in range(num_requests)]
-        seconds: dict[bool, list[float]] = {False: [], True: []}
-        engines = {ahead: make_engine(checkpoint, schedules_ahead=ahead) for ahead in seconds}
-        for _ in range(8):
-            for ahead, (scheduler, pipeline) in engines.items():
-                async with LocalEngine(scheduler, pipeline) as engine:
-                    began = time.perf_counter()
-                    await asyncio.gather(
-                        *(generate(engine, prompt, params, f"{i}") for i, prompt in enumerate(prompts))
-                    )
-                    seconds[ahead].append(time.perf_counter() - began)
-        for _, pipeline in engines.values():
-            pipeline.close()
-        num_tokens = num_requests * params.max_new_tokens
-        without, with_it = (num_tokens / statistics.median(seconds[ahead][1:]) for ahead in (False, True))
-        scheduler = engines[True][0]
-        in_vain = f"{scheduler.num_rows_ahead_wasted} of {scheduler.num_rows_ahead}"
-        table.add_row(str(num_requests), f"{without:,.0f}", f"{with_it:,.0f}", f"{with_it / without:.2f}", in_vain)
+    table = Table("the stage is", "requests at a time", "tokens/s without", "with", "rows made ahead", "ratio")
+    table.title = f"Scheduled ahead, a stage of {threads} threads"
+    for place, make_pipelines in (("a thread", threads_of), ("a process", processes_of)):
+        async with make_pipelines(checkpoint, threads) as pipelines:
+            schedulers = {ahead: make_scheduler(checkpoint, schedules_ahead=ahead) for ahead in pipelines}
+            for num_requests in (1, 8, 32):
+                prompts = [tokenizer.encode(PASSAGE[: 120 + i]) for i in range(num_requests)]
+                seconds: dict[bool, list[float]] = {False: [], True: []}
+                num_ahead = schedulers[True].num_rows_ahead
+                for _ in range(ROUNDS_AHEAD):
+                    for ahead, pipeline in pipelines.items():
+                        async with LocalEngine(schedulers[ahead], pipeline) as engine:
+                            began = time.perf_counter()
+                            answers = (generate(engine, prompt, params, f"{i}") for i, prompt in enumerate(prompts))
+                            await asyncio.gather(*answers)
+                            seconds[ahead].append(time.perf_counter() - began)
+                num_tokens = num_requests * params.max_new_tokens
+                share = (schedulers[True].num_rows_ahead - num_ahead) / (num_tokens * ROUNDS_AHEAD)
+                rates = {ahead: num_tokens / statistics.median(seconds[ahead][1:]) for ahead in (False, True)}
+                ratio = f"{rates[True] / rates[False]:.2f}"
+                table.add_row(
+                    place, str(num_requests), f"{rates[False]:,.0f}", f"{rates[True]:,.0f}", f"{share:.1%}", ratio
+                )
     console.print(table)
 
 
-def make_engine(
-    checkpoint: Checkpoint, *, reuse_prefixes: bool = True, schedules_ahead: bool = False
-) -> tuple[Scheduler, InProcessPipeline]:
-    config = checkpoint.config
-    num_blocks = 8 * config.n_positions // BLOCK_SIZE
+@asynccontextmanager
+async def threads_of(checkpoint: Checkpoint, threads: int) -> AsyncIterator[dict[bool, Pipeline]]:
+    """A pipeline for each way to schedule."""
+    assert torch.get_num_threads() == threads
+    pipelines = {ahead: make_pipeline(checkpoint) for ahead in (False, True)}
+    yield {**pipelines}
+    for pipeline in pipelines.values():
+        pipeline.close()
+
+
+@asynccontextmanager
+async def processes_of(checkpoint: Checkpoint, threads: int) -> AsyncIterator[dict[bool, Pipeline]]:
+    config = StageProcessConfig(checkpoint.directory, num_blocks_of(checkpoint), BLOCK_SIZE, torch.float32, threads)
+    spans = [range(checkpoint.config.n_layer)]
+    async with linked_stages(spans, config) as without, linked_stages(spans, config) as with_it:
+        yield {False: without, True: with_it}
+
+
+def make_engine(checkpoint: Checkpoint, *, reuse_prefixes: bool = True) -> tuple[Scheduler, InProcessPipeline]:
+    return make_scheduler(checkpoint, reuse_prefixes=reuse_prefixes), make_pipeline(checkpoint)
+
+
+def make_scheduler(checkpoint: Checkpoint, *, reuse_prefixes: bool = True, schedules_ahead: bool = False) -> Scheduler:
+    limits = SchedulerLimits(1, 64, 512, checkpoint.config.n_positions, schedules_ahead=schedules_ahead)
+    blocks = KVBlocks(num_blocks_of(checkpoint), BLOCK_SIZE, reuse_prefixes=reuse_prefixes)
+    return Scheduler(limits, blocks, checkpoint.config.eos_token_ids)
+
+
+def make_pipeline(checkpoint: Checkpoint) -> InProcessPipeline:
+    config, num_blocks = checkpoint.config, num_blocks_of(checkpoint)
     spec = StageSpec(
         range(config.n_layer), num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"), config.vocab_size
     )
-    limits = SchedulerLimits(1, 64, 512, config.n_positions, schedules_ahead=schedules_ahead)
-    blocks = KVBlocks(num_blocks, BLOCK_SIZE, reuse_prefixes=reuse_prefixes)
-    pipeline = InProcessPipeline([StageRunner.load(checkpoint, spec)])
-    return Scheduler(limits, blocks, checkpoint.config.eos_token_ids), pipeline
+    return InProcessPipeline([StageRunner.load(checkpoint, spec)])
+
+
+def num_blocks_of(checkpoint: Checkpoint) -> int:
+    return 8 * checkpoint.config.n_positions // BLOCK_SIZE
 
 
 async def generate(engine: LocalEngine, prompt: list[int], params: SamplingParams, request_id: str = "r") -> list[int]:

@@ -1,6 +1,7 @@
 """The engine over stages in this process, and how long it takes."""
 
 import asyncio
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -62,6 +63,7 @@ class Engines:
         if self._pipeline is not None:
             self._pipeline.close()
         self._pipeline, self._num_stages = None, 0
+        gc.collect()  # weights and KV pool, before others are made
 
     def pipeline(self, num_stages: int) -> InProcessPipeline:
         if num_stages != self._num_stages:

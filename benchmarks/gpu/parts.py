@@ -122,7 +122,7 @@ def peer(bench: Bench) -> None:
 def stages(bench: Bench) -> None:
     sizes, alone = bench.sizes, 0.0
     for num_stages in sizes.stages:
-        bench.engines.close()  # its weights, before others are made
+        bench.engines.close()
         rate = bench.batch(sizes.peer_batch, sizes.prompt, sizes.new, num_stages=num_stages).tokens_per_s
         alone = alone or rate
         handoffs = [status["handoff_s"] for status in bench.engines.pipeline(num_stages).stage_statuses()[1:]]

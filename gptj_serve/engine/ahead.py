@@ -5,7 +5,7 @@ that is made while the step runs, with a row for each sequence that will go on: 
 token comes from, and the stage, which has just chosen it, puts it in. At most two microbatches are in flight, so what
 a row is fed with is always the token that its sequence gets next: the results of all steps before are here.
 
-Only jobs take part that know how a token is chosen whatever the last one was (`Job.spec_ahead`). As soon as another
+Only jobs take part that know how a token is chosen whatever the one before it is (`Job.spec_ahead`). As soon as another
 one decodes, steps are made one by one, as without all this: made ahead, a microbatch would have to leave it out, and
 it would get half as many tokens.
 
@@ -22,26 +22,27 @@ Blocks are published only when all their tokens are known (`Sequence.publish`), 
 tokens that did not come, and no row made ahead writes to a published block.
 """
 
-from gptj_serve.engine.step import Entry, Step
+from gptj_serve.engine.step import Entry, Feed, Step
 from gptj_serve.steps import PLACEHOLDER_TOKEN_ID, Row
 
 
-def feeding_rows(last: Step) -> dict[Entry, int] | None:
-    """Which rows of the step in flight choose tokens that rows of the next one can be fed with, by their entries.
+def feeds_of(last: Step) -> dict[Entry, Feed] | None:
+    """The tokens of the step in flight that rows of the next one can be fed with.
 
     None if somebody waits for a token of it who can't be fed.
     """
-    feeding: dict[Entry, int] = {}
+    feeds: dict[Entry, Feed] = {}
     for entry, index in last.sampling.items():
         job = entry.job
         if not entry.is_running or any(sequence.num_uncomputed for sequence in job.sequences):
             continue  # it has ended, or lost its KV; or its next token is known
         if job.work_left.new <= len(job.sequences):
             continue  # this is its last step
-        if job.spec_ahead is None:
+        spec = job.spec_ahead
+        if spec is None:
             return None
-        feeding[entry] = index
-    return feeding
+        feeds[entry] = Feed(index, spec)
+    return feeds
 
 
 def is_fed(entry: Entry, step: Step) -> bool:
@@ -52,12 +53,12 @@ def is_fed(entry: Entry, step: Step) -> bool:
 def fed_row(entry: Entry, step: Step) -> Row:
     """For the token after those that are known; its block table has a block for it."""
     (sequence,) = entry.job.sequences
-    assert entry.job.spec_ahead is not None
+    feed = step.feeding[entry]
     assert sequence.num_computed == len(sequence.token_ids)
     return Row(
         token_ids=[PLACEHOLDER_TOKEN_ID],
         start=sequence.num_computed,
         block_table=sequence.block_table.copy(),
-        samples=[entry.job.spec_ahead],
-        fed_from=step.feeding[entry],
+        samples=[feed.spec],
+        fed_from=feed.row_index,
     )

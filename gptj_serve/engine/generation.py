@@ -11,7 +11,7 @@ from gptj_serve.engine.job import Ride
 from gptj_serve.engine.kv_blocks import BlockKeys, KVBlocks
 from gptj_serve.engine.logit_editor import LogitEditor, TokenMatcher
 from gptj_serve.engine.sequence import Sequence
-from gptj_serve.steps import Row, RowResult, SampledToken, SampleSpec
+from gptj_serve.steps import PLACEHOLDER_TOKEN_ID, Row, RowResult, SampledToken, SampleSpec
 from gptj_serve.types import (
     EngineRequest,
     Event,
@@ -67,8 +67,11 @@ class Generation:
         self._drafter: Drafter | None = None
         if self._params.prompt_lookup_num_tokens:
             self._drafter = Drafter(request.prompt_token_ids, self._params.max_matching_ngram_size)
-        is_plain = self.width == 1 and self._drafter is None and not self._editor.is_active
-        self.spec_ahead = self._spec if is_plain else None
+        self._goes_ahead = self.width == 1 and self._drafter is None and not self._editor.depends_on_tokens
+
+    @property
+    def spec_ahead(self) -> SampleSpec | None:
+        return self._samples([PLACEHOLDER_TOKEN_ID])[-1] if self._goes_ahead else None
 
     @property
     def is_decoding(self) -> bool:

@@ -38,7 +38,8 @@ class Job(Protocol):
 
     @property
     def spec_ahead(self) -> SampleSpec | None:
-        """How each of its tokens is chosen, if it has one sequence and that doesn't depend on the tokens before."""
+        """How the token after the next one is chosen; None if that depends on the next one, or there are several
+        sequences."""
 
     @property
     def is_decoding(self) -> bool:

@@ -59,9 +59,9 @@ class LogitEditor:
         return len(self._token_ids) - self._rules.num_prompt
 
     @property
-    def is_active(self) -> bool:
-        """Some token's logits may be edited."""
-        return self._rules.is_active
+    def depends_on_tokens(self) -> bool:
+        """Edits are for the tokens that came before, and not only for how many there were."""
+        return self._rules.depends_on_tokens
 
     def push(self, token_id: int) -> None:
         if self._rules.is_active:
@@ -209,6 +209,11 @@ class _Rules:
         self.allowed_mask = _mask(params.allowed_token_ids) if params.allowed_token_ids is not None else b""
         self.is_active = has_matcher or any(
             getattr(params, name) != default for name, default in _EDITING_DEFAULTS.items()
+        )
+        sequences = [*self.bad_words_ids, *(token_ids for token_ids, _ in params.sequence_bias)]
+        has_penalty = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        self.depends_on_tokens = (
+            has_matcher or has_penalty or self.ngram_size > 0 or any(len(token_ids) > 1 for token_ids in sequences)
         )
 
 

@@ -30,14 +30,14 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from gptj_serve.engine.admission import MakeJob, check_fits, make_job, max_blocks
-from gptj_serve.engine.ahead import fed_row, feeding_rows, is_fed
+from gptj_serve.engine.ahead import fed_row, feeds_of, is_fed
 from gptj_serve.engine.backlog import NO_WORK, Work
 from gptj_serve.engine.job import Job, Ride
 from gptj_serve.engine.kv_blocks import KVBlocks
 from gptj_serve.engine.logit_editor import TokenMatcher
 from gptj_serve.engine.milestones import Milestone, OnMilestone, ignore
 from gptj_serve.engine.sequence import Sequence
-from gptj_serve.engine.step import MAX_LOSSES_TOGETHER, Entry, Step
+from gptj_serve.engine.step import MAX_LOSSES_TOGETHER, Entry, Feed, Step
 from gptj_serve.engine.waiting_queue import WaitingQueue
 from gptj_serve.errors import InvalidRequestError
 from gptj_serve.scaling.policy import PipelineLoad
@@ -202,11 +202,11 @@ class Scheduler:
         self._next_microbatch_id += 1
         return microbatch
 
-    def _feeding(self) -> dict[Entry, int] | None:
-        """The rows in flight that can feed those of a microbatch made ahead; None if it is better made later."""
+    def _feeding(self) -> dict[Entry, Feed] | None:
+        """What rows in flight can feed those of a microbatch made ahead with; None if it is better made later."""
         if not self.limits.schedules_ahead or not self._in_flight:
             return {}
-        return feeding_rows(self._in_flight[self._next_microbatch_id - 1])
+        return feeds_of(self._in_flight[self._next_microbatch_id - 1])
 
     def _fill(self, step: Step) -> None:
         decoding = [entry for entry in self._running if entry.job.is_decoding or entry in step.feeding]

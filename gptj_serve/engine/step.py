@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gptj_serve.engine.backlog import NO_WORK, Work
 from gptj_serve.engine.job import Job, Ride
-from gptj_serve.steps import Row
+from gptj_serve.steps import Row, SampleSpec
 
 MAX_LOSSES_TOGETHER = 2
 """Losses of the pipeline in a row, while it computed a request, after which the request is computed alone."""
@@ -29,6 +30,13 @@ class Entry:
         return self.num_losses >= MAX_LOSSES_TOGETHER
 
 
+class Feed(NamedTuple):
+    """What a row is made of while its token is still being chosen."""
+
+    row_index: int  # of the microbatch before: that row chooses it
+    spec: SampleSpec  # how the token after it is chosen
+
+
 @dataclass(slots=True)
 class Step:
     """A microbatch in the making; afterwards, what is known of it while it is in flight."""
@@ -39,7 +47,7 @@ class Step:
     copies: list[tuple[int, int]] = field(default_factory=list)
     riders: list[tuple[Entry, list[Ride]]] = field(default_factory=list)  # in the order of the rows
     booked: set[Entry] = field(default_factory=set)  # those that have a row, or blocks for one
-    feeding: Mapping[Entry, int] = field(default_factory=dict)  # rows of the microbatch before that choose their tokens
+    feeding: Mapping[Entry, Feed] = field(default_factory=dict)
     sampling: dict[Entry, int] = field(default_factory=dict)  # their (last) row that chooses tokens
     work: Work = NO_WORK  # its tokens; those of decode rows as new ones
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from msgspec.structs import replace
 
 from gptj_serve.errors import DeviceMemoryError
 from gptj_serve.pipeline.kv_room import Knobs, KVRoom, out_of_memory
 from gptj_serve.pipeline.stage_runner import StageRunner
-from gptj_serve.steps import MicroBatch, Row, SampleSpec
+from gptj_serve.steps import LogitEdits, MicroBatch, Row, SampleSpec
 from gptj_serve.types import Warpers
 
 CONTEXT_BYTES = 1 << 29
@@ -122,7 +123,8 @@ def run_largest(runner: StageRunner, limits: TrialLimits) -> None:
 
 def _largest(runner: StageRunner, limits: TrialLimits) -> Iterator[MicroBatch]:
     """Prompts at the end of their contexts, with the log-probabilities of all their tokens; then a token for each of as
-    many sequences as there may be. All write to the same blocks: nobody reads what comes of it."""
+    many sequences as there may be, without edits and with. All write to the same blocks: nobody reads what comes of it.
+    """
     num_tokens, length = limits.max_microbatch_tokens, limits.max_sequence_tokens
     blocks = list(range(-(-length // runner.spec.block_size)))
     has_lm_head = hasattr(runner.stage, "lm_head")
@@ -142,7 +144,12 @@ def _largest(runner: StageRunner, limits: TrialLimits) -> Iterator[MicroBatch]:
             for size in sizes
         ],
     )
-    yield MicroBatch(1, [Row([0], 0, blocks[:1], samples=samples)] * min(limits.max_num_sequences, num_tokens))
+    num_rows = min(limits.max_num_sequences, num_tokens)
+    yield MicroBatch(1, [Row([0], 0, blocks[:1], samples=samples)] * num_rows)
+    if has_lm_head:
+        edits = LogitEdits(repetition_penalty=2.0, seen_token_ids=[0])
+        edited = [replace(sample, edits=edits, num_top_logprobs=1) for sample in samples]
+        yield MicroBatch(2, [Row([0], 0, blocks[:1], samples=edited)] * num_rows)
 
 
 @contextmanager

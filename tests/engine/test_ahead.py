@@ -152,8 +152,10 @@ def test_only_rows_of_the_step_before_feed():
         {"beams": BeamParams(num_beams=2)},
         {"no_repeat_ngram_size": 2},
         {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5},
+        {"bad_words_ids": [[1], [2, 3]]},
+        {"sequence_bias": [([4, 5], 1.0)]},
         {"prompt_lookup_num_tokens": 3},
-        {"min_new_tokens": 3},
     ],
 )
 def test_who_needs_the_token_keeps_step_with_the_others(sampling: dict[str, object]):
@@ -194,6 +196,37 @@ def test_warpers_and_log_probabilities_go_along():
     assert second is not None
     assert second.rows[0].samples == first.rows[0].samples
     assert second.rows[0].samples[0].seed == 5
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"min_new_tokens": 4}, {"suppress_tokens": [1, 2, 3]}, {"min_new_tokens": 2, "stop_token_ids": [4, 5, 6]}],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_edits_that_depend_on_the_number_of_tokens_alone_go_along(sampling: dict[str, object], seed: int):
+    request = generate_request("a", [1, 2], max_new_tokens=8, seed=seed, **sampling)
+    run = Run(request)
+    run.finish()
+    assert run.events["a"] == expected_events(request)
+    assert run.scheduler.num_rows_ahead >= len(run.events["a"]) - 1
+
+
+def test_of_such_edits_each_token_has_its_own():
+    """Biases and words of one token, a forced end, and a penalty that grows."""
+    edits = {
+        "sequence_bias": [([4], 1.5)], "bad_words_ids": [[5]], "begin_suppress_tokens": [6],
+        "forced_eos_token_id": [EOS], "exponential_decay_length_penalty": (2, 1.5), "ignore_eos": False,
+    }  # fmt: skip
+    run, one_by_one = Run(generate_request("a", [1, 2], max_new_tokens=6, seed=1, **edits)), make_scheduler()
+    one_by_one.add(generate_request("a", [1, 2], max_new_tokens=6, seed=1, **edits))
+    stages = FakeStages(4)
+    expected = []
+    while (microbatch := one_by_one.schedule()) is not None:
+        expected += [row.samples for row in microbatch.rows]
+        one_by_one.update(stages.run(microbatch))
+    run.finish()
+    assert [row.samples for microbatch in run.made for row in microbatch.rows][: len(expected)] == expected
+    assert len({repr(samples) for samples in expected}) > 3
 
 
 def test_a_failed_row_takes_the_one_that_it_feeds_with_it():

@@ -211,6 +211,18 @@ def test_hidden_states_are_handed_on_before_they_are_there(checkpoint: Checkpoin
     assert [tokens_of(last.output(step)) for step in steps] == tokens
 
 
+def test_hidden_states_stay_until_the_next_stage_has_read_them(checkpoint: Checkpoint):
+    """The first stage's device is always done before the second one's begins."""
+    first, last = gpu_runners(checkpoint, FakeDevice(), 2)
+    tokens = greedy_tokens(checkpoint)
+    steps = []
+    for microbatch in [prompts(), *(decode(step, tokens[step - 1]) for step in range(1, NUM_STEPS))]:
+        hidden = first.begin(microbatch, None).hidden
+        first.synchronize()
+        steps.append(last.begin(microbatch, hidden))
+    assert [tokens_of(last.output(step)) for step in steps] == tokens
+
+
 def test_hidden_states_from_another_process_come_by_pinned_memory(checkpoint: Checkpoint):
     device = FakeDevice()
     first, last = gpu_runners(checkpoint, device, 2)

@@ -112,12 +112,14 @@ def test_the_largest_microbatches_are_as_large_as_can_come(tiny_gptj: Callable[.
 
     memory = Memory()
     measure_room(prepared(tiny_gptj(), memory, range(6)), BLOCK_SIZE, LIMITS, memory, 0.5)
-    prompts, decoding = ran
+    prompts, decoding, edited = ran
     assert prompts.num_tokens == 150
     assert [(row.start, row.end) for row in prompts.rows] == [(0, 96), (42, 96)]
     assert all(len(row.target_token_ids) == len(row.token_ids) for row in prompts.rows)
     assert [len(row.token_ids) for row in decoding.rows] == [1] * 20
     assert all(row.samples[0].warpers.top_p < 1 for row in decoding.rows)
+    assert [len(row.token_ids) for row in edited.rows] == [1] * 20
+    assert all(row.samples[0].edits and row.samples[0].num_top_logprobs for row in edited.rows)
 
 
 @pytest.mark.parametrize("span", [range(3), range(3, 6)])

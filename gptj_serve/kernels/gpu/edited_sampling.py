@@ -19,11 +19,14 @@ from gptj_serve.engine.logit_edits import apply_edits, on_device
 from gptj_serve.engine.sampling import NOT_FINITE, NOT_FINITE_AFTER_EDITS, NOTHING_POSSIBLE, Statistics, sample
 from gptj_serve.kernels.gpu import draw_kernels
 from gptj_serve.kernels.gpu.sampling import DeviceSampler
-from gptj_serve.kernels.gpu.sampling_parameters import Field, has_kernels
+from gptj_serve.kernels.gpu.sampling_parameters import Field, SamplingMode, has_kernels
 from gptj_serve.steps import RowResult, SampledToken, SampleSpec
 from gptj_serve.types import TokenLogprob
 
 _ALIGNMENT = 16  # tokens: rows that begin and end at a multiple of so many are read 16 bytes at a time
+MAX_ROWS_AT_ONCE = 64
+"""What is computed of a row takes some dozens of bytes for each token of the vocabulary, until the next rows' is."""
+
 _GREEDY = SampleSpec()
 
 
@@ -36,9 +39,11 @@ def sample_on_gpu(
 ) -> list[RowResult]:
     """As `engine.sampling.sample`; `logits` [N, V] stay as they are. Tokens are the same, also in every tie."""
     ours = [row for row, spec in enumerate(specs) if has_kernels(spec)]
-    pending = None
-    if ours:
-        pending = _Pending(logits[_index(ours, logits)], [specs[row] for row in ours], [positions[row] for row in ours])
+    parts = [ours[first : first + MAX_ROWS_AT_ONCE] for first in range(0, len(ours), MAX_ROWS_AT_ONCE)]
+    pending = [
+        _Pending(logits[_index(rows, logits)], [specs[row] for row in rows], [positions[row] for row in rows])
+        for rows in parts
+    ]
     results: dict[int, RowResult] = {}
     others = [row for row, spec in enumerate(specs) if not has_kernels(spec)]
     if others:
@@ -50,8 +55,8 @@ def sample_on_gpu(
             statistics,
         )
         results = dict(zip(others, found, strict=True))
-    if pending is not None:
-        results |= dict(zip(ours, pending.results(), strict=True))
+    for rows, part in zip(parts, pending, strict=True):
+        results |= dict(zip(rows, part.results(), strict=True))
     return [results[row] for row in range(len(specs))]
 
 
@@ -149,13 +154,15 @@ def best_of(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _choose(logits: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """As `DeviceSampler`. Rows are made as long as its kernels want them."""
+    """As `DeviceSampler`. Rows are made as long as its kernels want them, and all are chosen for as if they were
+    narrowed: that takes little longer, and no more kernels than a service has."""
     num_token_ids = logits.shape[1]
     padded = F.pad(logits, (0, -num_token_ids % _ALIGNMENT))
     sampler = DeviceSampler()
     table = np.empty((len(Field), len(specs)), dtype=np.int64)
-    mode = sampler.write(torch.from_numpy(table), specs, positions)
-    return sampler.sample_and_normalize(padded, num_token_ids, on_device(table, logits.device), mode)
+    sampler.write(torch.from_numpy(table), specs, positions)
+    parameters = on_device(table, logits.device)
+    return sampler.sample_and_normalize(padded, num_token_ids, parameters, SamplingMode.NARROWED)
 
 
 def _tokens(table: Tensor) -> list[tuple[int, float]]:

@@ -2,8 +2,9 @@
 
 A layer is x + [attention | activated inner] @ [out_proj | fc_out]: one product inward, one outward, and between them
 one kernel for all that is done to each number, and attention. The sum into the residual stream and the next LayerNorm
-are one more. The stream has the model's dtype, as in transformers: stages hand on what the next layer would
-read anyway, so a cut rounds nothing. Sums are made in fp32 and rounded once a layer after the product.
+are one more. The stream has the model's dtype, as in transformers: a stage hands on what its next layer would read
+anyway, so a cut rounds nothing. A layer rounds what it adds and then the stream, both from fp32; transformers rounds
+the two products, their biases and each of the sums.
 """
 
 import contextlib

@@ -110,7 +110,8 @@ def _id_of_nth(logits, width, num_tokens, key, n, SHIFT: tl.constexpr, TILE: tl.
 def narrow(
     logits, stride, width, num_tokens, numbers, reals, num_rows, peaks, warm_sums, maxima, num_groups, num_chunks,
     candidates, thresholds, last_tied_ids,
-    PADDED_CHUNKS: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr, NUM_PIVOTS: tl.constexpr,
+    PADDED_CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr,
+    NUM_PIVOTS: tl.constexpr,
 ):  # fmt: skip
     """Each row's threshold, as a key, and the last id that stays of those that equal it [R]. Grid (R,).
 
@@ -149,7 +150,7 @@ def narrow(
             spare = tl.maximum(1.0 - top_p, 1e-300) * total / num_tokens
             bound = wide_peak + (tl.log(spare) - _SLACK) * temperature
             lowest = ordered_keys(tl.maximum(bound, _LOWEST_SCORE).to(tl.float32), SHIFT) - 1
-        num_candidates = _put_together(logits, width, num_tokens, lowest, candidates, SHIFT, TILE)
+        num_candidates = _put_together(logits, width, num_tokens, lowest, candidates, SHIFT, ROW_TILE)
         threshold = lowest
         if has_top_k:
             threshold = _highest_key_reaching(
@@ -172,7 +173,7 @@ def narrow(
                 is_before = (better + (first + tl.arange(0, 4)) * weight) / total < top_p
                 num_staying = tl.maximum(first + tl.sum(is_before.to(tl.int32), 0), 1)
                 if num_staying < num_tied:
-                    last_tied_id = _id_of_nth(logits, width, num_tokens, threshold, num_staying, SHIFT, TILE)
+                    last_tied_id = _id_of_nth(logits, width, num_tokens, threshold, num_staying, SHIFT, ROW_TILE)
     if is_drawn & (log_min_p > float("-inf")):
         bound = tl.maximum(peak.to(tl.float64) + log_min_p * temperature, _LOWEST_SCORE)
         rounded = bound.to(tl.float32)

@@ -22,8 +22,14 @@ from gptj_serve.steps import SampleSpec
 CHUNK_GROUPS = 32
 """Groups of tokens in a chunk: 25 programs for a row of GPT-J's, each of which reads 4 or 8 KB."""
 
+ROW_TILE = 8192
+"""Tokens that are looked at together where a program passes over its whole row."""
+
 SEARCH_TILE = 2048
+"""The same, where it searches among those that can matter."""
+
 NUM_PIVOTS = 4
+"""Of a round of that search: more make fewer rounds, each of which computes more."""
 
 NUM_WARPS = {"measure": 4, "narrow": 8, "weigh": 4, "choose": 2}
 
@@ -89,7 +95,7 @@ class _Call:
         kept = (self._new(1, torch.int32, narrows), self._new(1, torch.int32, narrows))
         drawn = (self._new(num_chunks, torch.float64, draws), self._new(num_chunks, torch.int32, draws))
         sampled = torch.empty(3, self._num_rows, dtype=torch.int32, device=self._device)
-        normalizers = self._new(1, torch.float32)
+        normalizers = torch.empty(self._num_rows, dtype=torch.float32, device=self._device)
         measure[per_chunk](
             *self._row, *self._reals, peaks, best_ids, sums, warm_sums, maxima, num_groups,
             CHUNK_GROUPS=CHUNK_GROUPS, SHIFT=shift, NARROWS=narrows, num_warps=NUM_WARPS["measure"],
@@ -98,7 +104,7 @@ class _Call:
             candidates = self._new(self._num_token_ids, torch.int32)
             narrow[per_row](
                 *self._row, *self._parameters, peaks, warm_sums, maxima, num_groups, num_chunks, candidates, *kept,
-                PADDED_CHUNKS=padded_chunks, SHIFT=shift, TILE=SEARCH_TILE, NUM_PIVOTS=NUM_PIVOTS,
+                PADDED_CHUNKS=padded_chunks, SHIFT=shift, ROW_TILE=ROW_TILE, TILE=SEARCH_TILE, NUM_PIVOTS=NUM_PIVOTS,
                 num_warps=NUM_WARPS["narrow"],
             )  # fmt: skip
         if draws:
@@ -111,7 +117,7 @@ class _Call:
             normalizers, PADDED_CHUNKS=padded_chunks, SHIFT=shift, DRAWS=draws, NARROWS=narrows,
             num_warps=NUM_WARPS["choose"],
         )  # fmt: skip
-        return sampled, normalizers[:, 0]
+        return sampled, normalizers
 
     def _new(self, count: int, dtype: torch.dtype, is_needed: bool = True) -> Tensor:
         """Room for so many numbers per row."""

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from gptj_serve.kernels.gpu.sampling import DeviceSampler
-from tests.kernels.gpu.compiled import ARCHITECTURES, CompilingDriver
+from tests.kernels.gpu.compiled import CASES, CompilingDriver
 
 WIDTH, NUM_TOKEN_IDS = 50400, 50257
 
@@ -17,14 +17,13 @@ def main() -> None:
     driver = CompilingDriver()
     triton.runtime.driver.set_active(driver)
     sampler = DeviceSampler()
-    for driver.capability in ARCHITECTURES:
-        for dtype in (torch.bfloat16, torch.float32):
-            driver.dtype = str(dtype).removeprefix("torch.")
-            for num_rows in (1, 7, 32):  # kernels may not be compiled for each
-                logits = torch.zeros(num_rows, WIDTH, dtype=dtype)
-                parameters = torch.zeros(sampler.num_fields, num_rows, dtype=torch.int64)
-                for mode in sampler.modes:
-                    sampler.sample(logits, NUM_TOKEN_IDS, parameters, mode)
+    for driver.capability, dtype in CASES:
+        driver.dtype = str(dtype).removeprefix("torch.")
+        for num_rows in (1, 7, 32):  # no kernel may be compiled for each
+            logits = torch.zeros(num_rows, WIDTH, dtype=dtype)
+            parameters = torch.zeros(sampler.num_fields, num_rows, dtype=torch.int64)
+            for mode in sampler.modes:
+                sampler.sample(logits, NUM_TOKEN_IDS, parameters, mode)
     json.dump([asdict(kernel) for kernel in driver.compiled], sys.stdout)
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from gptj_serve.engine.ranking import best
 from gptj_serve.engine.sampling import NOT_FINITE, NOT_FINITE_AFTER_EDITS, NOTHING_POSSIBLE, sample
-from gptj_serve.kernels.gpu.edited_sampling import best_of, sample_on_gpu
+from gptj_serve.kernels.gpu.edited_sampling import MAX_ROWS_AT_ONCE, best_of, sample_on_gpu
 from gptj_serve.steps import LogitEdits, RowResult, SampleSpec
 from gptj_serve.types import Warpers
 
@@ -88,6 +88,14 @@ def test_failures_stay_in_their_rows_and_say_what_they_are():
         None,
     ]
     assert_equal(actual, sample(logits.clone(), specs, [0] * 6))
+
+
+def test_rows_beyond_those_of_one_part():
+    specs = [SampleSpec(Warpers(temperature=1.0), seed=seed) for seed in range(MAX_ROWS_AT_ONCE + 2)]
+    specs[3] = SampleSpec(num_candidates=2)
+    logits = 2 * randn(len(specs), 70)
+    positions = list(range(len(specs)))
+    assert_equal(sample_on_gpu(logits.to(DEVICE), specs, positions), sample(logits.clone(), specs, positions))
 
 
 def test_logits_are_left_as_they_were():

