@@ -102,7 +102,7 @@ warpers = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     warpers=st.lists(warpers, min_size=1, max_size=4),
     seed=st.integers(0, 2**63 - 1),
@@ -144,8 +144,8 @@ def test_zero_and_minus_zero_are_equal(mode: SamplingMode):
 @pytest.mark.parametrize("extra", [{}, {"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.5}])
 def test_exact_shares_of_equal_tokens(extra: dict[str, float]):
     """Sums that reach top-p exactly: one more token would be another draw."""
-    logits = torch.zeros(20, 10)
-    specs = [SampleSpec(Warpers(temperature=1.0, **extra), seed=seed) for seed in range(20)]
+    logits = torch.zeros(8, 10)
+    specs = [SampleSpec(Warpers(temperature=1.0, **extra), seed=seed) for seed in range(8)]
     assert_equal(run(logits, specs), expected(logits, specs))
 
 
