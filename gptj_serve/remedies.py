@@ -5,7 +5,7 @@ from math import ceil
 from typing import Any
 
 from gptj_serve.gpus import missing_capability
-from gptj_serve.planner import DTYPE_BYTES, Model, Resources, plan
+from gptj_serve.planner import DTYPE_BYTES, Model, Resources, plan, resolve_dtype
 
 
 def remedies(model: Model, resources: Resources, context: int) -> list[str]:
@@ -51,8 +51,11 @@ def _half(resources: Resources) -> tuple[str | None, str]:
     """The dtype of half the bytes, if there is one, and how to say that."""
     if DTYPE_BYTES[resources.dtype] == 2:
         return None, ""
-    if resources.quantization == "int8" or resources.on_gpu:
-        return "bfloat16", "--dtype bfloat16" + " (or float16)" * resources.on_gpu
+    if resources.capability is not None:
+        half = resolve_dtype("auto", [resources.capability])
+        return half, f"--dtype {half}"
+    if resources.quantization == "int8":
+        return "bfloat16", "--dtype bfloat16"
     return "float16", "--dtype float16 (or bfloat16)"
 
 

@@ -174,7 +174,8 @@ def _pipeline_line(pipeline: PipelineStatus) -> Text:
         (f"KV {_bar(used / max(1, total))} {used:,}/{total:,} blocks", ""),
         (f"{engine['num_preemptions']:,} preemptions, {engine['num_recoveries']:,} recoveries", ""),
     ]
-    if handoffs := {stage["handoff"]: None for stage in pipeline["stages"] if stage["handoff"]}:  # each once, in order
+    handoffs = dict.fromkeys(kind for stage in pipeline["stages"] if (kind := stage.get("handoff")))  # in their order
+    if handoffs:
         parts.append((f"handoff by {', '.join(handoffs)}", ""))
     return _line(parts)
 

@@ -3,7 +3,7 @@
 Times are seconds; points in time are Unix time of the host that measured them; rates are over the last second.
 """
 
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -32,7 +32,7 @@ class StageStatus(TypedDict):
     memory_bytes: int  # resident memory of the process; of a GPU stage what torch has reserved on the device
     num_restarts: int
     busy_ratio: float  # share of the last second in which it computed
-    handoff: str | None  # how hidden states come from the stage before, as in pipeline.handoff; None on the first
+    handoff: NotRequired[str | None]  # how hidden states come from the stage before (pipeline.handoff), if from any
     handoff_s: float | None  # from the sender's last instruction to this stage's first; mean; None without any
     steps: list[StepSpan]  # the newest, at most 64, oldest first
 

@@ -274,6 +274,9 @@ class Scheduler:
             own = list(islice(results, len(rides)))
             if self._entries.get(entry.job.request.request_id) is not entry:
                 self.num_rows_ahead_wasted += sum(ride.row.fed_from is not None for ride in rides)
+                for ride, result in zip(rides, own, strict=True):
+                    if result.is_kv_suspect:  # the last block may have been published meanwhile
+                        self.blocks.withdraw(ride.row.block_table)
                 continue  # finished or aborted meanwhile
             taken = self._take(entry.job, rides, own, now)
             events += taken

@@ -23,11 +23,14 @@ SAMPLE_BYTES = 4096
 """Read of each tensor where there is no checksum, evenly spread from its first byte to its last."""
 
 
-def model_version(checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint], arithmetic: str) -> ModelVersion:
-    """Of a model with these named heads; `arithmetic` names all that its numbers depend on besides: dtype, kernels.
+def model_version(text_digest: str, weights_digest: str, arithmetic: str) -> ModelVersion:
+    """`arithmetic` names all that its numbers depend on besides: dtype, kernels. How it is split or placed does not
+    count."""
+    return ModelVersion(text_digest, hashlib.sha256(f"{weights_digest} {arithmetic}".encode()).hexdigest()[:16])
 
-    How it is split or placed does not count.
-    """
+
+def text_digest(checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint]) -> str:
+    """Of what turns texts into tokens and numbers into answers: tokenizer, config, and what the named heads mean."""
     text = hashlib.sha256()
     for name in _TEXT_FILES:
         file = checkpoint.directory / name
@@ -37,8 +40,7 @@ def model_version(checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint], a
     for name, head in sorted(heads.items()):
         described = head.info.model_dump(mode="json", exclude={"figures"})
         text.update(json.dumps([name, described], sort_keys=True).encode())
-    numbers = hashlib.sha256(f"{weights_digest(checkpoint, heads)} {arithmetic}".encode())
-    return ModelVersion(text.hexdigest()[:16], numbers.hexdigest()[:16])
+    return text.hexdigest()[:16]
 
 
 def weights_digest(checkpoint: Checkpoint, heads: Mapping[str, HeadCheckpoint]) -> str:

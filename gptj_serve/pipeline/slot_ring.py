@@ -136,6 +136,7 @@ class RingSender:
         self._socket.close()
         if self._slots is not None:
             self._slots.close()
+            self._slots = None  # and with it the memory
 
     def _offer(self, num_bytes: int) -> None:
         """Slots of at least so many bytes. Those before are the receiver's until it has read what is in them."""

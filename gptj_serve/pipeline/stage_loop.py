@@ -183,20 +183,25 @@ class StageLoop:
                 return
 
     def _run_step(self, microbatch: MicroBatch, hidden: Tensor | None, sent_at: float | None) -> None:
+        is_done = self._runner.spec.device.type == "cpu" or self._may_have_received_anything
         self._meter.begin(sent_at)
-        result = self._runner.run(microbatch, hidden)
-        if self._may_have_received_anything:
-            self._runner.synchronize()
-        if self._stopping.is_set():
-            return
-        if isinstance(result, StepOutput):
-            self._send_output(result)
-        else:
-            assert self._to_next is not None
-            self._to_next.send(microbatch.microbatch_id, result)
-        self._runner.synchronize()  # for the meter: what was handed on is on its way already
-        self._meter.end(microbatch)
-        self._meter.wait()
+        try:
+            result = self._runner.run(microbatch, hidden)
+            if is_done:
+                self._runner.synchronize()
+                self._meter.end(microbatch)
+            if self._stopping.is_set():
+                return
+            if isinstance(result, StepOutput):
+                self._send_output(result)
+            else:
+                assert self._to_next is not None
+                self._to_next.send(microbatch.microbatch_id, result)
+            if not is_done:  # what was handed on is on its way already
+                self._runner.synchronize()
+                self._meter.end(microbatch)
+        finally:
+            self._meter.wait()
 
     def _give_step(
         self, runner: GPUStageRunner, microbatch: MicroBatch, hidden: Tensor | None, sent_at: float | None

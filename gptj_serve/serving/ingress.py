@@ -33,7 +33,7 @@ from gptj_serve.config import ServiceConfig
 from gptj_serve.errors import GPTJServeError, InvalidRequestError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import open_heads
-from gptj_serve.model.version import model_version
+from gptj_serve.model.version import text_digest
 from gptj_serve.planner import plan_service
 from gptj_serve.routing.choice import PipelineChoice
 from gptj_serve.serving.engine_client import ServeEngineClient
@@ -65,7 +65,7 @@ class Ingress:
         self._request_log = RequestLog(metrics)
         heads = open_heads(config.head_dirs, checkpoint)
         named_heads = {name: head.info for name, head in heads.items()}
-        text_version = model_version(checkpoint, heads, arithmetic="").text
+        text_version = text_digest(checkpoint, heads)
         plan = plan_service(config.pipeline, checkpoint)
         engine = ServeEngineClient(
             pipelines,

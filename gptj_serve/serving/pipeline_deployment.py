@@ -25,7 +25,7 @@ from gptj_serve.errors import InvalidRequestError, OverloadedError
 from gptj_serve.grammar import GrammarCompiler
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadCheckpoint, open_heads
-from gptj_serve.model.version import model_version, weights_digest
+from gptj_serve.model.version import model_version, text_digest, weights_digest
 from gptj_serve.pipeline.kv_room import Knobs
 from gptj_serve.planner import plan_service
 from gptj_serve.serving.handover import own_handover
@@ -112,10 +112,11 @@ class Pipeline:
         heads = open_heads(config.head_dirs, checkpoint)
         settings = stage_settings(config.pipeline, checkpoint, tokenizer.num_token_ids, heads, serve_logs_json())
         named_heads = {name: head.info for name, head in heads.items()}
+        text = text_digest(checkpoint, heads)  # as of now: whatever is put there while stages load isn't served
         await self._pipeline.start(settings)
         agreed = self._pipeline.settings[0]
         arithmetic = [agreed.dtype, agreed.quantization, agreed.kernels, agreed.deterministic]
-        self._version = model_version(checkpoint, heads, " ".join(map(str, arithmetic)))
+        self._version = model_version(text, agreed.weights_digest, " ".join(map(str, arithmetic)))
         assert agreed.num_kv_blocks is not None, "stages start with a KV pool"
         self._num_kv_blocks = agreed.num_kv_blocks
         blocks = KVBlocks(

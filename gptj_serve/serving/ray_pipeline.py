@@ -44,6 +44,7 @@ class _Stage:
     actor: ActorHandle
     description: dict[str, Any] = field(default_factory=dict)
     handoff: HandoffKind | None = None  # by which hidden states come from the stage before
+    is_loaded: bool = False  # the actor's start was seen through to its end
     num_restarts: int = 0
     measured: dict[str, Any] = field(default_factory=lambda: dict(NOT_MEASURED))
     report: asyncio.Task[StageReport] | None = None  # asked for
@@ -127,22 +128,24 @@ class RayPipeline:
         await self._links.watch()
 
     async def recover(self) -> None:
-        """Close all links, replace the stages that are dead or hang, and link anew."""
+        """Close all links, replace the stages that are dead, hang or never came to be, and link anew."""
         step_hangs = self._links is not None and self._links.timed_out
         step_timeout_s = self._config.step_timeout_s
         measured = [stage.measured for stage in self._stages]
         timeout_s = hung_stop_timeout_s(measured, step_timeout_s) if step_hangs else step_timeout_s
         self._close_links()
         stopped = await asyncio.gather(*[self._has_stopped(stage, timeout_s) for stage in self._stages])
-        for index, (stage, alive) in enumerate(zip(self._stages, stopped, strict=True)):
-            if not alive:
+        sound = [alive and stage.is_loaded for stage, alive in zip(self._stages, stopped, strict=True)]
+        for index, (stage, is_sound) in enumerate(zip(self._stages, sound, strict=True)):
+            if not is_sound:
                 logger.warning("replacing stage %d (%s)", index, _layers(stage.settings))
                 ray.kill(stage.actor)
                 stage.actor = self._create_actor(index, stage.settings)
+                stage.is_loaded = False
                 stage.num_restarts += 1
                 stage.measured = dict(NOT_MEASURED)
         try:
-            await self._load([stage for stage, alive in zip(self._stages, stopped, strict=True) if not alive])
+            await self._load([stage for stage in self._stages if not stage.is_loaded])
             await self._link()
         except (RayError, zmq.ZMQError, OSError) as error:
             raise PipelineError(f"the pipeline could not be brought back: {error}") from error
@@ -165,7 +168,7 @@ class RayPipeline:
         except TimeoutError:
             raise PipelineError(f"the stages were not loaded within startup_timeout_s={limit}") from None
         for stage, started, description in zip(stages, starting, descriptions, strict=True):
-            stage.settings, stage.description = started.settings, description
+            stage.settings, stage.description, stage.is_loaded = started.settings, description, True
 
     async def _has_stopped(self, stage: _Stage, timeout_s: float) -> bool:
         try:

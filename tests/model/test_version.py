@@ -12,7 +12,14 @@ from safetensors.numpy import load_file, save_file
 from gptj_serve.errors import CheckpointError
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadCheckpoint, HeadInfo, HeadKind, fingerprint, open_heads
-from gptj_serve.model.version import NUM_SAMPLES, SAMPLE_BYTES, model_version, require_weights, weights_digest
+from gptj_serve.model.version import (
+    NUM_SAMPLES,
+    SAMPLE_BYTES,
+    model_version,
+    require_weights,
+    text_digest,
+    weights_digest,
+)
 from gptj_serve.model.weights import verify_weights
 from gptj_serve.tokenizer import Tokenizer
 from gptj_serve.types import ModelVersion
@@ -21,7 +28,8 @@ DEMO = Path(__file__).parents[2] / "gptj_serve" / "demo"
 
 
 def version(directory: Path, dtype: str = "float32", **heads: HeadCheckpoint) -> ModelVersion:
-    return model_version(Checkpoint.open(directory), heads, dtype)
+    checkpoint = Checkpoint.open(directory)
+    return model_version(text_digest(checkpoint, heads), weights_digest(checkpoint, heads), dtype)
 
 
 def head(directory: Path, **info: Any) -> HeadCheckpoint:

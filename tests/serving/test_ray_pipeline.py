@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -105,6 +106,21 @@ async def test_a_lost_stage_is_noticed_however_it_is_lost(cluster: None, demo: P
             assert "step_timeout_s" not in told
             assert (await pipeline.run(MicroBatch(0, [ROW]))).rows == sound.rows
         assert [stage.num_restarts for stage in pipeline._stages] == [2, 1]  # who raised is kept, with its weights
+
+
+async def test_a_replacement_that_could_not_load_is_replaced_again(cluster: None, demo: Path, tmp_path: Path) -> None:
+    """Its actor lives and answers, but has no weights."""
+    copy = Path(shutil.copytree(demo, tmp_path / "copy"))
+    async with pipeline_of_two(Checkpoint.open(copy), step_timeout_s=3600) as pipeline:
+        sound = await pipeline.run(MicroBatch(0, [ROW]))
+        os.kill(pipeline._stages[0].description["pid"], signal.SIGKILL)
+        (copy / "model.safetensors").rename(tmp_path / "away")
+        with pytest.raises(PipelineError, match="could not be brought back"):
+            await pipeline.recover()
+        (tmp_path / "away").rename(copy / "model.safetensors")
+        await pipeline.recover()
+        assert (await pipeline.run(MicroBatch(0, [ROW]))).rows == sound.rows
+        assert [stage.num_restarts for stage in pipeline._stages] == [2, 0]
 
 
 @pytest.mark.parametrize("kind", ["zmq", "distributed"])
