@@ -15,10 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.random_stages import random_stage
 from gptj_serve.config import Quantization
 from gptj_serve.gpus import StepLimits
+from gptj_serve.kernels.gpu.weights import GPUBlock
 from gptj_serve.model.config import GPTJConfig
-from gptj_serve.model.stage import GPTJStage
 from gptj_serve.pipeline.gpu.device import Device
 from gptj_serve.pipeline.kv_room import GIB, KVRoom
 from gptj_serve.pipeline.memory_trial import CUDAMemory, DeviceMemory, TrialLimits, measure_room, run_largest
@@ -91,23 +92,14 @@ def measured(config: GPTJConfig, stage: StagePlan, forecast: Plan, memory: Devic
     return Outcome(room, memory.reserved_bytes() - before_bytes)
 
 
-@torch.no_grad()
 def random_runners(config: GPTJConfig, spec: StageSpec, device: Device) -> Callable[[int], StageRunner]:
-    """Of a stage whose weights are small random numbers."""
     from gptj_serve.pipeline.gpu.loading import packed_block, runner_maker
 
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(spec.dtype)
-    try:
-        with torch.device(device.torch_device):
-            stage = GPTJStage(config, spec.span, ("lm_head",)).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
-    if stage.is_first:
-        stage.wte.weight.normal_(std=0.02)
-    stage.attach_rotary(device.torch_device)
-    blocks = [packed_block(stage.h.pop(name), spec) for name in list(stage.h)]
-    return runner_maker(device, stage.eval(), blocks, spec)
+    blocks: list[GPUBlock] = []
+    stage = random_stage(
+        config, spec.span, spec.dtype, device.torch_device, lambda block: blocks.append(packed_block(block, spec))
+    )
+    return runner_maker(device, stage, blocks, spec)
 
 
 def lines(stage: StagePlan, forecast: Plan, outcome: Outcome) -> list[list[str]]:

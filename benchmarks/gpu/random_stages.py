@@ -1,6 +1,7 @@
 """Stages of random weights that are made on the device: no file, and no more memory than one layer beside them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from zlib import crc32
 
 import torch
@@ -25,20 +26,30 @@ def random_stages(
     take_block: TakeBlock | None = None,
 ) -> list[GPTJStage]:
     """Weights don't depend on the split. `take_block` gets the layers, instead of their stages."""
-    stages = []
-    for index, span in enumerate(partition(config.n_layer, num_stages, head_cost(config))):
-        with torch.device("meta"):
-            stage = GPTJStage(config, span, ("lm_head",))
-        for layer in list(stage.h):
-            _fill(stage.h[layer], f"h.{layer}.", dtype, device)
-            if take_block is not None:
-                block = stage.h.pop(layer)
-                assert isinstance(block, GPTJBlock)
-                take_block(index, block)
-        _fill(stage, "", dtype, device)
-        stage.attach_rotary(device)
-        stages.append(stage.eval())
-    return stages
+    return [
+        random_stage(config, span, dtype, device, None if take_block is None else partial(take_block, index))
+        for index, span in enumerate(partition(config.n_layer, num_stages, head_cost(config)))
+    ]
+
+
+def random_stage(
+    config: GPTJConfig,
+    span: range,
+    dtype: torch.dtype,
+    device: torch.device,
+    take_block: Callable[[GPTJBlock], None] | None = None,
+) -> GPTJStage:
+    with torch.device("meta"):
+        stage = GPTJStage(config, span, ("lm_head",))
+    for layer in list(stage.h):
+        _fill(stage.h[layer], f"h.{layer}.", dtype, device)
+        if take_block is not None:
+            block = stage.h.pop(layer)
+            assert isinstance(block, GPTJBlock)
+            take_block(block)
+    _fill(stage, "", dtype, device)
+    stage.attach_rotary(device)
+    return stage.eval()
 
 
 def _fill(module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
