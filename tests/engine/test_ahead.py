@@ -189,6 +189,16 @@ def test_who_gets_no_token_holds_up_nobody(task: Task):
     assert sources(run.schedule()) == [1]
 
 
+def test_drafts_are_made_all_the_same():
+    """A draft follows tokens that are known; it saves more than a step made ahead."""
+    request = plain("a", [1, 2, 3, 4] * 3, max_new_tokens=20, seed=1, prompt_lookup_num_tokens=4)
+    run = Run(request)
+    run.finish()
+    assert run.events["a"] == expected_events(request)
+    assert run.scheduler.num_draft_tokens_accepted > 0
+    assert run.scheduler.num_rows_ahead == 0
+
+
 def test_warpers_and_log_probabilities_go_along():
     run = Run(plain("a", [1, 2], warpers=Warpers(temperature=0.7, top_p=0.9), seed=5, num_top_logprobs=2))
     first, second = run.schedule(), run.schedule()
@@ -274,6 +284,24 @@ def test_a_preempted_request_keeps_what_was_made_ahead_for_it():
     assert len(run.events["young"]) > num_before  # of a step that was in flight when its blocks went to another
     run.finish()
     assert run.events == {"old": expected_events(old), "young": expected_events(young)}
+
+
+def test_preempted_and_admitted_again_in_the_making_of_a_microbatch_it_is_computed_again():
+    """`b` lacks a block, gives up those it has, and finds most of its prompt in those of `a`."""
+    requests = [
+        plain("a", [1, 1, 1, 1, 5], max_new_tokens=6),
+        plain("b", [1, 1, 1, 1, 6], max_new_tokens=6, prompt_logprobs=True),
+    ]
+    run = Run(*requests, num_blocks=7, block_size=2)
+    run.schedule()
+    assert sources(run.schedule()) == [0, 1]
+    run.complete()
+    microbatch = run.schedule()
+    assert microbatch is not None
+    assert run.scheduler.num_preemptions == 1
+    assert [(row.start, row.end, row.fed_from) for row in microbatch.rows] == [(6, 7, 0), (4, 6, None)]
+    run.finish()
+    assert run.events == {request.request_id: expected_events(request) for request in requests}
 
 
 @pytest.mark.parametrize(("max_new_tokens", "num_reused"), [(4, 4), (5, 4), (6, 8)])

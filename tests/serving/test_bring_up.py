@@ -1,7 +1,8 @@
 """Stages agree on dtype and KV pool before they start: as fakes, and the real one with a memory that is counted."""
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from gptj_serve.pipeline.kv_room import GIB, KVRoom
 from gptj_serve.serving.bring_up import StartingStage, bring_up
 from gptj_serve.serving.pipeline_deployment import stage_settings
 from gptj_serve.serving.stage_actor import GPTJStage, StageSettings
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A stage takes the package's lines for its own process."""
+    ours = logging.getLogger("gptj_serve")
+    before = (ours.handlers, ours.level, ours.propagate)
+    yield
+    ours.handlers, ours.level, ours.propagate = before
 
 
 class Method:
