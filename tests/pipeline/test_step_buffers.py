@@ -82,7 +82,8 @@ def reference(shape: StepShape, made: list[Row], fed_from: list[int]) -> list[li
             slots.append(block * LIMITS.block_size + (row.start + n) % LIMITS.block_size)
         row_starts.append(len(token_ids))
         lengths.append(row.end)
-        if row.output is RowOutput.NOTHING and shape.max_row_tokens > 1:
+        has_room = len(places) + len(row.samples) <= LIMITS.max_rows
+        if row.output is RowOutput.NOTHING and shape.max_row_tokens > 1 and has_room:
             places += range(len(token_ids) - len(row.samples), len(token_ids))
     tables = [row.block_table + [LIMITS.num_kv_blocks] * (shape.max_blocks - len(row.block_table)) for row in made]
     num_tokens, padding_rows = shape.num_tokens - len(token_ids), shape.num_rows - len(made)
