@@ -103,7 +103,11 @@ class StageLoop:
             raise PipelineError(f"{error}") from error
 
     def stop(self) -> None:
-        """End the thread and close the links; returns when the step at hand, if any, is done."""
+        """End the thread and close the links; returns when the step at hand, if any, is done.
+
+        Raises `PipelineError` if the device does no more work for this process, as after most of CUDA's errors: then
+        the stage is lost, though its process lives.
+        """
         self._end_waits()
         if self._thread is not None:
             self._thread.join()
@@ -113,6 +117,10 @@ class StageLoop:
         self._context.destroy(linger=0)
         with contextlib.suppress(InvalidStateError):
             self.failure.set_result(None)
+        try:
+            self._runner.synchronize()
+        except RuntimeError as error:
+            raise PipelineError(f"the device does no more work for this process: {error}") from error
 
     def _ends(self) -> list[HandoffEnd]:
         return [end for end in (self._to_next, self._from_previous) if end is not None]

@@ -128,7 +128,8 @@ class RayPipeline:
         await self._links.watch()
 
     async def recover(self) -> None:
-        """Close all links, replace the stages that are dead, hang or never came to be, and link anew."""
+        """Close all links, replace the stages that are dead, hang, have a device that does no more work for them or
+        never came to be, and link anew."""
         step_hangs = self._links is not None and self._links.timed_out
         step_timeout_s = self._config.step_timeout_s
         measured = [stage.measured for stage in self._stages]

@@ -213,7 +213,8 @@ class GPTJStage:
         self._loop.wait_until_linked()
 
     def stop(self) -> None:
-        """Close the links. Doesn't return while a step hangs; the caller then takes this stage for lost."""
+        """Close the links. Doesn't return while a step hangs, and raises `PipelineError` if the device does no more
+        work for this process; the caller then takes this stage for lost."""
         if self._loop is not None:
             self._loop.stop()
 

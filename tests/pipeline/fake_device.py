@@ -72,7 +72,7 @@ class FakeDevice:
         self.num_replayed = 0
         self.num_launched = 0  # what was put in without a graph
         self.num_computed = 0  # of what was launched or replayed
-        self.error: Exception | None = None  # after one no work is done, as with CUDA
+        self.error: Exception | None = None  # after one no work is done and every wait fails, as with CUDA
         self._memory: dict[int, tuple[Tensor, bool]] = {}  # by address of the storage; is it pinned?
 
     def stream(self) -> "FakeStream":
@@ -165,9 +165,9 @@ class FakeStream:
     def reach(self, place: int) -> None:
         """Do all work up to there."""
         with self._device.lock:
+            if self._device.error is not None:
+                raise self._device.error
             while self._num_done < place:
-                if self._device.error is not None:
-                    raise self._device.error
                 self._num_done += 1
                 try:
                     self._queue.popleft()()

@@ -1,13 +1,13 @@
 """Runners on a `FakeDevice`, with layers in plain torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from gptj_serve.model.checkpoint import Checkpoint
 from gptj_serve.model.heads import HeadCheckpoint
-from gptj_serve.model.stage import load_stage
+from gptj_serve.model.stage import GPTJStage, load_stage
 from gptj_serve.pipeline.gpu.gpu_runner import GPUStageRunner
 from gptj_serve.pipeline.gpu.sampler import GreedySampler
 from gptj_serve.pipeline.partition import partition
@@ -53,12 +53,13 @@ def gpu_runners(
     device: FakeDevice,
     num_stages: int = 1,
     heads: dict[str, HeadCheckpoint] | None = None,
+    make_layers: Callable[[GPTJStage, int, int], ReferenceLayers] = ReferenceLayers,
     **changes: Any,
 ) -> list[GPUStageRunner]:
     runners = []
     for spec in specs_of(checkpoint, num_stages, **changes):
         stage = load_stage(checkpoint, spec.span, spec.dtype, spec.device)
-        layers = ReferenceLayers(stage, spec.num_kv_blocks, BLOCK_SIZE)
+        layers = make_layers(stage, spec.num_kv_blocks, BLOCK_SIZE)
         runners.append(GPUStageRunner(stage, spec, layers, device, GreedySampler(), heads))
     return runners
 

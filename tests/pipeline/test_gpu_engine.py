@@ -139,3 +139,42 @@ async def test_a_failure_on_any_stages_device_ends_the_step(checkpoint: Checkpoi
     with pytest.raises(PipelineError, match="an illegal memory access"):
         await pipeline.run(MicroBatch(0, [Row([5], 0, [0], samples=[SampleSpec()])]))
     pipeline.close()
+
+
+@pytest.mark.parametrize("linked", ["ipc"], indirect=True)
+async def test_a_stage_whose_device_does_no_more_work_is_lost(
+    checkpoint: Checkpoint, linked: Callable[..., LinkedPipeline]
+):
+    device = FakeDevice()
+    (runner,) = gpu_runners(checkpoint, device)
+    pipeline = linked([runner])
+    pipeline.connect()
+
+    def fail() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    device.streams[0].launch(fail)
+    step = asyncio.create_task(pipeline.run(MicroBatch(0, [Row([5], 0, [0], samples=[SampleSpec()])])))
+    with pytest.raises(PipelineError, match="an illegal memory access"):
+        await pipeline.watch()
+    with pytest.raises(PipelineError, match="no more work for this process: an illegal memory access"):
+        await asyncio.to_thread(pipeline.close)
+    assert pipeline.loops[0].failure.done()
+    with pytest.raises(PipelineError):
+        await step
+
+
+@pytest.mark.parametrize("linked", ["ipc"], indirect=True)
+async def test_a_stage_that_refused_a_step_is_not(checkpoint: Checkpoint, linked: Callable[..., LinkedPipeline]):
+    pipeline = linked(gpu_runners(checkpoint, FakeDevice()))
+    pipeline.connect()
+    step = asyncio.create_task(pipeline.run(MicroBatch(0, [Row([5000], 0, [0])])))
+    with pytest.raises(PipelineError, match="index out of range"):
+        await pipeline.watch()
+    await pipeline.recover()
+    with pytest.raises(PipelineError):
+        await step
+    output = await pipeline.run(MicroBatch(1, [Row([5], 0, [0], samples=[SampleSpec()])]))
+    assert output.rows[0] is not None
+    assert len(output.rows[0].tokens) == 1
+    await asyncio.to_thread(pipeline.close)

@@ -6,18 +6,31 @@ import random
 import pytest
 import torch
 
+from gptj_serve.kernels.gpu.rows import DeviceRows
 from gptj_serve.model.checkpoint import Checkpoint
+from gptj_serve.model.stage import GPTJStage
 from gptj_serve.pipeline.gpu.gpu_step import GPUStep
 from gptj_serve.steps import LogitEdits, MicroBatch, Row, RowOutput, RowResult, SampleSpec, StepOutput
 from gptj_serve.types import Warpers
 from tests.pipeline.fake_device import FakeDevice, HostSyncError, NoHostSync
 from tests.pipeline.gpu_runners import BLOCK_SIZE, MAX_ROWS, MAX_TOKENS, gpu_runners, run, torch_runners
+from tests.pipeline.reference_layers import ReferenceLayers
 
 GREEDY = SampleSpec()
 EDITED = SampleSpec(edits=LogitEdits(banned_token_ids=[3]))
 DRAWN = SampleSpec(Warpers(temperature=1.5), seed=7)
 PROMPTS = [[5, 17, 40, 3, 88, 61, 9, 9, 52], [11, 33, 60, 4], [71]]
 NUM_STEPS = 7
+
+
+class CountedLayers(ReferenceLayers):
+    def __init__(self, stage: GPTJStage, num_kv_blocks: int, block_size: int) -> None:
+        super().__init__(stage, num_kv_blocks, block_size)
+        self.num_tokens: set[int] = set()
+
+    def run(self, hidden: torch.Tensor, rows: DeviceRows) -> torch.Tensor:
+        self.num_tokens.add(rows.num_tokens)
+        return super().run(hidden, rows)
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +257,15 @@ def test_a_step_that_looks_at_its_numbers_is_an_error(checkpoint: Checkpoint):
         runner.run(prompts(), None)
 
 
+def test_a_step_that_nobody_asks_anything_of_is_over_when_its_output_is_there(checkpoint: Checkpoint):
+    device = FakeDevice()
+    (runner,) = gpu_runners(checkpoint, device)
+    step = runner.begin(MicroBatch(0, [Row([5, 17, 40], 0, [0])]), None)
+    assert device.num_computed == 0
+    assert runner.output(step).rows == [None]
+    assert device.num_computed == 1
+
+
 def test_each_result_is_made_once_whoever_asks(checkpoint: Checkpoint):
     (runner,) = gpu_runners(checkpoint, FakeDevice())
     step = runner.begin(prompts(DRAWN), None)
@@ -281,6 +303,18 @@ def test_graphs_are_captured_at_the_start_and_replayed_from_then_on(
     for step in range(1, 4):
         run([runner], decode(step, [1, 2, 3]))
     assert (device.num_captured, device.num_launched, device.num_replayed) == (12, 1, 7)
+
+
+def test_each_number_of_tokens_that_has_kernels_of_its_own_has_been_run_at_the_start(checkpoint: Checkpoint):
+    """Also without as many sequences: 8-bit products are compiled for some tens of tokens, and for more."""
+    layers: list[CountedLayers] = []
+
+    def counted(stage: GPTJStage, num_kv_blocks: int, block_size: int) -> CountedLayers:
+        layers.append(CountedLayers(stage, num_kv_blocks, block_size))
+        return layers[-1]
+
+    gpu_runners(checkpoint, FakeDevice(), make_layers=counted, max_microbatch_tokens=80)
+    assert {16, 32, 48, 80} <= layers[0].num_tokens
 
 
 def test_steps_take_no_memory(checkpoint: Checkpoint):

@@ -17,7 +17,7 @@ SMALLEST = 1e-30
 """Scales are of at least this magnitude: a row of zeros stays one."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # which differs from step to step
 def product_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_outputs, width,
     HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -38,6 +38,9 @@ from gptj_serve.pipeline.gpu.step_plan import StepPlan, plan_step
 from gptj_serve.pipeline.row_outputs import RowOutputs, in_order
 from gptj_serve.steps import MicroBatch, Row, RowOutput, RowResult
 
+DIFFERENTLY_CUT = (16, 32, 48)
+"""Tokens of a step: 8-bit products have kernels of their own for about so many, besides those for more."""
+
 
 class DeviceLayers(Protocol):
     """As `kernels.gpu.layers.GPULayers`."""
@@ -104,8 +107,15 @@ class GPUStage:
         limits, row_tokens = self._limits, 1
         while row_tokens < limits.max_tokens:
             row_tokens = max(MIN_PADDED, 2 * row_tokens)
-            shape = mixed_shape(limits.max_tokens, limits.max_rows, row_tokens, limits.max_blocks, limits.max_rows)
-            self._stream.run(partial(self._compute, shape))
+            self._run_mixed(limits.max_tokens, row_tokens)
+        for num_tokens in DIFFERENTLY_CUT:
+            if num_tokens < limits.max_tokens:
+                self._run_mixed(num_tokens, MIN_PADDED)
+
+    def _run_mixed(self, num_tokens: int, row_tokens: int) -> None:
+        limits = self._limits
+        shape = mixed_shape(num_tokens, limits.max_rows, row_tokens, limits.max_blocks, limits.max_rows)
+        self._stream.run(partial(self._compute, shape))
 
     def synchronize(self) -> None:
         self._stream.record().wait()
@@ -220,6 +230,8 @@ class GPUStage:
                 self._side.follow(done)
                 made = self._side.run(partial(outputs.of, left, buffer[: plan.num_tokens]))
                 self._handed_on.give_back(buffer)
+            elif sampled is None:
+                done.wait()  # nobody asks for anything; but the step is over, or has failed, when its output is there
             chosen = [] if sampled is None else sampled()
             for i, place in plan.first_place.items():
                 made[i] = in_order(chosen[place : place + len(rows[i].samples)])
