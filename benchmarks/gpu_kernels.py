@@ -1,8 +1,9 @@
 """The kernels of GPT-J 6B's layers on a GPU, by tile sizes: `python -m benchmarks.gpu_kernels`.
 
-Every figure is of a CUDA graph, over KV of several layers in turn, so that it comes from memory and not from a cache.
-A bound is bytes by the rate of a copy, or operations by that of torch's product, both measured first. The choice of
-`kernels/gpu/tiles.py` is marked with a star.
+Every figure is of a CUDA graph. Attention goes over KV of several layers in turn, and whole layers over more weights
+than a cache holds, so that they come from memory. What `elements` passes over was written just before, as in a step: it
+may come from a cache, and take less than its bound, which is memory's. A bound is bytes by the rate of a copy, or
+operations by that of torch's product, both measured first. The choice of `kernels/gpu/tiles.py` is marked with a star.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.machine import described_sums
 from gptj_serve.kernels.gpu.rows import DeviceRows
 from gptj_serve.kernels.gpu.tiles import Tile, Tiles, capability_of, choose_tiles, num_multiprocessors
 from gptj_serve.model.config import GPTJConfig
+from gptj_serve.pipeline.stage_runner import sum_in_fp32
 
 if TYPE_CHECKING:
     from gptj_serve.kernels.gpu.layers import GPULayers
@@ -59,6 +62,8 @@ def main(
     if not torch.cuda.is_available():
         typer.echo("benchmarks.gpu_kernels needs a GPU: torch.cuda.is_available() is False here", err=True)
         raise typer.Exit(1)
+    sum_in_fp32()
+    console.print(described_sums())
     GPUKernels(torch.device("cuda"), getattr(torch, dtype), heads, head_dim).measure(part)
 
 

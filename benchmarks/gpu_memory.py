@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.machine import described_sums
 from benchmarks.gpu.random_stages import random_stage
 from gptj_serve.config import Quantization
 from gptj_serve.gpus import StepLimits
@@ -23,7 +24,7 @@ from gptj_serve.model.config import GPTJConfig
 from gptj_serve.pipeline.gpu.device import Device
 from gptj_serve.pipeline.kv_room import GIB, KVRoom
 from gptj_serve.pipeline.memory_trial import CUDAMemory, DeviceMemory, TrialLimits, measure_room, run_largest
-from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec, sum_in_fp32
 from gptj_serve.planner import Model, Plan, Resources, StagePlan, plan
 
 BLOCK_SIZE = 16
@@ -45,6 +46,8 @@ def main(
 ) -> None:
     from gptj_serve.pipeline.gpu.cuda_device import CUDADevice
 
+    sum_in_fp32()
+    console.print(described_sums())
     device = torch.device("cuda", 0)
     memory = CUDAMemory(device)
     config = GPTJConfig()

@@ -16,7 +16,7 @@ import typer
 from benchmarks.gpu.demo import demo
 from benchmarks.gpu.engines import Engines, Setup
 from benchmarks.gpu.filling import filling
-from benchmarks.gpu.machine import measure_rates
+from benchmarks.gpu.machine import described_sums, measure_rates
 from benchmarks.gpu.parts import PARTS, Bench, Sizes
 from benchmarks.gpu.random_stages import random_prompts, random_stages
 from benchmarks.speed.models import MODELS, Precision
@@ -26,7 +26,7 @@ from gptj_serve.model.block import GPTJBlock
 from gptj_serve.pipeline.gpu.cuda_device import CUDADevice
 from gptj_serve.pipeline.gpu.device import Device
 from gptj_serve.pipeline.partition import head_cost, partition
-from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec
+from gptj_serve.pipeline.stage_runner import StageRunner, StageSpec, sum_in_fp32
 
 BLOCK_SIZE = 16
 NUM_RATE_BYTES, RATE_SIZE = 4 << 30, 8192
@@ -45,7 +45,7 @@ def main(
     max_num_sequences: int = 256,
     max_microbatch_tokens: int = 2048,
     rounds: Annotated[int, typer.Option(help="Of each batch; the fastest counts")] = 3,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for all figures")] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for all figures, written after each part")] = None,
 ) -> None:
     """Measure the parts one after the other."""
     parts = only.split(",")
@@ -54,9 +54,18 @@ def main(
     if set(parts) != {"filling"} and not torch.cuda.is_available():
         sys.exit("There is no CUDA device here: all parts but filling need one (--only filling).")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    figures = filling() if "filling" in parts else {}
+    figures: dict[str, float] = {}
+
+    def keep(measured: dict[str, float]) -> None:
+        """After each part: a later one may be cut off."""
+        figures.update(measured)
+        if output is not None:
+            output.write_text(json.dumps(figures, indent=1))
+
+    if "filling" in parts:
+        keep(filling())
     if "demo" in parts:
-        figures |= demo(torch.device("cuda", torch.cuda.current_device()))
+        keep(demo(torch.device("cuda", torch.cuda.current_device())))
     if any(part in PARTS for part in parts):
         limits = Setup(MODELS[model], kv_tokens // BLOCK_SIZE, BLOCK_SIZE, max_num_sequences, max_microbatch_tokens)
         bench = cuda_bench(limits, dtype, cast(Quantization, quantization))
@@ -64,17 +73,16 @@ def main(
         for part in PARTS:
             if part in parts:
                 PARTS[part](bench)
-        figures |= bench.figures
-    if output is not None:
-        output.write_text(json.dumps(figures, indent=1))
+                keep(bench.figures)
 
 
 def cuda_bench(setup: Setup, dtype_name: str, quantization: Quantization) -> Bench:
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, dtype_name)
+    sum_in_fp32()
     rates = measure_rates(device, dtype, NUM_RATE_BYTES, RATE_SIZE)
     print(
         f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: {rates.bytes_per_s / 1e12:.2f} TB/s, "
-        f"{rates.operations_per_s / 1e12:.0f} TFLOP/s of products in {dtype_name}"
+        f"{rates.operations_per_s / 1e12:.0f} TFLOP/s of products in {dtype_name}; {described_sums()}"
     )
     make_runners = partial(random_runners, CUDADevice(device), setup, dtype, quantization)
     weight_bytes = dtype.itemsize if quantization == "none" else 1

@@ -1,10 +1,13 @@
 """What the device can do at most: bytes per second that it reads, operations per second of its products."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from gptj_serve.pipeline.stage_runner import sum_in_fp32
 
 ROUNDS = 5
 
@@ -49,3 +52,23 @@ def fastest_s(device: torch.device, work: Callable[[], object], repeats: int = 1
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def described_sums() -> str:
+    """How products are summed in this process."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        f"products of fp32: {torch.get_float32_matmul_precision()}; parts of sums rounded in bf16: "
+        f"{matmul.allow_bf16_reduced_precision_reduction}, in fp16: {matmul.allow_fp16_reduced_precision_reduction}"
+    )
+
+
+@contextmanager
+def sums_as_by_torchs_default() -> Iterator[None]:
+    """For a peer: our stages have them in fp32."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    try:
+        yield
+    finally:
+        sum_in_fp32()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.gpu.engines import Engines, Times
-from benchmarks.gpu.machine import Rates
+from benchmarks.gpu.machine import Rates, sums_as_by_torchs_default
 from benchmarks.gpu.peer import Peer
 from benchmarks.speed.models import Cost, Precision, decode_cost, prefill_cost
 from gptj_serve.model.config import GPTJConfig
@@ -113,7 +113,8 @@ def peer(bench: Bench) -> None:
     sizes = bench.sizes
     ours = bench.batch(sizes.peer_batch, sizes.prompt, sizes.new).tokens_per_s
     them = Peer(bench.config, bench.dtype, bench.device)
-    theirs = them.tokens_per_s(bench.prompts(sizes.peer_batch, sizes.prompt), sizes.new)
+    with sums_as_by_torchs_default():
+        theirs = them.tokens_per_s(bench.prompts(sizes.peer_batch, sizes.prompt), sizes.new)
     print(f"transformers generates with attention: {them.attention}")
     beside = {"transformers": theirs, "ratio": ours / theirs}
     bench.say(f"{sizes.prompt} in, {sizes.new} out, batch {sizes.peer_batch}, ours", ours, "tokens/s", **beside)

@@ -107,7 +107,7 @@ class StageRunner:
         """
         config = checkpoint.config
         if spec.device.type == "cuda":
-            _sum_in_fp32()
+            sum_in_fp32()
             if chooses_gpu_kernels(config, spec.dtype, spec.device, spec.quantization, spec.kernels):
                 from gptj_serve.pipeline.gpu.cuda_device import CUDADevice  # these build on this module
                 from gptj_serve.pipeline.gpu.loading import prepare_on_gpu
@@ -184,9 +184,9 @@ class StageRunner:
         self._last_microbatch_id = microbatch_id
 
 
-def _sum_in_fp32() -> None:
+def sum_in_fp32() -> None:
     """What is summed in products on GPUs, whatever the operands' dtype: for fp32 without TF32, for half precision also
-    where a sum is made of parts, which by default may be rounded, and in float16 overflow."""
+    where a sum is made of parts, which by default may be rounded, and in float16 overflow. For the whole process."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.demo import compare
+from benchmarks.gpu.demo import Comparison, compare
 from benchmarks.gpu.engines import Engines, Setup, Times
 from benchmarks.gpu.machine import Rates, measure_rates
 from benchmarks.gpu.parts import PARTS, Bench, Sizes
@@ -106,6 +106,28 @@ def test_sequences_are_compared_up_to_their_first_difference() -> None:
     expected = [[event(1, 1, 2), event(3, 3, 4)], [event(1, 1, 2)], [event(1, 1, 2), event(9, 9)], [event(1, 1, 2)]]
     found = [[event(1, 1, 2), event(3, 3, 4)], [event(2, 2, 1)], [event(2, 2, 1), event(5, 5)], [event(8, 8, 1)]]
     assert compare(expected, found) == (1, 3, 2)
+
+
+def test_the_demos_tokens_are_chosen_on_the_device_with_steps_scheduled_ahead(one_torch_thread: None) -> None:
+    (stage,) = random_stages(TINY, 1, torch.float32, torch.device("cpu"))
+    spec = StageSpec(
+        stage.span, 64, 4, torch.float32, torch.device("cpu"), TINY.vocab_size,
+        max_num_sequences=64, max_microbatch_tokens=512,
+    )  # fmt: skip
+    device = FakeDevice()
+    on_device = GPUStageRunner(stage, spec, ReferenceLayers(stage, 64, 4), device, GreedySampler())
+    prompts = list(random_prompts(3, 5, TINY.vocab_size))
+    comparison = Comparison(StageRunner(stage, spec), prompts, 6)
+    num_replayed = device.num_replayed
+    found = comparison.of(on_device)
+    assert found._replace(rows_ahead=0) == (3, 3, 3, 0, 0, 0)
+    assert found.rows_ahead > 0
+    assert device.num_replayed > num_replayed + 10
+    with torch.no_grad():
+        stage.lm_head.weight.neg_()
+    changed = comparison.of(on_device)
+    assert (changed.greedy_same, changed.different_again) == (0, 3)
+    assert changed.drawn_same < 3
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
