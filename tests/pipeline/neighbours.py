@@ -74,13 +74,21 @@ def open_sender(kind: HandoffKind, addresses: tuple[str, str]) -> Iterator[Hidde
         context.destroy(linger=0)
 
 
+def process_context(kind: HandoffKind) -> Any:
+    """Forked processes have torch imported, but can't use CUDA: whoever imported this module has asked for GPUs."""
+    if kind == "cuda_ipc":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.pipeline.neighbours", "tests.pipeline.scripted_stages"])
+    return context
+
+
 class Neighbour:
     """A process with one end, which does what it is told; `answer` waits for what came of it."""
 
     def __init__(self, side: Side, kind: HandoffKind, what: str | tuple[str, str]) -> None:
         """`what`: the receiver's link address, or for a sender what its receiver told."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # torch is imported once
+        context = process_context(kind)
         self._pipe, theirs = context.Pipe()
         run = run_sender if side == "sender" else run_receiver
         self.process = context.Process(target=run, args=(theirs, kind, what), daemon=True)

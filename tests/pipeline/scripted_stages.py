@@ -1,6 +1,5 @@
 """Two linked stages without a model, one of them in a process of its own; how long a step takes is said in the step."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -18,7 +17,7 @@ from gptj_serve.config import HandoffKind
 from gptj_serve.pipeline.stage_loop import StageAddresses, StageLoop
 from gptj_serve.pipeline.step_links import StepLinks
 from gptj_serve.steps import MicroBatch, Row, RowResult, SampledToken, StepOutput
-from tests.pipeline.neighbours import device_of
+from tests.pipeline.neighbours import device_of, process_context
 
 WIDTH = 512
 
@@ -66,9 +65,9 @@ class ScriptedRunner:
 class StageProcess:
     """A stage in a process of its own."""
 
-    def __init__(self, index: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+    def __init__(self, index: int, handoff: HandoffKind) -> None:
+        """`handoff`: that it will be told to use; on a GPU it needs another kind of process."""
+        context = process_context(handoff)
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_run, args=(theirs, index), daemon=True)
         self.process.start()

@@ -39,7 +39,7 @@ async def test_a_killed_neighbour_ends_the_steps_and_is_replaced(
     for generation in range(2):
         directory = tmp_path / str(generation)
         directory.mkdir()
-        with StageProcess(1 - here.index) as other:
+        with StageProcess(1 - here.index, kind) as other:
             stages = (other, here) if victim == "the one before" else (here, other)
             async with linked(stages, str(directory), kind) as links:
                 await run_steps(links)
@@ -67,7 +67,7 @@ async def test_kills_at_any_moment(kind: HandoffKind) -> None:
     for _ in range(8):
         victim = rng.randrange(2)
         here = StageHere(1 - victim)
-        with tempfile.TemporaryDirectory() as directory, StageProcess(victim) as other:
+        with tempfile.TemporaryDirectory() as directory, StageProcess(victim, kind) as other:
             stages = (other, here) if victim == 0 else (here, other)
             async with linked(stages, directory, kind) as links:
                 microbatches = [step(n, n % 50, num_tokens=rng.choice([1, 1, 2000])) for n in range(400)]
@@ -87,7 +87,7 @@ async def test_a_stage_beside_one_that_hangs_can_be_stopped(kind: HandoffKind, t
     for index in range(2):
         here = StageHere(index)
         (tmp_path / str(index)).mkdir()
-        with StageProcess(1 - index) as other:
+        with StageProcess(1 - index, kind) as other:
             stages = (here, other) if index == 0 else (other, here)
             async with linked(stages, str(tmp_path / str(index)), kind) as links:
                 await run_steps(links)
@@ -105,7 +105,7 @@ async def test_a_stage_beside_one_that_hangs_can_be_stopped(kind: HandoffKind, t
 
 async def test_steps_overlap(kind: HandoffKind, tmp_path: Path) -> None:
     """While the second stage is at one, the first is at the next: four steps of 50 + 50 ms take less than 400."""
-    with StageProcess(1) as other:
+    with StageProcess(1, kind) as other:
         here = StageHere(0)
         async with linked((here, other), str(tmp_path), kind) as links:
             await run_steps(links)
