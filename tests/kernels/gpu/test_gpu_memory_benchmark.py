@@ -1,6 +1,7 @@
 """`benchmarks.gpu_memory` with a tiny model: the stages of a GPU, interpreted, on a device whose memory is counted."""
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import gpu_memory
@@ -12,6 +13,9 @@ from tests.pipeline.fake_device import FakeDevice
 
 CONFIG = GPTJConfig(n_layer=2, n_embd=32, n_head=2, rotary_dim=8, vocab_size=96, n_positions=32)
 TOTAL_BYTES, TAKEN_BYTES = 2 << 30, 700 << 20
+
+
+IS_THE_CPUS = pytest.mark.skipif(torch.cuda.is_available(), reason="the fake device's tensors are the CPU's")
 
 
 class CountedMemory:
@@ -28,6 +32,7 @@ class CountedMemory:
         pass
 
 
+@IS_THE_CPUS
 @pytest.mark.parametrize(("dtype", "quantization"), [("float16", "none"), ("bfloat16", "fp8")])
 def test_each_stage_is_measured_beside_its_forecast(dtype: str, quantization: Quantization) -> None:
     pytest.importorskip("triton")
