@@ -1,7 +1,8 @@
 """`GPULinear` against the layers that it stands for, and its Triton kernels against it.
 
 Without a GPU the kernels run in Triton's interpreter, which is wrong where rounding to fp8 carries over to the
-exponent, for subnormal numbers, and for bfloat16 made of int8. That they compile for GPUs is seen in a process without it.
+exponent, for subnormal numbers, and for bfloat16 made of int8. That they compile for GPUs is seen in a process without
+it.
 """
 
 import os
