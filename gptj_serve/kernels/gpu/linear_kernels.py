@@ -72,6 +72,11 @@ def product_blocks(num_rows: int, num_outputs: int) -> dict[str, int]:
     }
 
 
+def num_product_stages(dtype: torch.dtype) -> int:
+    """How many parts of inputs and weights are on their way: with more, fp32 would not fit into 99 KiB."""
+    return 2 if dtype == torch.float32 else 4
+
+
 def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     """x [T, K], contiguous; weight [at least N, K] in int8 or fp8, scale [at least N] in fp32 → [T, N] like x."""
     num_rows, width = x.shape
@@ -81,7 +86,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, num_o
     launch: Any = product_kernel[grid]
     launch(
         x, weight, scale, scale if bias is None else bias, out, num_rows, num_outputs, width,
-        HAS_BIAS=bias is not None, **blocks, num_warps=4, num_stages=4,
+        HAS_BIAS=bias is not None, **blocks, num_warps=4, num_stages=num_product_stages(x.dtype),
     )  # fmt: skip
     return out
 

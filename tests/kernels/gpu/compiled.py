@@ -1,9 +1,10 @@
 """Compiles the kernels of GPT-J 6B's layers to machine code for several architectures, and prints what each takes.
 
-Needs no GPU: `GPULayers` launches them as always, on tensors of a CPU, with a driver that compiles and does not
-run. The JSON that it prints says of each kernel its registers, bytes of stack (spilled registers) and of shared memory,
-and whether its products are on tensor cores; and what was compiled for microbatches of other sizes. Run it with
-`python -m tests.kernels.gpu.compiled`, without TRITON_INTERPRET.
+Where there is the least shared memory also with the largest heads. Needs no GPU: `GPULayers` launches them as always,
+on tensors of a CPU, with a driver that compiles and does not run. The JSON that it prints says of each kernel its
+registers, bytes of stack (spilled registers) and of shared memory, and whether its products are on tensor cores; and
+what was compiled for microbatches of other sizes. Run it with `python -m tests.kernels.gpu.compiled`, without
+TRITON_INTERPRET.
 """
 
 import json
@@ -20,19 +21,24 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from gptj_serve.kernels.gpu.availability import MAX_HEAD_DIM
 from gptj_serve.kernels.gpu.layers import GPULayers
 from gptj_serve.kernels.gpu.rows import DeviceRows
 from gptj_serve.kernels.gpu.tiles import choose_tiles
 from gptj_serve.model.config import GPTJConfig
 
 CPU = torch.device("cpu")
+WIDTH, HEAD_DIM = 4096, 256
 ARCHITECTURES = {(9, 0): 227, (8, 0): 163, (8, 6): 99}
 """And KiB of shared memory that a program can have."""
 
 CASES = [
-    *((capability, torch.bfloat16) for capability in ARCHITECTURES),
-    ((9, 0), torch.float16),
-    ((8, 0), torch.float32),
+    *((capability, torch.bfloat16, HEAD_DIM) for capability in ARCHITECTURES),
+    ((9, 0), torch.float16, HEAD_DIM),
+    ((8, 0), torch.float32, HEAD_DIM),
+    ((9, 0), torch.float32, HEAD_DIM),
+    ((8, 6), torch.bfloat16, MAX_HEAD_DIM),
+    ((8, 6), torch.float32, MAX_HEAD_DIM),
 ]
 
 
@@ -41,6 +47,7 @@ class Compiled:
     name: str
     architecture: int
     dtype: str
+    head_dim: int
     num_registers: int
     stack_bytes: int
     shared_bytes: int
@@ -53,7 +60,7 @@ class CompilingDriver:
 
     def __init__(self) -> None:
         self.compiled: list[Compiled] = []
-        self.capability, self.dtype = (0, 0), ""
+        self.capability, self.dtype, self.head_dim = (0, 0), "", 0
         self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=self._properties)
 
     def get_current_target(self) -> GPUTarget:
@@ -83,6 +90,7 @@ class CompilingDriver:
                 name,
                 self.get_current_device(),
                 self.dtype,
+                self.head_dim,
                 registers,
                 stack,
                 shared_bytes,
@@ -137,15 +145,16 @@ def _rows(num_tokens: int, num_rows: int, max_blocks: int, offset: int = 0) -> D
 def main() -> None:
     driver = CompilingDriver()
     triton.runtime.driver.set_active(driver)
-    for driver.capability, dtype in CASES:
+    for driver.capability, dtype, driver.head_dim in CASES:
         driver.dtype = str(dtype).removeprefix("torch.")
-        layers = CapableLayers(GPTJConfig(n_layer=2), dtype, driver.capability)
+        config = GPTJConfig(n_layer=2, n_embd=WIDTH, n_head=WIDTH // driver.head_dim)
+        layers = CapableLayers(config, dtype, driver.capability)
         for rows in (_rows(1, 1, 128), _rows(3, 2, 4)):  # with splits and without
-            layers.run(torch.zeros(rows.num_tokens, 4096, dtype=dtype), rows)
+            layers.run(torch.zeros(rows.num_tokens, WIDTH, dtype=dtype), rows)
     kernels = [asdict(kernel) for kernel in driver.compiled]
     for sizes in ((32, 16, 128), (1, 1, 40), (5, 4, 3)):
         rows = _rows(*sizes, offset=1)
-        layers.run(torch.zeros(rows.num_tokens, 4096, dtype=dtype), rows)
+        layers.run(torch.zeros(rows.num_tokens, WIDTH, dtype=dtype), rows)
     later = [kernel.name for kernel in driver.compiled[len(kernels) :]]
     json.dump({"kernels": kernels, "compiled_later": later}, sys.stdout)
 

@@ -210,6 +210,7 @@ def put_product(linear: GPULinear, x: Tensor, out: Tensor) -> None:
 
 COMPILE = """
 import itertools
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -221,13 +222,15 @@ def compiled(kernel, capability, arguments, constants, **options):
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
-for capability, weight, x, num_rows in itertools.product((80, 89, 90), ("i8", "fp8e4nv"), ("bf16", "fp16"), (1, 64)):
-    if weight == "fp8e4nv" and capability < 89:
+types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+for capability, weight, x, num_rows in itertools.product((80, 89, 90), ("i8", "fp8e4nv"), types, (1, 64)):
+    if weight == "fp8e4nv" and capability < 89 or x == "fp32" and capability != 89:
         continue
     arguments = dict(x_ptr="*" + x, weight_ptr="*" + weight, scale_ptr="*fp32", bias_ptr="*" + x, out_ptr="*" + x)
     arguments |= dict.fromkeys(("num_rows", "num_outputs", "width"), "i32")
     constants = dict(kernels.product_blocks(num_rows, 16384), HAS_BIAS=True)
-    made = compiled(kernels.product_kernel, capability, arguments, constants, num_warps=4, num_stages=4)
+    options = dict(num_warps=4, num_stages=kernels.num_product_stages(types[x]))
+    made = compiled(kernels.product_kernel, capability, arguments, constants, **options)
     print(capability, weight, x, num_rows, len(made.asm["cubin"]), made.metadata.shared)
 for capability in (89, 90):
     arguments = dict(x_ptr="*bf16", rounded_ptr="*fp8e4nv", scale_ptr="*fp32", width="i32")
@@ -249,7 +252,7 @@ def test_the_kernels_compile_for_the_gpus_that_have_the_types() -> None:
     )
     assert process.returncode == 0, process.stderr[-3000:]
     lines = [line.split() for line in process.stdout.splitlines()]
-    assert len(lines) == 4 + 8 + 8 + 2
+    assert len(lines) == 4 + 12 + 8 + 2
     for *_, cubin_bytes, shared_bytes in lines:
         assert int(cubin_bytes) > 0
         assert int(shared_bytes) <= SMALLEST_SHARED_MEMORY
