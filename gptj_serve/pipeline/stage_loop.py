@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptj_serve.config import HandoffKind
 from gptj_serve.errors import PipelineError, WireError
+from gptj_serve.pipeline.distributed_handoff import CONNECT_TIMEOUT_S
 from gptj_serve.pipeline.gpu.gpu_runner import GPUStageRunner
 from gptj_serve.pipeline.gpu.step_results import GivenStep, StepResults
 from gptj_serve.pipeline.handoff import HandoffEnd, HiddenReceiver, HiddenSender
@@ -24,6 +25,10 @@ from gptj_serve.pipeline.stage_runner import StageRunner
 from gptj_serve.pipeline.step_meter import StepMeter
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.wire import WireDecoder
+
+MAX_CONNECT_S = 2 * CONNECT_TIMEOUT_S
+"""More than a handoff's own time-outs, which NCCL doesn't have everywhere: a neighbour that hangs while the two set up
+their communicator keeps this one's thread. The stage is then lost too: it can't be stopped."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +49,17 @@ class StageLoop:
     the step at hand: no later step could be complete.
     """
 
-    def __init__(self, runner: StageRunner, keys: CurveKeys | None, meter: StepMeter | None = None) -> None:
+    def __init__(
+        self,
+        runner: StageRunner,
+        keys: CurveKeys | None,
+        meter: StepMeter | None = None,
+        max_connect_s: float = MAX_CONNECT_S,
+    ) -> None:
         self._runner = runner
         self._keys = keys
         self._meter = meter or StepMeter()
+        self._max_connect_s = max_connect_s
         self._microbatch_id: int | None = None  # of the step at hand, or the last one
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._steps = self._context.socket(zmq.PULL)
@@ -98,7 +110,8 @@ class StageLoop:
     def wait_until_linked(self) -> None:
         """Until the links to the stages beside it stand. Raises `PipelineError` if they can't be made."""
         self._watch.wait_until_made()
-        self._connected.wait()
+        if not self._connected.wait(self._max_connect_s):
+            raise PipelineError(f"no connection to the stages beside it within {self._max_connect_s:g} s")
         if self.failure.done() and (error := self.failure.exception()) is not None:
             raise PipelineError(f"{error}") from error
 

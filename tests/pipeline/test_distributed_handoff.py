@@ -13,7 +13,10 @@ from gptj_serve.errors import PipelineError
 from gptj_serve.pipeline.distributed_handoff import DistributedReceiver, DistributedSender
 from gptj_serve.pipeline.handoff import HiddenHeader
 from gptj_serve.pipeline.sockets import connect_sender
+from gptj_serve.pipeline.stage_loop import StageLoop
+from gptj_serve.pipeline.step_links import StepLinks
 from tests.pipeline.neighbours import Neighbour, link_address, never, open_receiver
+from tests.pipeline.scripted_stages import ScriptedRunner
 
 CPU = torch.device("cpu")
 
@@ -72,3 +75,19 @@ def test_a_header_without_what_it_announces_is_an_error_in_the_end(tmp_path: Pat
         with pytest.raises(PipelineError, match="hidden states can't be received"):
             end.receive(0, never)
         context.destroy(linger=0)
+
+
+def test_a_stage_is_not_waited_for_whose_neighbour_hangs_while_they_connect(tmp_path: Path) -> None:
+    """Also without a time-out of the handoff's own, which is longer here."""
+    first, second = (StageLoop(ScriptedRunner(index, CPU), None, max_connect_s=0.5) for index in range(2))
+    addresses = second.bind(f"ipc://{tmp_path}/1", "distributed")
+    first.bind(f"ipc://{tmp_path}/0")
+    first.start(addresses.hidden, "distributed", addresses.tensors)
+    with pytest.raises(PipelineError, match=r"no connection to the stages beside it within 0.5 s"):
+        first.wait_until_linked()
+    links = StepLinks(None, step_timeout_s=10)
+    second.start(links.bind(f"ipc://{tmp_path}/results"))  # it goes on
+    first.wait_until_linked()
+    for loop in (first, second):
+        loop.stop()
+    links.close()
