@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gptj_serve.config import HandoffKind
 from gptj_serve.errors import PipelineError, WireError
-from gptj_serve.pipeline.distributed_handoff import CONNECT_TIMEOUT_S
 from gptj_serve.pipeline.gpu.gpu_runner import GPUStageRunner
 from gptj_serve.pipeline.gpu.step_results import GivenStep, StepResults
 from gptj_serve.pipeline.handoff import HandoffEnd, HiddenReceiver, HiddenSender
@@ -26,7 +25,7 @@ from gptj_serve.pipeline.step_meter import StepMeter
 from gptj_serve.steps import MicroBatch, StepOutput
 from gptj_serve.wire import WireDecoder
 
-MAX_CONNECT_S = 2 * CONNECT_TIMEOUT_S
+MAX_CONNECT_S = 60.0
 """More than a handoff's own time-outs, which NCCL doesn't have everywhere: a neighbour that hangs while the two set up
 their communicator keeps this one's thread. The stage is then lost too: it can't be stopped."""
 

@@ -1,5 +1,6 @@
 """`CUDADevice`: a `Device` by torch.cuda."""
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,14 @@ class CUDADevice:
     def __init__(self, torch_device: torch.device) -> None:
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         self.torch_device = torch.device("cuda", index)
+        self._idle: list[torch.cuda.Stream] = []
 
     def stream(self) -> "CUDAStream":
-        return CUDAStream(self.torch_device, torch.cuda.Stream(self.torch_device))  # type: ignore[no-untyped-call]
+        """One of nobody's, if there is one: cuBLAS's workspace for it, which is never freed, is used again."""
+        stream = self._idle.pop() if self._idle else torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        made = CUDAStream(self.torch_device, stream)
+        weakref.finalize(made, self._idle.append, stream).atexit = False
+        return made
 
     def here(self) -> "CUDAStream":
         return CUDAStream(self.torch_device, torch.cuda.current_stream(self.torch_device))
