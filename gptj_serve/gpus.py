@@ -30,9 +30,9 @@ ASSUMED_CAPABILITY: Capability = (9, 0)
 
 @dataclass(frozen=True, slots=True)
 class GPU:
-    """A card. Sizes in bytes are those that PyTorch reports as total capacity, without what ECC and firmware keep: they
-    differ by some tenths of a GiB between drivers, and are from its error messages in public issues. Bandwidth and
-    capability are NVIDIA's, from the card's data sheet and from developer.nvidia.com/cuda-gpus."""
+    """A card. Sizes in bytes are about what PyTorch reports as total capacity, without what ECC and firmware keep; they
+    differ by some tenths of a GiB between drivers, and none was read off a card here. Bandwidth and capability are
+    NVIDIA's, from the card's data sheet and from developer.nvidia.com/cuda-gpus."""
 
     memory_bytes: int
     bandwidth_bytes_s: float
