@@ -1,13 +1,18 @@
 """Shared fixtures. `tiny_gptj` makes the checkpoints that the package and transformers, its oracle, both load."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # triton looks at it when it is imported, which transformers does too
 
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")  # machines are shared and slow at times; nothing here asserts a time

@@ -85,6 +85,8 @@ def test_streaming_says_little_to_screen_readers(open_page: OpenPage) -> None:
 
 def test_stop_ends_the_request_too(open_page: OpenPage, live: LiveApp) -> None:
     page = open_page()
+    page.locator("#generate summary").click()
+    page.get_by_label("ignore_eos").check()
     fill(page, max_new_tokens=900, temperature=1)
     start(page)
     expect(tokens(page).nth(5)).to_be_attached()

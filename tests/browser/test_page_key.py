@@ -97,6 +97,7 @@ def test_without_a_key_nothing_is_asked_again(open_page: OpenPage) -> None:
     page.wait_for_timeout(2500)
     assert requests == []
     page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#panel-generate [role=alert]")).to_have_text("The service answers only with a key.")
     page.get_by_role("button", name="Key", exact=True).click()

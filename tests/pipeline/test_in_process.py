@@ -539,12 +539,13 @@ async def test_failure_of_a_stage_is_recovered_from(directory: Path, prompts, gr
 async def test_a_stage_lost_with_rows_made_ahead_in_flight_is_recovered_from(
     directory: Path, prompts, greedy_reference
 ):
-    num_fed: list[int] = []  # rows of each step that were
+    num_fed_steps = 0  # with rows that were
 
     class FailingRunner(StageRunner):
         def run(self, microbatch, hidden):
-            num_fed.append(sum(row.fed_from is not None for row in microbatch.rows))
-            if len(num_fed) in (7, 8, 20):
+            nonlocal num_fed_steps
+            num_fed_steps += any(row.fed_from is not None for row in microbatch.rows)
+            if num_fed_steps in (3, 10) and any(row.fed_from is not None for row in microbatch.rows):
                 raise RuntimeError("out of memory")
             return super().run(microbatch, hidden)
 
@@ -556,11 +557,10 @@ async def test_a_stage_lost_with_rows_made_ahead_in_flight_is_recovered_from(
         answers = await asyncio.gather(
             *(generate(engine, generate_request(str(i), prompt)) for i, prompt in enumerate(prompts[:12]))
         )
-        assert engine.stats().num_recoveries >= 2
+        assert engine.stats().num_recoveries == 2
         scheduler.check_integrity()
     pipeline.close()
-    assert num_fed[6] > 0
-    assert num_fed[19] > 0
+    assert num_fed_steps > 10
     assert answers == greedy_reference[:12]
 
 

@@ -34,6 +34,7 @@ ELSEWHERE = {
     "ray start ": "it would be another cluster on this machine",
     "RAY_AUTH_MODE=token serve deploy": "tests/serving/test_rollout.py makes the call that it makes",
     "gptj-serve convert DOWNLOADED": "tests/test_convert.py does it",
+    "# the kernels, compiled": "needs a GPU",
     "python benchmarks/": "takes minutes; its figures are in the document",
 }
 """By the beginning of a block: why it is not run here."""

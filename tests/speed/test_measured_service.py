@@ -33,6 +33,7 @@ if how == "stubborn":
     pids.with_suffix(".new").write_text(f"{os.getpid()} {daemon.pid}")
     pids.with_suffix(".new").rename(pids)
 else:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
     server = http.server.HTTPServer(("127.0.0.1", port), Models)
 try:
     server.serve_forever()

@@ -1,16 +1,12 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter: triton asks for it when it is imported."""
+"""Kernels run on a GPU where there is one, else in Triton's interpreter (`tests/conftest.py`)."""
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
