@@ -4,6 +4,7 @@ The tests share a service, and go from what harms least to what leaves a host fe
 """
 
 import asyncio
+import contextlib
 import random
 import socket
 import time
@@ -12,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -217,7 +219,11 @@ def _not_equal(records: Sequence[Record]) -> list[str]:
 
 
 def _count(host: Host, role: Role) -> int:
-    return sum(" ".join(process.cmdline()).startswith(role) for process in host.processes())
+    count = 0
+    for process in host.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            count += " ".join(process.cmdline()).startswith(role)
+    return count
 
 
 def _has(host: Host, role: Role) -> bool:
