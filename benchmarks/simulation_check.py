@@ -215,7 +215,9 @@ def over_http(check: Check, model: CostModel, config: ServiceConfig) -> list[dic
             for asked in FULL.asked(check.limits.max_sequence_tokens)
         ]
         plan = check.plan
-        calibrated = fit_engine(model, check.limits, plan.num_kv_blocks, plan.resources.block_size, rounds)
+        calibrated = fit_engine(
+            model, check.limits, plan.num_kv_blocks, plan.resources.block_size, rounds, scales_stages=False
+        )
         console.print(
             f"over HTTP: engine_step_s {calibrated.engine_step_s * 1e6:,.0f} µs, engine_row_s "
             f"{calibrated.engine_row_s * 1e6:,.0f} µs, request_s {calibrated.request_s * 1e3:.1f} ms",

@@ -100,10 +100,16 @@ class Round(NamedTuple):
 
 
 def fit_engine(
-    cost: CostModel, limits: SchedulerLimits, num_kv_blocks: int, block_size: int, rounds: Sequence[Round]
+    cost: CostModel,
+    limits: SchedulerLimits,
+    num_kv_blocks: int,
+    block_size: int,
+    rounds: Sequence[Round],
+    *,
+    scales_stages: bool = True,
 ) -> CostModel:
     """With `engine_step_s`, `engine_row_s` and `request_s` under which the simulation gives these rounds best, and the
-    stages' coefficients by a common factor more or less.
+    stages' coefficients by a common factor more or less, unless that is known already (`scales_stages`).
 
     Stages are measured one at a time; here they, the engine and whatever a client is to it share a machine's cores,
     caches and memory. What these take from each other is in the factor, what it does not explain is the engine's.
@@ -126,7 +132,8 @@ def fit_engine(
         )
 
     cost = cost.model_copy(update={"engine_step_s": 2e-4, "engine_row_s": 2e-5})
-    return with_request_s(_descend(cost, (("engine_step_s",), ("engine_row_s",), _STAGE_TIMES), error))
+    knobs = [("engine_step_s",), ("engine_row_s",), *([_STAGE_TIMES] if scales_stages else [])]
+    return with_request_s(_descend(cost, knobs, error))
 
 
 def _descend(cost: CostModel, knobs: Sequence[Sequence[str]], error: Callable[[CostModel], float]) -> CostModel:
